@@ -1,0 +1,5 @@
+"""`python -m recurlm`."""
+
+from recurlm.cli.main import run
+
+run()

@@ -1,0 +1,58 @@
+"""What the verbs share: options, results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from recurlm.errors import ConfigError
+
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel="Machine")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, fp32, tf32 or bf16.", rich_help_panel="Machine")]
+Threads = Annotated[str, typer.Option("--threads", help="CPU threads: auto or a number.", rich_help_panel="Machine")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def set_threads(threads: str) -> None:
+    """Sets torch's CPU threads; 'auto' leaves torch's own choice."""
+    if threads == "auto":
+        return
+    if not threads.isdecimal() or not 1 <= int(threads) <= 1024:
+        raise ConfigError(f"--threads {threads}: expected auto or a number from 1 to 1024.")
+    import torch
+
+    torch.set_num_threads(int(threads))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of '90', '90s', '10m', '1.5h' or '1h30m'; infinity for ''."""
+    if not text:
+        return math.inf
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if not parts or "".join(n + u for n, u in parts) != text:
+        raise ConfigError(f"--max-time {text!r}: expected a time such as 90s, 10m or 1h30m.")
+    unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    return sum(float(n) * unit[u] for n, u in parts)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(rows: dict[str, Any]) -> None:
+    """Names and values, aligned, on stdout."""
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
+        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        print(f"{name:<{width}}  {shown}")
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,85 @@
+"""`recurlm train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recurlm.cli.common import Device, Dtype, Json, Threads, note, parse_duration, print_json, print_table, set_threads
+from recurlm.config import Config, apply_assignments, from_dict, from_toml, load_recipe, read_text_file, recipe_names, to_dict
+from recurlm.errors import ConfigError
+
+
+def build_config(recipe: str, run: Path | None, resume: bool, settings: list[str], values: dict) -> Config:
+    """Defaults < recipe (or the resumed run's own config.toml) < --set < named options."""
+    if recipe:
+        config = load_recipe(recipe)
+    elif resume and run is not None and (run / "config.toml").is_file():
+        path = run / "config.toml"
+        config = from_toml(read_text_file(path, "configuration"), str(path))
+    else:
+        config = Config()
+    return from_dict(values, apply_assignments(config, settings))
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="[RECIPE]", help=f"A recipe ({', '.join(recipe_names())}) or a .toml file; none: defaults.")
+    ] = "",
+    data: Annotated[str, typer.Option("--data", help="Text file, folder with train/valid/test, store, or data set name.")] = "",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Run directory to make.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, any number of times; see docs/configuration.md.")
+    ] = None,
+    resume: Annotated[str, typer.Option("--resume", help="auto: go on with the run in -o; no: refuse to touch one.")] = "no",
+    max_time: Annotated[str, typer.Option("--max-time", help="Stop, validate and save after this long: 90s, 10m, 1h30m.")] = "",
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights, dropout and window lengths.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings, parameters, memory and time; write nothing.")] = False,
+    device: Device = "",
+    dtype: Dtype = "",
+    threads: Threads = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a language model on a text: recurlm train --data book.txt -o runs/book"""
+    if resume not in ("auto", "no"):
+        raise ConfigError(f"--resume {resume}: expected auto or no.")
+    values: dict = {"data": {"path": data}} if data else {}
+    named = {"seed": seed, "device": device or None, "dtype": dtype or None}
+    values["train"] = {key: value for key, value in named.items() if value is not None}
+    config = build_config(recipe, out, resume == "auto", settings or [], values)
+    seconds = parse_duration(max_time)
+    if out is None and not dry_run:
+        raise ConfigError("No run directory was named: give -o, such as -o runs/first.")
+    set_threads(threads)
+    from recurlm import api
+
+    if dry_run:
+        facts = api.plan(config)
+        if as_json:
+            print_json({**facts, "config": to_dict(config)})
+        else:
+            from recurlm.config import to_toml
+
+            print(to_toml(config))
+            print_table(facts)
+        return
+    assert out is not None
+    result = api.train(config, out, resume=resume == "auto", max_seconds=seconds)
+    if result.signal:
+        note(f"Interrupted at step {result.step}; saved. Go on with: recurlm train --resume auto -o {out}")
+        raise typer.Exit(128 + result.signal)
+    import math
+
+    facts = {
+        "run": str(out), "steps": result.step, "epochs": result.epoch, "finished": result.finished,
+        "best_valid_loss_nats": result.best_loss if math.isfinite(result.best_loss) else None,
+        "best_valid_ppl": math.exp(min(result.best_loss, 700)) if math.isfinite(result.best_loss) else None,
+        "seconds": result.seconds,
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+    else:
+        print_table(facts)
+        note(f"Next: recurlm eval {out}   |   recurlm generate {out} --prompt '...'   |   echo text | recurlm score {out}")

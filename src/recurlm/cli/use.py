@@ -1,0 +1,136 @@
+"""`recurlm eval`, `score`, `generate`: a run directory put to use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recurlm.cli.common import Device, Dtype, Json, Threads, print_json, print_table, set_threads
+from recurlm.errors import DataError, UserError
+
+Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
+BATCH_LINES = 1024
+
+
+def eval_(
+    run: Run,
+    split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "test",
+    data: Annotated[str, typer.Option("--data", help="Another text than the run's own: file, folder, store or data set.")] = "",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Parallel streams; 1 reads the text in one go.")] = 1,
+    counting: Annotated[
+        str, typer.Option("--counting", help="exact, or published: awd-lstm-lm's slightly lower way, to compare.")
+    ] = "exact",
+    ranks: Annotated[bool, typer.Option("--ranks/--no-ranks", help="Top-1/5/10 and MRR too (slower).")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity, bits per character and byte, top-k accuracy: recurlm eval runs/book --split test"""
+    set_threads(threads)
+    from recurlm import api, files
+
+    values = api.evaluate(
+        run, data=data, split=split, batch_size=batch_size, counting=counting, with_ranks=ranks, device=device, dtype=dtype
+    )
+    if not data:
+        files.write_atomic(run / "eval.json", files.to_json(values))
+    if as_json:
+        print_json(values)
+    else:
+        print_table(values)
+
+
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a file, '-' for stdin, without their ends."""
+    try:
+        source = sys.stdin.buffer if path == "-" else Path(path).open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+    with source:
+        for number, line in enumerate(source, 1):
+            try:
+                yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: not UTF-8 text at byte {error.start} of the line.") from None
+
+
+def score(
+    run: Run,
+    text: Annotated[str, typer.Argument(help="Text file, one sentence a line; - for stdin.")] = "-",
+    level: Annotated[str, typer.Option("--level", help="token: a row a token; sentence: a row a line.")] = "token",
+    unit: Annotated[str, typer.Option("--unit", help="bits, nats or log10 (log-probabilities).")] = "bits",
+    end: Annotated[bool, typer.Option("--end/--no-end", help="Score the line's end too.")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = "auto",
+    as_json: Json = False,
+) -> None:
+    """Surprisal of each token or line: echo 'strong tea' | recurlm score runs/book"""
+    if level not in ("token", "sentence"):
+        raise UserError(f"--level {level}: expected token or sentence.")
+    set_threads(threads)
+    from recurlm import api
+
+    model = api.load(run, device=device, dtype=dtype)
+    if not as_json:
+        print("sentence_id\ttoken_id\ttoken\tsurprisal" if level == "token" else "sentence_id\ttokens\tsurprisal\tsentence")
+    batch: list[str] = []
+    done = 0
+    for line in _lines(text):
+        batch.append(line)
+        if len(batch) == BATCH_LINES:
+            _print_scores(model, batch, done, level, unit, end, as_json)
+            done, batch = done + len(batch), []
+    _print_scores(model, batch, done, level, unit, end, as_json)
+
+
+def _print_scores(model, batch: list[str], first: int, level: str, unit: str, end: bool, as_json: bool) -> None:  # noqa: ANN001
+    for number, (line, scored) in enumerate(zip(batch, model.score_all(batch, unit=unit, end=end), strict=True), first + 1):
+        if as_json:
+            row: dict = {"sentence_id": number, "text": line, "unit": unit, "total": scored.total}
+            if level == "token":
+                row |= {"tokens": list(scored.tokens), "surprisals": list(scored.surprisals)}
+            print_json(row)
+        elif level == "sentence":
+            print(f"{number}\t{len(scored.ids)}\t{scored.total:.6f}\t{line}")
+        else:
+            for position, (token, value) in enumerate(zip(scored.tokens, scored.surprisals, strict=True), 1):
+                print(f"{number}\t{position}\t{token}\t{value:.6f}")
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")] = "",
+    tokens: Annotated[int, typer.Option("--tokens", help="Most tokens to generate.")] = 200,
+    temperature: Annotated[float, typer.Option("--temperature", help="Below 1 safer, above 1 bolder, 0 greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw among the k most probable tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the most probable tokens that hold this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes the text repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be given again.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = "auto",
+    as_json: Json = False,
+) -> None:
+    """Go on with a text: recurlm generate runs/book --prompt 'Once upon' --temperature 0.8"""
+    set_threads(threads)
+    from recurlm import api
+
+    model = api.load(run, device=device, dtype=dtype)
+    stops = [s.encode().decode("unicode_escape") if s in ("\\n", "\\t") else s for s in stop or []]
+    pieces = model.stream(
+        prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stops
+    )
+    if as_json:
+        print_json({"prompt": prompt, "text": prompt + "".join(pieces), "seed": seed})
+        return
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

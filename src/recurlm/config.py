@@ -1,0 +1,285 @@
+"""Configuration: frozen dataclasses, strict TOML in and out, `--set section.key=value`.
+
+Order of precedence: defaults < recipe < file < `--set`. An unknown key is an error that names the nearest one.
+Every field carries its help text and bounds, from which `docs/configuration.md` is generated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from recurlm.errors import ConfigError, nearest
+
+
+def _opt(default: Any, text: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()):
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str = _opt("", "Text file, folder with train/valid/test, prepared store, or the name of a data set")
+    batch_size: int = _opt(32, "Parallel streams in training", low=1, high=65536)
+    eval_batch_size: int = _opt(10, "Parallel streams in validation (1 = one uninterrupted text)", low=1, high=65536)
+    bptt: int = _opt(70, "Time steps of one training window (truncated back-propagation)", low=1, high=100_000)
+    bptt_full_share: float = _opt(1.0, "Probability that a window's mean length is bptt, not bptt/2", low=0, high=1)
+    bptt_spread: float = _opt(0.0, "Standard deviation of a window's length; 0 = fixed", low=0, high=10_000)
+    bptt_min: int = _opt(5, "Shortest random window", low=1, high=100_000)
+    bptt_cap: int = _opt(0, "Longest random window; 0 = no cap", low=0, high=100_000)
+    rescale_lr: bool = _opt(True, "Multiply the learning rate by drawn length / bptt")
+    counting: str = _opt(
+        "exact",
+        "'exact' trains on and divides by every target; 'published' drops the remainder and the last targets "
+        "and divides as awd-lstm-lm did (perplexities read about 0.05 % low)",
+        choices=("exact", "published"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    kind: str = _opt("bpe", "word, char, byte or bpe")
+    vocab_size: int = _opt(0, "Largest vocabulary; 0 = no limit for word and char, 8000 for bpe", low=0, high=2**31 - 1)
+    min_count: int = _opt(1, "word, char: rarer types become unknown", low=1, high=2**31 - 1)
+    vocab_splits: str = _opt(
+        "train",
+        "Text that the vocabulary is taken from; 'all' (with valid and test) only to compare with published numbers",
+        choices=("train", "all"),
+    )
+    byte_fallback: bool = _opt(True, "char: spell unknown characters as UTF-8 bytes (exact round trip) instead of <unk>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    layer: str = _opt("lstm", "Recurrent layer: lstm, gru or qrnn")
+    head: str = _opt("tied", "Output layer: softmax, or tied (the embedding matrix is the output matrix)")
+    embedding_size: int = _opt(256, "Size of a token's vector", low=1, high=65536)
+    hidden_size: int = _opt(512, "Units of each layer but the last, when hidden_sizes is empty", low=1, high=65536)
+    num_layers: int = _opt(2, "Layers, when hidden_sizes is empty", low=1, high=256)
+    hidden_sizes: tuple[int, ...] = _opt((), "Units of every layer; a tied head needs the last = embedding_size", low=1, high=65536)
+    windows: tuple[int, ...] = _opt((2,), "qrnn: inputs seen by each layer (this and earlier time steps); missing = 1", low=1, high=64)
+    zoneout: float = _opt(0.0, "qrnn: probability that a unit keeps its state", low=0, high=0.999)
+    init_range: float = _opt(0.1, "Embedding and output weights start uniform in +-this", low=0, high=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutConfig:
+    embedding: float = _opt(0.0, "Whole words dropped from the embedding (dropoute)", low=0, high=0.999)
+    input: float = _opt(0.0, "Locked dropout on the first layer's input (dropouti)", low=0, high=0.999)
+    hidden: float = _opt(0.0, "Locked dropout between layers (dropouth)", low=0, high=0.999)
+    output: float = _opt(0.0, "Locked dropout on the last layer's output (dropout)", low=0, high=0.999)
+    weight: float = _opt(0.0, "Weight drop: hidden-to-hidden weights, the qrnn's input weights (wdrop)", low=0, high=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    ar: float = _opt(0.0, "Activation regularisation: times the mean square of the last layer's dropped output", low=0, high=1e6)
+    tar: float = _opt(0.0, "Temporal AR: times the mean square of the last layer's change per step", low=0, high=1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: str = _opt("adamw", "sgd, adam or adamw")
+    lr: float = _opt(2e-3, "Learning rate", low=0, high=1e6)
+    weight_decay: float = _opt(0.0, "L2 penalty (sgd, adam: coupled; adamw: decoupled)", low=0, high=1e3)
+    momentum: float = _opt(0.0, "sgd: momentum", low=0, high=0.9999)
+    betas: tuple[float, ...] = _opt((0.9, 0.999), "adam, adamw: decay of the two moments", low=0, high=0.999999)
+    clip: float = _opt(0.25, "Largest global gradient norm; 0 = no clipping", low=0, high=1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    name: str = _opt("constant", "constant, plateau, milestones or linear")
+    factor: float = _opt(0.1, "plateau, milestones: multiply the learning rate by this", low=0, high=1)
+    milestones: tuple[int, ...] = _opt((), "milestones: after these epochs", low=1, high=10**9)
+    patience: int = _opt(0, "plateau: validations without a new best that are tolerated before a step", low=0, high=10**6)
+    warmup_steps: int = _opt(0, "linear: steps of linear warm-up before the linear decay to zero", low=0, high=10**9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingConfig:
+    name: str = _opt("none", "Weights used to validate and kept: none (the last) or nt-asgd")
+    nonmono: int = _opt(5, "nt-asgd: start when worse than the best of all but the last n validations", low=1, high=10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    epochs: int = _opt(10, "Passes over the training text", low=1, high=10**6)
+    max_steps: int = _opt(0, "Stop after this many updates; 0 = no limit", low=0, high=10**12)
+    seed: int = _opt(1111, "Seed of weights, dropout and window lengths", low=0, high=2**63 - 1)
+    device: str = _opt("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = _opt("auto", "Compute type; weights stay fp32", choices=("auto", "fp32", "tf32", "bf16"))
+    eval_every: int = _opt(0, "Validate every N steps; 0 = at the end of each epoch", low=0, high=10**12)
+    patience: int = _opt(0, "Stop early after this many validations without a new best; 0 = never", low=0, high=10**6)
+    checkpoint_every: int = _opt(0, "Save every N steps besides the timed saves; 0 = only timed", low=0, high=10**12)
+    checkpoint_seconds: float = _opt(60.0, "After a validation, save when this long has passed since the last save", low=0, high=1e9)
+    keep_checkpoints: int = _opt(2, "Newest checkpoints that are kept", low=2, high=10**6)
+    log_every: int = _opt(50, "Steps between lines of metrics.jsonl", low=1, high=10**9)
+    sample_every: int = _opt(0, "Generate a sample text every N steps; 0 = never", low=0, high=10**12)
+    sample_prompt: str = _opt("", "Prompt of the sample text")
+    tensorboard: bool = _opt(True, "Write TensorBoard events to RUN/tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run's settings, by section."""
+
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    dropout: DropoutConfig = DropoutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    averaging: AveragingConfig = AveragingConfig()
+    train: TrainConfig = TrainConfig()
+
+
+SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
+
+
+def _check(kind: Any, value: Any, meta: Mapping[str, Any], name: str) -> Any:
+    """The value as its field's type; ConfigError with the expected type, bounds or choices otherwise."""
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} = {value!r}: expected a list, such as [1, 2].")
+        return tuple(_check(get_args(kind)[0], v, meta, f"{name}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{name}: the number is too large.") from None
+    if type(value) is not kind:
+        raise ConfigError(f"{name} = {value!r}: expected {kind.__name__}, found {type(value).__name__}.")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value}: expected a finite number.")
+    low, high = meta["low"], meta["high"]
+    if kind in (int, float) and ((low is not None and value < low) or (high is not None and value > high)):
+        raise ConfigError(f"{name} = {value}: expected a value from {low:g} to {high:g}.")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{name} = {value!r} is not known.{nearest(value, meta['choices'])}")
+    return value
+
+
+def section_from_dict(section: str, values: Any, base: Any = None) -> Any:
+    """A section's dataclass: `values` over `base` (or the defaults). ConfigError for unknown keys and bad values."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"[{section}] must be a table of settings, found {type(values).__name__}.")
+    cls = SECTIONS[section]
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    clean: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"[{section}] has no setting {key!r}.{nearest(key, fields)}")
+        clean[key] = _check(hints[key], value, fields[key].metadata, f"{section}.{key}")
+    return dataclasses.replace(base if base is not None else cls(), **clean)
+
+
+def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
+    """A Config: `values` (nested by section) over `base` (or the defaults)."""
+    base = base or Config()
+    clean: dict[str, Any] = {}
+    for section, table in values.items():
+        if section not in SECTIONS:
+            raise ConfigError(f"There is no section [{section}].{nearest(section, SECTIONS)}")
+        clean[section] = section_from_dict(section, table, getattr(base, section))
+    return dataclasses.replace(base, **clean)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The Config as nested plain values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_toml(config: Config) -> str:
+    """The Config as TOML text that `from_toml` reads back to an equal Config."""
+    lines: list[str] = []
+    for section, table in to_dict(config).items():
+        lines.append(f"[{section}]")
+        # JSON's strings, numbers, booleans and lists are TOML as well (DEL must be escaped in both readings).
+        lines += [f"{key} = {json.dumps(value)}".replace("\x7f", "\\u007f") for key, value in table.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def from_toml(text: str, source: str, base: Config | None = None) -> Config:
+    """A Config from TOML text over `base`; `source` names the text in errors."""
+    try:
+        values = tomllib.loads(text)
+        return from_dict(values, base)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid TOML: {error or 'nested too deeply'}.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def read_text_file(path: Path, what: str) -> str:
+    """The file's text; ConfigError in one sentence when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: this {what} is not UTF-8 text.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this {what}: {error.strerror}.") from None
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with recurlm."""
+    folder = resources.files("recurlm") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str, base: Config | None = None) -> Config:
+    """The Config of a recipe that comes with recurlm, or of a .toml file at that path."""
+    if name.endswith(".toml"):
+        return from_toml(read_text_file(Path(name), "configuration"), name, base)
+    if name not in recipe_names():
+        raise ConfigError(f"There is no recipe {name!r}.{nearest(name, recipe_names())}")
+    text = (resources.files("recurlm") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    return from_toml(text, f"recipe {name}", base)
+
+
+def parse_assignment(text: str) -> tuple[str, str, Any]:
+    """(section, key, value) of one `section.key=value`; the value is TOML, or a bare string."""
+    name, equals, raw = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot:
+        raise ConfigError(f"--set {text!r}: expected section.key=value, such as optimizer.lr=30.")
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+        value = parsed["value"] if len(parsed) == 1 else raw
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = raw.strip()
+    return section, key, value
+
+
+def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:
+    """The Config with every `section.key=value` applied in order."""
+    for text in assignments:
+        section, key, value = parse_assignment(text)
+        config = from_dict({section: {key: value}}, config)
+    return config
+
+
+def reference_markdown() -> str:
+    """The settings as Markdown tables: the content of docs/configuration.md."""
+    out = ["# Settings", "", "Generated from `src/recurlm/config.py` by `python -m recurlm.config`; do not edit.", ""]
+    out += ["Order: defaults < recipe < file < `--set section.key=value`.", ""]
+    for section, cls in SECTIONS.items():
+        out += [f"## [{section}]", "", "| setting | default | meaning |", "|---|---|---|"]
+        for f in dataclasses.fields(cls):
+            default = json.dumps(f.default)
+            out.append(f"| `{f.name}` | `{default}` | {f.metadata['help']} |")
+        out.append("")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    print(reference_markdown(), end="")

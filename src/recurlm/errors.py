@@ -1,0 +1,56 @@
+"""The errors a user can cause. The class says which exit code the command line returns; nothing else in
+recurlm raises an error that a user is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake that one sentence can explain: what was found, where, what was expected, what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting, recipe or option that cannot work."""
+
+
+class RequestError(UserError):
+    """A call with arguments out of range."""
+
+
+class DataError(UserError):
+    """Text, a token store or a tokenizer whose content is wrong."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A run directory or checkpoint whose content is wrong."""
+
+    exit_code = 3
+
+
+class RunError(UserError):
+    """A run that cannot go on: no space, no memory, or numbers that are no longer finite."""
+
+    exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A short ' Did you mean X?' for an unknown name, or the list of known names when none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+def lookup(registry: Mapping[str, T], name: str, setting: str) -> T:
+    """The entry of a literal registry; ConfigError naming the setting and the nearest entry otherwise."""
+    if name not in registry:
+        raise ConfigError(f"{setting} = {name!r} is not known.{nearest(name, registry)}")
+    return registry[name]

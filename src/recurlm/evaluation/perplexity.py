@@ -1,0 +1,96 @@
+"""The loss of a model over a text, and what follows from it, with the counting rule in words."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from recurlm.evaluation.metrics import TOP, ranks
+from recurlm.protocol import StatefulModel
+from recurlm.text.batches import Streams
+
+RULES = {
+    "exact": "nats summed over every token of the text, the first predicted from a boundary token, divided by their number",
+    "published": "as awd-lstm-lm: the remainder and each stream's first token left out, divided by tokens, not targets",
+}
+
+
+@dataclass
+class Totals:
+    """Sums over predicted targets."""
+
+    nats: float = 0.0
+    targets: int = 0
+    hits: tuple[float, ...] = (0.0,) * len(TOP)
+    reciprocal_rank: float = 0.0
+
+
+@torch.inference_mode()
+def stream_totals(model: StatefulModel, streams: Streams, window: int, with_ranks: bool = False) -> Totals:
+    """Totals over all counted targets of the streams; the state is carried from window to window."""
+    totals, position, state = Totals(), 0, model.initial_state(len(streams.starts))
+    while position < streams.length:
+        inputs_TB, targets_TB = (torch.from_numpy(a).to(model.device) for a in streams.window(position, window))
+        mask = streams.counted(position, window)
+        counted_TB = None if mask is None else torch.from_numpy(mask).to(model.device)
+        if with_ranks:
+            log_probs_TBV, state = model.advance(inputs_TB, state)
+            nll_TB = -log_probs_TBV.gather(-1, targets_TB[..., None]).squeeze(-1)
+            rank_TB = ranks(log_probs_TBV, targets_TB)
+            rank_N = rank_TB.flatten() if counted_TB is None else rank_TB[counted_TB]
+            found = [float((rank_N <= k).sum()) for k in TOP]
+            totals.hits = tuple(a + b for a, b in zip(totals.hits, found, strict=True))
+            totals.reciprocal_rank += float(rank_N.double().reciprocal().sum())
+        else:
+            nll_TB, state = model.score(inputs_TB, targets_TB, state)
+        nll_N = nll_TB.flatten() if counted_TB is None else nll_TB[counted_TB]
+        totals.nats += float(nll_N.double().sum())
+        totals.targets += nll_N.numel()
+        position += window
+    return totals
+
+
+def mean_loss(model: StatefulModel, ids: np.ndarray, boundary_id: int, batch_size: int, counting: str) -> float:
+    """Nats per token over `ids`, as training's validation needs it."""
+    streams = Streams(ids, batch_size, boundary_id, counting)
+    totals = stream_totals(model, streams, max(1, 2048 // batch_size))
+    return totals.nats / _divisor(streams, totals)
+
+
+def _divisor(streams: Streams, totals: Totals) -> int:
+    """Predicted targets; under the published rule one more a stream (behaviour kept for comparison only)."""
+    return max(1, totals.targets if streams.exact else totals.targets + len(streams.starts))
+
+
+def evaluate_ids(
+    model: StatefulModel, ids: np.ndarray, boundary_id: int, counts: dict[str, int], batch_size: int, counting: str, with_ranks: bool
+) -> dict[str, Any]:
+    """Metrics of the model on one text: loss_nats, ppl, ppl_word, bpc, bpb, tokens_per_s, with ranks top-k and mrr.
+
+    `counts` are the text's own numbers of words (line ends counted), characters and bytes.
+    """
+    start = time.perf_counter()
+    streams = Streams(ids, batch_size, boundary_id, counting)
+    window = max(1, min(1024 // batch_size + 1, (1 << 25) // (batch_size * model.vocab_size) if with_ranks else 4096))
+    totals = stream_totals(model, streams, window, with_ranks)
+    loss = totals.nats / _divisor(streams, totals)
+    text_nats = loss * len(ids)  # the whole text's, also under the published rule
+    out: dict[str, Any] = {
+        "loss_nats": loss,
+        "ppl": math.exp(min(loss, 700)),
+        "ppl_word": math.exp(min(text_nats / max(1, counts["words"]), 700)),
+        "bpc": text_nats / math.log(2) / max(1, counts["characters"]),
+        "bpb": text_nats / math.log(2) / max(1, counts["bytes"]),
+    }
+    if with_ranks:
+        targets = max(1, totals.targets)
+        out |= {f"top{k}": hit / targets for k, hit in zip(TOP, totals.hits, strict=True)}
+        out["mrr"] = totals.reciprocal_rank / targets
+    out |= {"targets": totals.targets, "batch_size": batch_size, "counting": counting, "rule": RULES[counting]}
+    out["tokens_per_s"] = totals.targets / max(1e-9, time.perf_counter() - start)
+    return out

@@ -1,0 +1,1 @@
+"""Inference: scoring and generation over ids."""

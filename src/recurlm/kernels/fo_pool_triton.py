@@ -1,0 +1,106 @@
+"""fo-pooling on the GPU: activations, recurrence and output gate in one pass over memory, one column a lane.
+
+Gates are read once and recomputed in the backward pass, which stores only c. Arithmetic is fp32 for every
+storage type.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64
+
+
+@triton.jit
+def _forward(gates, c0, scale, h_out, c_out, T, N, H, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = n < N
+    z_at = gates + (n // H).to(tl.int64) * 3 * H + n % H
+    c = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
+    for t in range(T):
+        row = tl.cast(t, tl.int64) * N
+        z = tl.load(z_at + 3 * row, mask=keep, other=0.0).to(tl.float32)
+        f = tl.load(z_at + 3 * row + H, mask=keep, other=0.0).to(tl.float32)
+        o = tl.load(z_at + 3 * row + 2 * H, mask=keep, other=0.0).to(tl.float32)
+        z = 2 * tl.sigmoid(2 * z) - 1  # tanh
+        f = tl.sigmoid(f)
+        if HAS_SCALE:
+            f = f * tl.load(scale + row + n, mask=keep, other=0.0).to(tl.float32)
+        c = c + f * (z - c)
+        tl.store(c_out + row + n, c, mask=keep)
+        tl.store(h_out + row + n, tl.sigmoid(o) * c, mask=keep)
+
+
+@triton.jit
+def _backward(gates, c0, scale, c_out, dh, dlast, dgates, dc0, T, N, H, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = n < N
+    offset = (n // H).to(tl.int64) * 3 * H + n % H
+    first = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
+    r = tl.load(dlast + n, mask=keep, other=0.0).to(tl.float32)
+    c = tl.load(c_out + tl.cast(T - 1, tl.int64) * N + n, mask=keep, other=0.0).to(tl.float32)
+    for i in range(T):
+        t = T - 1 - i
+        row = tl.cast(t, tl.int64) * N
+        at = 3 * row + offset
+        z = tl.load(gates + at, mask=keep, other=0.0).to(tl.float32)
+        s = tl.load(gates + at + H, mask=keep, other=0.0).to(tl.float32)
+        o = tl.load(gates + at + 2 * H, mask=keep, other=0.0).to(tl.float32)
+        g = tl.load(dh + row + n, mask=keep, other=0.0).to(tl.float32)
+        before = tl.load(c_out + row - N + n, mask=keep & (t > 0), other=0.0).to(tl.float32)
+        before = tl.where(t > 0, before, first)
+        z = 2 * tl.sigmoid(2 * z) - 1
+        s = tl.sigmoid(s)
+        o = tl.sigmoid(o)
+        f = s
+        ds = 1.0
+        if HAS_SCALE:
+            ds = tl.load(scale + row + n, mask=keep, other=0.0).to(tl.float32)
+            f = s * ds
+        r += g * o
+        tl.store(dgates + at, r * f * (1 - z * z), mask=keep)
+        tl.store(dgates + at + H, r * (z - before) * ds * s * (1 - s), mask=keep)
+        tl.store(dgates + at + 2 * H, g * c * o * (1 - o), mask=keep)
+        r = r - r * f
+        c = before
+    tl.store(dc0 + n, r, mask=keep)
+
+
+class _FoPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates_TB3H: Tensor, c_BH: Tensor, scale_TBH: Tensor | None):  # type: ignore[override]
+        T, B, H = gates_TB3H.shape[0], *c_BH.shape
+        gates_TB3H, c_BH = gates_TB3H.contiguous(), c_BH.contiguous()
+        scale_TBH = None if scale_TBH is None else scale_TBH.expand(T, B, H).contiguous()
+        h_TBH = gates_TB3H.new_empty(T, B, H)
+        c_TBH = torch.empty_like(h_TBH)
+        grid = (triton.cdiv(B * H, BLOCK),)
+        mask = gates_TB3H if scale_TBH is None else scale_TBH  # any pointer: not read without a scale
+        _forward[grid](
+            gates_TB3H, c_BH, mask, h_TBH, c_TBH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2
+        )  # fmt: skip
+        ctx.save_for_backward(gates_TB3H, c_BH, scale_TBH, c_TBH)
+        return h_TBH, c_TBH[-1].clone()
+
+    @staticmethod
+    def backward(ctx, grad_h_TBH: Tensor, grad_last_BH: Tensor):  # type: ignore[override]
+        gates_TB3H, c_BH, scale_TBH, c_TBH = ctx.saved_tensors
+        T, B, H = c_TBH.shape
+        grad_gates_TB3H, grad_c_BH = torch.empty_like(gates_TB3H), torch.empty_like(c_BH)
+        grid = (triton.cdiv(B * H, BLOCK),)
+        mask = gates_TB3H if scale_TBH is None else scale_TBH
+        _backward[grid](
+            gates_TB3H, c_BH, mask, c_TBH, grad_h_TBH.contiguous(), grad_last_BH.contiguous(),
+            grad_gates_TB3H, grad_c_BH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2
+        )  # fmt: skip
+        return grad_gates_TB3H, grad_c_BH, None
+
+
+def fo_pool(gates_TB3H: Tensor, c_BH: Tensor, scale_TBH: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(h_TBH, last c_BH); the same as `reference.fo_pool`, for GPU tensors of float32, bfloat16 or float16."""
+    if gates_TB3H.shape[0] == 0:
+        return gates_TB3H.new_empty((0, *c_BH.shape)), c_BH
+    return _FoPool.apply(gates_TB3H, c_BH, scale_TBH)  # type: ignore[return-value]

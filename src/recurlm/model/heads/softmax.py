@@ -1,0 +1,60 @@
+"""The full softmax, with a matrix of its own or with the embedding's (tied)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from recurlm.config import ModelConfig
+from recurlm.errors import ConfigError
+from recurlm.model.heads.base import Head
+from recurlm.model.layers.base import uniform
+
+
+def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
+    """logits_NV in fp32 (or the input's type when wider); the product runs in the type of `hidden_NH`."""
+    out_NV = linear(hidden_NH, weight_VH.to(hidden_NH.dtype), bias_V.to(hidden_NH.dtype))
+    return out_NV.float() if out_NV.dtype in (torch.bfloat16, torch.float16) else out_NV
+
+
+class SoftmaxHead(Head):
+    """softmax(W h + b) with its own W."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, bound: float, generator: Generator):
+        super().__init__()
+        self.weight = uniform((vocab_size, hidden_size), bound, generator)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    @classmethod
+    def build(cls, vocab_size: int, hidden_size: int, config: ModelConfig, generator: Generator) -> SoftmaxHead:
+        return cls(vocab_size, hidden_size, config.init_range, generator)
+
+    def nll(self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor) -> Tensor:
+        return cross_entropy(logits(hidden_NH, self.weight, self.bias), targets_N, reduction="none")
+
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
+        return logits(hidden_NH, self.weight, self.bias).log_softmax(-1)
+
+
+class TiedHead(Head):
+    """softmax(E h + b): the embedding matrix E is the output matrix (Inan et al. 2017; Press & Wolf 2017)."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    @classmethod
+    def build(cls, vocab_size: int, hidden_size: int, config: ModelConfig, generator: Generator) -> TiedHead:
+        if hidden_size != config.embedding_size:
+            raise ConfigError(
+                f"model.head = 'tied' needs a last layer of embedding_size = {config.embedding_size} units, "
+                f"found {hidden_size}; change model.hidden_sizes or take head = 'softmax'."
+            )
+        return cls(vocab_size)
+
+    def nll(self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor) -> Tensor:
+        return cross_entropy(logits(hidden_NH, embedding_VE, self.bias), targets_N, reduction="none")
+
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
+        return logits(hidden_NH, embedding_VE, self.bias).log_softmax(-1)

@@ -1,0 +1,66 @@
+"""QRNN (Bradbury et al. 2017): a convolution over time for the gates, then fo-pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import linear
+
+from recurlm import kernels
+from recurlm.config import ModelConfig
+from recurlm.model.layers.base import LayerState, RecurrentLayer, uniform
+
+
+class QRNN(RecurrentLayer):
+    """Gates Z, F, O from [x_t ; x_{t-1} ; ...] (window inputs); state (c_BH,) or (c_BH, previous_BWI).
+
+    The carried c is the one before the output gate. `previous` holds the last window - 1 inputs, oldest first;
+    a zero stands for an input before the text. Weight drop acts on the whole input weight.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, window: int, zoneout: float, generator: Generator):
+        super().__init__()
+        self.input_size, self.hidden_size, self.window, self.zoneout = input_size, hidden_size, window, zoneout
+        bound = (window * input_size) ** -0.5
+        self.weight = uniform((3 * hidden_size, window * input_size), bound, generator)
+        self.bias = uniform((3 * hidden_size,), bound, generator)
+
+    @classmethod
+    def build(
+        cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator
+    ) -> QRNN:
+        window = config.windows[index] if index < len(config.windows) else 1
+        return cls(input_size, hidden_size, window, config.zoneout, generator)
+
+    @property
+    def droppable(self) -> nn.Parameter:
+        return self.weight
+
+    def initial_state(self, batch: int, like: Tensor) -> LayerState:
+        c_BH = like.new_zeros(batch, self.hidden_size)
+        if self.window == 1:
+            return (c_BH,)
+        return c_BH, like.new_zeros(batch, self.window - 1, self.input_size)
+
+    def _scale(self, x_TBI: Tensor, generator: Generator | None) -> Tensor | None:
+        if self.zoneout == 0:
+            return None
+        scale = x_TBI.new_full((*x_TBI.shape[:2], self.hidden_size), 1 - self.zoneout)
+        return scale if generator is None else scale.bernoulli_(1 - self.zoneout, generator=generator)
+
+    def forward(
+        self, x_TBI: Tensor, state: LayerState, weight: Tensor, generator: Generator | None
+    ) -> tuple[Tensor, LayerState]:
+        weight, bias, T = weight.to(x_TBI.dtype), self.bias.to(x_TBI.dtype), x_TBI.shape[0]
+        if self.window == 1:
+            gates_TB3H = linear(x_TBI, weight, bias)
+            carried: tuple[Tensor, ...] = ()
+        else:
+            past_TBI = torch.cat((state[1].transpose(0, 1), x_TBI))
+            gates_TB3H = bias
+            for back, part in enumerate(weight.split(self.input_size, dim=1)):
+                start = self.window - 1 - back
+                gates_TB3H = gates_TB3H + linear(past_TBI[start : start + T], part)
+            carried = (past_TBI[T:].transpose(0, 1),)
+        h_TBH, c_BH = kernels.fo_pool(gates_TB3H, state[0], self._scale(x_TBI, generator))
+        return h_TBH, (c_BH, *carried)

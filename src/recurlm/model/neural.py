@@ -1,0 +1,101 @@
+"""The neural language model: embedding -> recurrent layers -> head. State goes in and comes out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from recurlm.config import DropoutConfig, ModelConfig
+from recurlm.errors import lookup
+from recurlm.model import dropout as drop
+from recurlm.model.heads import HEADS
+from recurlm.model.layers import LAYERS
+from recurlm.model.layers.base import uniform
+from recurlm.protocol import State, StatefulModel
+
+CHUNK_ELEMENTS = 1 << 26  # log-probabilities held at once when no gradient is needed
+
+
+class Activations(NamedTuple):
+    """What one forward pass gives: the last layer before and after its dropout, and the state."""
+
+    raw_TBH: Tensor
+    dropped_TBH: Tensor
+    state: State
+
+
+def layer_sizes(config: ModelConfig) -> tuple[int, ...]:
+    """Units of every layer: `hidden_sizes`, or hidden_size with a last layer that fits a tied head."""
+    if config.hidden_sizes:
+        return config.hidden_sizes
+    last = config.embedding_size if config.head != "softmax" else config.hidden_size
+    return (config.hidden_size,) * (config.num_layers - 1) + (last,)
+
+
+class NeuralModel(nn.Module, StatefulModel):
+    """A recurrent language model with fp32 weights and an explicit compute type."""
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, generator: Generator, compute_dtype: torch.dtype = torch.float32
+    ):
+        super().__init__()
+        layer, head = lookup(LAYERS, config.layer, "model.layer"), lookup(HEADS, config.head, "model.head")
+        self.config, self.vocab_size, self.compute_dtype = config, vocab_size, compute_dtype
+        sizes = layer_sizes(config)
+        inputs = (config.embedding_size, *sizes[:-1])
+        self.embedding = uniform((vocab_size, config.embedding_size), config.init_range, generator)
+        self.layers = nn.ModuleList(
+            layer.build(i, h, n, config, generator) for n, (i, h) in enumerate(zip(inputs, sizes, strict=True))
+        )
+        self.head = head.build(vocab_size, sizes[-1], config, generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def initial_state(self, batch: int) -> State:
+        like = self.embedding.new_empty(0, dtype=self._dtype())
+        return tuple(layer.initial_state(batch, like) for layer in self.layers)  # type: ignore[operator]
+
+    def _dtype(self) -> torch.dtype:
+        """The compute type; a model in float64 (tests) computes in float64."""
+        return torch.float64 if self.embedding.dtype == torch.float64 else self.compute_dtype
+
+    def forward(
+        self, ids_TB: Tensor, state: State, dropout: DropoutConfig | None = None, generator: Generator | None = None
+    ) -> Activations:
+        """The activations for `ids_TB`. With `dropout` and `generator` it is a training pass, without an evaluation."""
+        p = dropout if dropout is not None and generator is not None else DropoutConfig()
+        noise = generator if dropout is not None else None
+        x = drop.embed(ids_TB, self.embedding, p.embedding, noise)
+        x = drop.locked(x.to(self._dtype()), p.input, noise)
+        raw, states = x, []
+        for n, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
+            weight = drop.weight_drop(layer.droppable, p.weight, noise)  # type: ignore[arg-type]
+            raw, new_state = layer(x, layer_state, weight, noise)
+            x = drop.locked(raw, p.hidden if n < len(self.layers) - 1 else p.output, noise)
+            states.append(new_state)
+        return Activations(raw, x, tuple(states))
+
+    def nll(self, hidden_TBH: Tensor, targets_TB: Tensor) -> Tensor:
+        """nll_TB of the targets given the last layer's output; in chunks of rows when no gradient is needed."""
+        hidden_NH, targets_N = hidden_TBH.flatten(0, 1), targets_TB.flatten()
+        rows = hidden_NH.shape[0]
+        step = max(1, CHUNK_ELEMENTS // self.vocab_size) if not torch.is_grad_enabled() else max(1, rows)
+        parts = [
+            self.head.nll(hidden_NH[i : i + step], targets_N[i : i + step], self.embedding)  # type: ignore[operator]
+            for i in range(0, rows, step)
+        ]
+        nll_N = torch.cat(parts) if parts else hidden_NH.new_zeros(0)
+        return nll_N.view(targets_TB.shape)
+
+    def advance(self, ids_TB: Tensor, state: State) -> tuple[Tensor, State]:
+        out = self(ids_TB, state)
+        log_probs_NV = self.head.log_probs(out.raw_TBH.flatten(0, 1), self.embedding)  # type: ignore[operator]
+        return log_probs_NV.view(*ids_TB.shape, self.vocab_size), out.state
+
+    def score(self, ids_TB: Tensor, targets_TB: Tensor, state: State) -> tuple[Tensor, State]:
+        out = self(ids_TB, state)
+        return self.nll(out.raw_TBH, targets_TB), out.state

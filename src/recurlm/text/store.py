@@ -1,0 +1,301 @@
+"""Token ids on disk: a folder with store.json, tokenizer.json and SPLIT.bin, read through memory maps.
+
+The folder is written under another name, flushed to the disk and then renamed: it exists whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, final
+
+import numpy as np
+
+from recurlm.config import TokenizerConfig
+from recurlm.errors import DataError, UserError, lookup
+from recurlm.files import sha256, sync, to_json
+from recurlm.text.corpora import Corpus, open_corpus
+from recurlm.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train_tokenizer
+
+FORMAT = 1
+MAX_WORD = 64 << 20
+_PREPARE = "prepare the text again with `recurlm data prepare`"
+
+
+@final
+@dataclass(frozen=True)
+class SplitInfo:
+    """Counts of one split. A word is a stretch without white space; words includes one for each line's end."""
+
+    tokens: int
+    words: int
+    lines: int
+    characters: int
+    bytes: int
+    sha256: str
+
+
+@final
+@dataclass(frozen=True)
+class Store:
+    """A store at `path`. `hash` stands for its content: the tokenizer, every id and every count."""
+
+    path: Path
+    info: Mapping[str, SplitInfo]
+    hash: str
+    tokenizer_kind: str
+    tokenizer_hash: str
+    vocab_size: int
+    dtype: str
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.info)
+
+    def ids(self, split: str) -> np.memmap:
+        """The split's ids: 1-D, uint16 or uint32, read-only, in the file. DataError for a split that is not there."""
+        if split not in self.info:
+            raise DataError(f"{self.path} has no {split} text; it has {', '.join(self.splits)}.")
+        return np.memmap(self.path / f"{split}.bin", np.dtype(self.dtype), "r")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids."""
+        return load_tokenizer(self.path / "tokenizer.json")
+
+    def verify(self) -> None:
+        """None when every file has its sha256; DataError naming the first that has not."""
+        for split, info in self.info.items():
+            file = self.path / f"{split}.bin"
+            if sha256(file) != info.sha256:
+                raise DataError(f"{file}: its content has changed since it was written; {_PREPARE}.")
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether there is a folder with a store.json at `path`."""
+    return (Path(path) / "store.json").is_file()
+
+
+def prepare(
+    source: str | Path,
+    config: TokenizerConfig,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    overwrite: bool = False,
+) -> Store:
+    """The store at `path` of the text at `source` (see `open_corpus`), with a tokenizer made from it or the one given."""
+    _check_target(Path(path), overwrite)
+    corpus = open_corpus(source)
+    return write_store(corpus, tokenizer or build_tokenizer(corpus, config), path, overwrite=overwrite)
+
+
+def build_tokenizer(corpus: Corpus, config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of `config`; its vocabulary is that of the train split, or with vocab_splits "all" of all splits."""
+    cls = lookup(TOKENIZERS, config.kind, "tokenizer.kind")
+    splits = corpus.splits if config.vocab_splits == "all" else ("train",)
+    if cls.reads_bytes:
+        return train_tokenizer((), config)
+    return train_tokenizer(
+        (text for s in splits for text in texts(corpus.blocks(s), cls, corpus.places[s])), config
+    )
+
+
+def write_store(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    splits: Iterable[str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Store:
+    """The store written at `path`, block by block: memory does not grow with the text.
+
+    UserError when `path` exists (with `overwrite` another store there is replaced); DataError for an empty split
+    or text that is not UTF-8.
+    """
+    path = Path(path)
+    _check_target(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_litter(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    try:
+        temporary.mkdir()
+        info = {}
+        for split in corpus.splits if splits is None else splits:
+            with (temporary / f"{split}.bin").open("wb") as file:
+                info[split] = _write_split(corpus, split, tokenizer, np.dtype(dtype), file)
+        tokenizer.save(temporary / "tokenizer.json")
+        content = {
+            "format": FORMAT,
+            "tokenizer": {"kind": tokenizer.kind, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
+            "dtype": dtype,
+            "splits": {split: asdict(counts) for split, counts in info.items()},
+        }
+        (temporary / "store.json").write_text(to_json(content | {"hash": _hash(content)}), encoding="utf-8")
+        for written in (*temporary.iterdir(), temporary):
+            sync(written)
+        if path.exists():
+            path.rename(old := path.with_name(f".{path.name}.tmp-{os.getpid()}-old"))
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_store(path)
+
+
+def open_store(path: str | Path) -> Store:
+    """The store at `path`. UserError when there is none; DataError when its files do not fit together.
+
+    Sizes are checked here, the ids themselves by `Store.verify`.
+    """
+    path = Path(path)
+    file = path / "store.json"
+    if not file.is_file():
+        raise UserError(
+            f"{path}: no store here (no store.json); make one with `recurlm data prepare SOURCE -o {path}`."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        hash, version, tokenizer = content.pop("hash"), content["format"], content["tokenizer"]
+        store = Store(
+            path,
+            {split: SplitInfo(**counts) for split, counts in content["splits"].items()},
+            hash,
+            tokenizer["kind"],
+            tokenizer["hash"],
+            tokenizer["vocab_size"],
+            content["dtype"],
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(f"{file}: cannot be read as a store's description; {_PREPARE}.") from None
+    if version != FORMAT:
+        raise DataError(f"{file}: found format {version!r}, this recurlm reads format {FORMAT}; {_PREPARE}.")
+    if hash != _hash(content):
+        raise DataError(f"{file}: its content does not have the hash it states; {_PREPARE}.")
+    for split, info in store.info.items():
+        ids = path / f"{split}.bin"
+        expected = info.tokens * np.dtype(store.dtype).itemsize
+        found = ids.stat().st_size if ids.is_file() else None
+        if found != expected:
+            seen = "no file" if found is None else f"{found} bytes"
+            raise DataError(f"{ids}: found {seen}, expected {expected} bytes; {_PREPARE}.")
+    saved = path / "tokenizer.json"
+    if not saved.is_file() or sha256(saved) != store.tokenizer_hash:
+        raise DataError(f"{saved}: not the tokenizer that this store was made with; {_PREPARE}.")
+    return store
+
+
+def texts(blocks: Iterable[bytes], tokenizer: type[Tokenizer], place: str) -> Iterator[str]:
+    """The blocks as text, cut where `tokenizer` allows, so that the ids are those of the whole; the last line is ended.
+
+    DataError naming `place` for bytes that are not UTF-8, or a word of more than 64 MB.
+    """
+    carry, offset, last = "", 0, "\n"
+    for block in blocks:
+        try:
+            text = carry + block.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{place}: not UTF-8 text at byte {offset + error.start}; convert it to UTF-8, or use the byte tokenizer."
+            ) from None
+        offset, last = offset + len(block), text[-1]
+        end = len(text) if last == "\n" else text.rfind("\n") + 1 or tokenizer.cut(text)
+        carry = text[end:]
+        if len(carry) > MAX_WORD:
+            raise DataError(
+                f"{place}: a word of more than {MAX_WORD >> 20} MB before byte {offset}; use char, byte or bpe."
+            )
+        if end:
+            yield text[:end]
+    if carry or last != "\n":
+        yield carry + (tokenizer.line_end if last != "\n" else "")
+
+
+# White space in UTF-8: ASCII's, then that of two and three bytes.
+_SPACE = bytes([*range(0x09, 0x0E), *range(0x1C, 0x21)])
+_IS_SPACE = bytes(32 if byte in _SPACE else 120 for byte in range(256))
+_WIDE_SPACES = [chr(p).encode() for p in range(0x80, 0x3001) if chr(p).isspace()]
+_CONTINUATION = bytes(range(0x80, 0xC0))
+
+
+class _Counter:
+    """Counts words, lines, characters and bytes of the blocks that pass through `watch`."""
+
+    def __init__(self):
+        self.words = self.lines = self.characters = self.bytes = 0
+
+    def watch(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        before, last = b" ", b"\n"
+        for block in blocks:
+            self.lines += block.count(b"\n")
+            self.bytes += len(block)
+            self.characters += len(block if block.isascii() else block.translate(None, _CONTINUATION))
+            spaced = block
+            if not block.isascii():
+                for space in _WIDE_SPACES:
+                    spaced = spaced.replace(space, b" ")
+            marks = before + spaced.translate(_IS_SPACE)
+            self.words += marks.count(b" x")
+            before, last = marks[-1:], block[-1:]
+            yield block
+        self.lines += last != b"\n"
+        self.words += self.lines
+
+
+def _write_split(
+    corpus: Corpus, split: str, tokenizer: Tokenizer, dtype: np.dtype, file: BinaryIO
+) -> SplitInfo:
+    counter, digest, tokens = _Counter(), hashlib.sha256(), 0
+    blocks = counter.watch(corpus.blocks(split))
+    parts = blocks if tokenizer.reads_bytes else texts(blocks, type(tokenizer), corpus.places[split])
+    for part in parts:
+        ids = tokenizer.encode_prefix(part)  # type: ignore[arg-type]
+        if ids.size:
+            assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size, "an id outside the vocabulary"
+            data = ids.astype(dtype).data
+            digest.update(data)
+            file.write(data)
+            tokens += ids.size
+    if not tokens:
+        raise DataError(f"{corpus.places[split]}: the {split} text is empty; expected at least one line.")
+    return SplitInfo(
+        tokens, counter.words, counter.lines, counter.characters, counter.bytes, digest.hexdigest()
+    )
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if path.exists() and not (overwrite and is_store(path)):
+        what = "a store" if is_store(path) else "something that is not a store"
+        remedy = "use --force to replace it, or " if is_store(path) else ""
+        raise UserError(f"{path}: {what} exists already; {remedy}choose another path.")
+
+
+def _remove_litter(path: Path) -> None:
+    """Removes what writers of `path` left behind that run no more."""
+    for folder in path.parent.glob(f".{path.name}.tmp-*"):
+        pid = folder.name.split(".tmp-")[-1].split("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return pid != os.getpid()
+
+
+def _hash(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Training: objective, optimiser, schedule, averaging, checkpoints, the loop."""

