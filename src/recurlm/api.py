@@ -190,17 +190,18 @@ def plan(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(config, _store(config, Path(scratch), keep=False), Path(scratch), quiet=True)
         cuda = trainer.device.type == "cuda"
-        seconds: list[float] = []
+        seconds, tokens = [0.0], [0]
         with precision.applied(trainer.precision):
+            trainer.step()  # the first compiles, allocates and warms up
             while len(seconds) < 2 or (len(seconds) < 20 and sum(seconds) < 3):
                 start = time.perf_counter()
-                trainer.step()
+                tokens.append(trainer.step()["tokens"])
                 seconds.append(time.perf_counter() - start)
         store, data = trainer.store, config.data
         mean = data.bptt * (data.bptt_full_share + (1 - data.bptt_full_share) / 2)
         steps = math.ceil(trainer.streams.train_length / mean)
         total = min(steps * config.train.epochs, config.train.max_steps or math.inf)
-        step_seconds = min(seconds[1:])
+        step_seconds = sum(seconds) / sum(tokens) * mean * data.batch_size
         used = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "parameters": sum(p.numel() for p in trainer.parameters),

@@ -50,7 +50,7 @@ def test_small_single_files(tmp_path: Path, lines: int):
     path = tmp_path / "text"
     path.write_text("".join(f"{i}\n" for i in range(lines)))
     parts = [whole(open_corpus(path), split).decode().split() for split in SPLITS]
-    assert sum(parts, []) == [str(i) for i in range(lines)]
+    assert [line for part in parts for line in part] == [str(i) for i in range(lines)]
     assert [len(part) for part in parts[1:]] == [max(1, lines // 20)] * 2
 
 
@@ -73,7 +73,7 @@ def test_folder_names(tmp_path: Path):
 
 
 def test_folder_mistakes(tmp_path: Path):
-    with pytest.raises(UserError, match="no train text; expected train.txt"):
+    with pytest.raises(UserError, match="no train text; expected train"):
         open_corpus(tmp_path)
     (tmp_path / "train.txt").write_text("a\n")
     corpus = open_corpus(tmp_path)
@@ -81,7 +81,7 @@ def test_folder_mistakes(tmp_path: Path):
     with pytest.raises(DataError, match="has no valid text; it has train"):
         corpus.blocks("valid")
     (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(UserError, match="both train.jsonl and train.txt"):
+    with pytest.raises(UserError, match=r"both train.jsonl and train.txt"):
         open_corpus(tmp_path)
 
 
@@ -105,7 +105,16 @@ def test_one_long_line_is_cut_between_characters(tmp_path: Path, unit: str):
 
 @pytest.mark.parametrize(
     "line",
-    ["nonsense", "[]", '{"txt": "a"}', '{"text": 1}', '{"text": "\\ud800"}', "[" * 9999, '{"text": null}', "\ufeff1"],
+    [
+        "nonsense",
+        "[]",
+        '{"txt": "a"}',
+        '{"text": 1}',
+        '{"text": "\\ud800"}',
+        "[" * 9999,
+        '{"text": null}',
+        "\ufeff1",
+    ],
 )
 def test_bad_documents(tmp_path: Path, line: str):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n\n' + line + "\n", encoding="utf-8")
@@ -118,10 +127,6 @@ def test_documents(tmp_path: Path):
     assert whole(open_corpus(tmp_path), "train").decode() == "a\nb\nc\n\n\ufeff\u2028\n"
 
 
-def odd(write: Callable[[Path], object], name: str = "text.txt"):
-    return pytest.param(write, name, id=write.__doc__ or name)
-
-
 @pytest.mark.parametrize(
     ("write", "name", "message"),
     [
@@ -131,7 +136,11 @@ def odd(write: Callable[[Path], object], name: str = "text.txt"):
         (lambda p: p.write_text("one\ntwo\n"), "short.txt", "found 2 lines,"),
         (lambda p: p.write_bytes(b"not gzip"), "bad.gz", "damaged or cut short"),
         (lambda p: p.write_bytes(gzip.compress(b"a\n" * 99)[:-9]), "cut.gz", "damaged or cut short"),
-        (lambda p: p.write_bytes(gzip.compress(b"a\n" * 99)[:12] + b"\xff" * 9), "bad.gz", "damaged or cut short"),
+        (
+            lambda p: p.write_bytes(gzip.compress(b"a\n" * 99)[:12] + b"\xff" * 9),
+            "bad.gz",
+            "damaged or cut short",
+        ),
         (os.mkfifo, "fifo", "not a regular file"),
     ],
 )
@@ -190,7 +199,11 @@ def test_get_from_a_folder(ptb: Path, tmp_path: Path):
     assert whole(open_corpus("ptb"), "valid") == (ptb / "valid.txt").read_bytes()
     corpora.get("ptb-char")  # from the word files that are here now
     characters = {split: whole(open_corpus("ptb-char"), split).decode() for split in SPLITS}
-    assert {s: len(t) for s, t in characters.items()} == {"train": 5_017_482, "valid": 393_042, "test": 442_423}
+    assert {s: len(t) for s, t in characters.items()} == {
+        "train": 5_017_482,
+        "valid": 393_042,
+        "test": 442_423,
+    }
     assert len(set("".join(characters.values()))) == 50
     with pytest.raises(UserError, match="exists already"):
         corpora.get("ptb", ptb)
@@ -198,7 +211,9 @@ def test_get_from_a_folder(ptb: Path, tmp_path: Path):
 
 
 def test_get_refuses_other_files(folder: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"train.txt: not the published file: found .* expected 5101618 bytes"):
+    with pytest.raises(
+        DataError, match=r"train.txt: not the published file: found .* expected 5101618 bytes"
+    ):
         corpora.get("ptb", folder)
     (folder / "valid.txt").unlink()
     with pytest.raises(UserError, match="no valid file of wikitext-2"):
@@ -237,7 +252,7 @@ def test_shakespeare():
     assert "HAMLET:\nTo be, or not to be: that is the question:\n" in texts["test"]
     assert "HAMLET:" not in texts["train"] and "PROSPERO:" not in texts["train"]
     assert not set("*_#\\—") & set("".join(texts.values()))
-    assert set(texts["valid"] + texts["test"]) <= set(texts["train"])
+    assert set(texts["valid"] + texts["test"]) - set(texts["train"]) == set("079")  # Twelfth Night has a year
     corpora.get("shakespeare")  # has the recorded sha256
     assert whole(open_corpus("shakespeare"), "test").decode() == texts["test"]
 
@@ -249,9 +264,7 @@ def test_shakespeare_without_its_package(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_plain_text_of_a_play():
-    markdown = (
-        "# Title\n\n## ACT I\n\n_Enter A,\nand B_\n\n**A**  \nWhat, _\\[Aside]_  \nho!\\--\n\n\n*Exit.*\n\n**B & A**\nAy, & c.\n"
-    )
+    markdown = "# Title\n\n## ACT I\n\n_Enter A,\nand B_\n\n**A**  \nWhat, _\\[Aside]_  \nho!\\--\n\n\n*Exit.*\n\n**B & A**\nAy, & c.\n"
     assert plays.plain(markdown) == (
         "Title\n\nACT I\n\n[Enter A,\nand B]\n\nA:\nWhat, [Aside]\nho!--\n\n[Exit.]\n\nB & A:\nAy, &c.\n"
     )

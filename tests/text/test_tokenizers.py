@@ -18,7 +18,8 @@ from recurlm.text.store import texts
 from recurlm.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train_tokenizer
 
 SAMPLE = (Path(__file__).parent / "conftest.py").read_text(encoding="utf-8") * 3 + (
-    "The cat sat on the mat .\nthe dog's ball <unk> rolled , didn't it ?\n\nFüße naïve 戦場 🎈 e\u0301 12345\n" * 20
+    "The cat sat on the mat .\nthe dog's ball <unk> rolled , didn't it ?\n\nFüße naïve 戦場 🎈 e\u0301 12345\n"
+    * 20
 )
 VARIANTS = {kind: TokenizerConfig(kind=kind) for kind in TOKENIZERS} | {
     "char without bytes": TokenizerConfig(kind="char", byte_fallback=False),
@@ -34,8 +35,39 @@ exact = pytest.mark.parametrize("tokenizer", EXACT.values(), ids=list(EXACT))
 scalars = st.characters(exclude_categories=["Cs"])
 # Ordinary text, any scalars, and what regular expressions and control tokens trip over.
 awkward = st.sampled_from(
-    ["\n", "\r\n", " ", "  ", "\t", "\x00", "\ufeff", "\u2028", "\x85", "\xa0", "\x1c", "\x1f", "\u0301", "'", "'s"]
-    + ["'ll", "<eos>", "<unk>", "<0x41>", "Ġ", "the", " cat", "é", "戦", "🎈", "12345", "!!!", "a" * 70, " " * 70]
+    [
+        "\n",
+        "\r\n",
+        " ",
+        "  ",
+        "\t",
+        "\x00",
+        "\ufeff",
+        "\u2028",
+        "\x85",
+        "\xa0",
+        "\x1c",
+        "\x1f",
+        "\u0301",
+        "'",
+        "'s",
+    ]
+    + [
+        "'ll",
+        "<eos>",
+        "<unk>",
+        "<0x41>",
+        "Ġ",
+        "the",
+        " cat",
+        "é",
+        "戦",
+        "🎈",
+        "12345",
+        "!!!",
+        "a" * 70,
+        " " * 70,
+    ]
 )
 plain_text = st.lists(st.one_of(awkward, st.text(scalars, max_size=6)), max_size=12).map("".join)
 
@@ -62,7 +94,7 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_is_deterministic(name: str):
-    blocks = [line for line in SAMPLE.splitlines(keepends=True)]
+    blocks = SAMPLE.splitlines(keepends=True)
     assert train_tokenizer(iter(blocks), VARIANTS[name]).hash == TRAINED[name].hash
 
 
@@ -94,9 +126,9 @@ def test_word_round_trip_normalises_white_space_only(text: str):
     tokenizer = train_tokenizer([text, "x\n"], TokenizerConfig(kind="word"))
     lines = text.removesuffix("\n").split("\n") if text else []
     words = ["<unk>" if word == "<eos>" else word for line in lines for word in [*line.split(), "\n"]]
-    assert tokenizer.decode(tokenizer.encode(text)).split(" ") == " ".join(words).replace(" \n", "\n").replace(
-        "\n ", "\n"
-    ).split(" ")
+    assert tokenizer.decode(tokenizer.encode(text)).split(" ") == " ".join(words).replace(
+        " \n", "\n"
+    ).replace("\n ", "\n").split(" ")
     assert tokenizer.encode(text).size == len(words)
 
 
@@ -116,7 +148,9 @@ def test_ids_do_not_depend_on_blocks(tokenizer: Tokenizer, text: str, data: st.D
     """Blocks may end inside a line, at any character."""
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
     blocks = [text[i:j].encode() for i, j in zip([0, *places], [*places, len(text)], strict=True) if j > i]
-    ids = [i for part in texts(blocks, type(tokenizer), "here") for i in tokenizer.encode_prefix(part).tolist()]
+    ids = [
+        i for part in texts(blocks, type(tokenizer), "here") for i in tokenizer.encode_prefix(part).tolist()
+    ]
     assert ids == tokenizer.encode(text).tolist()
 
 
@@ -157,7 +191,16 @@ def test_foreign_and_damaged_files(tmp_path: Path):
     with pytest.raises(UserError, match="cannot read"):
         load_tokenizer(path)
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
-    for text in ("", "{}", "[]", "null", "[" * 100_000, '{"model": 1}', '{"model": {"vocab": {}}}', library.to_str()):
+    for text in (
+        "",
+        "{}",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"model": 1}',
+        '{"model": {"vocab": {}}}',
+        library.to_str(),
+    ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match="tokenizer.json"):
             load_tokenizer(path)
@@ -209,7 +252,11 @@ def test_word_splits_as_python_does():
     for point in range(0x110000):
         if chr(point).isspace() and point != ord("\n"):
             text = f"the{chr(point)}cat\n"
-            assert words.encode(text).tolist() == words.encode("the cat\n").tolist() == LIBRARY["word"].encode(text).ids
+            assert (
+                words.encode(text).tolist()
+                == words.encode("the cat\n").tolist()
+                == LIBRARY["word"].encode(text).ids
+            )
     assert words.encode("the\x85\x0b\u2028cat").size == 3
 
 

@@ -42,7 +42,11 @@ def list_sets(as_json: Json = False) -> None:
     table = Table("name", "what", "MB", "licence", "present", "URL")
     for entry in sets:
         size = f"{sum(entry['bytes'].values()) / 1e6:.1f}"
-        url = ("tried" if entry["url_tried"] else "not tried") if entry["urls"] else f"from {entry['made_from']}"
+        url = (
+            ("tried" if entry["url_tried"] else "not tried")
+            if entry["urls"]
+            else f"from {entry['made_from']}"
+        )
         table.add_row(entry["name"], entry["what"], size, entry["licence"], entry["where"] or "no", url)
     return Console().print(table)
 
@@ -51,10 +55,12 @@ def list_sets(as_json: Json = False) -> None:
 def get_set(
     name: Annotated[str, typer.Argument(help="Name of a data set, as `recurlm data list` shows it.")],
     from_dir: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="Take the train, valid and test files from here.")
+        Path | None,
+        typer.Option("--from", metavar="DIR", help="Take the train, valid and test files from here."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to make; default: the data folder.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="DIR", help="Folder to make; default: the data folder."),
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -71,14 +77,17 @@ def get_set(
 
 @app.command("prepare")
 def prepare(
-    source: Annotated[str, typer.Argument(help="Text file, folder with train/valid/test, or name of a data set.")],
+    source: Annotated[
+        str, typer.Argument(help="Text file, folder with train/valid/test, or name of a data set.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="STORE", help="Store to make.")],
     tokenizer: Annotated[str, typer.Option(help="word, char, byte or bpe.")] = "word",
     vocab_size: Annotated[int, typer.Option(help="Largest vocabulary; 0 = default.")] = 0,
     min_count: Annotated[int, typer.Option(help="word, char: rarer types become unknown.")] = 1,
     vocab_splits: Annotated[str, typer.Option(help="Text of the vocabulary: train or all.")] = "train",
     byte_fallback: Annotated[
-        bool, typer.Option("--byte-fallback/--no-byte-fallback", help="char: spell unknown characters as bytes.")
+        bool,
+        typer.Option("--byte-fallback/--no-byte-fallback", help="char: spell unknown characters as bytes."),
     ] = True,
     force: Force = False,
     as_json: Json = False,
@@ -109,7 +118,9 @@ def prepare(
         )
     print(f"{made.path}: {made.tokenizer_kind}, {made.vocab_size} ids")
     for split, info in made.info.items():
-        print(f"{split}: {info.tokens} tokens, {info.words} words and line ends, {info.characters} characters")
+        print(
+            f"{split}: {info.tokens} tokens, {info.words} words and line ends, {info.characters} characters"
+        )
     return None
 
 

@@ -15,11 +15,12 @@ BLOCK = 64
 
 
 @triton.jit
-def _forward(gates, c0, scale, h_out, c_out, T, N, H, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(gates, c0, scale, h_out, c_all, T, N, H, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = n < N
     z_at = gates + (n // H).to(tl.int64) * 3 * H + n % H
     c = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
+    tl.store(c_all + n, c, mask=keep)  # row 0 is the state before, row t + 1 that after step t
     for t in range(T):
         row = tl.cast(t, tl.int64) * N
         z = tl.load(z_at + 3 * row, mask=keep, other=0.0).to(tl.float32)
@@ -30,18 +31,17 @@ def _forward(gates, c0, scale, h_out, c_out, T, N, H, HAS_SCALE: tl.constexpr, B
         if HAS_SCALE:
             f = f * tl.load(scale + row + n, mask=keep, other=0.0).to(tl.float32)
         c = c + f * (z - c)
-        tl.store(c_out + row + n, c, mask=keep)
+        tl.store(c_all + row + N + n, c, mask=keep)
         tl.store(h_out + row + n, tl.sigmoid(o) * c, mask=keep)
 
 
 @triton.jit
-def _backward(gates, c0, scale, c_out, dh, dlast, dgates, dc0, T, N, H, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(gates, scale, c_all, dh, dlast, dgates, dc0, T, N, H, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = n < N
     offset = (n // H).to(tl.int64) * 3 * H + n % H
-    first = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
     r = tl.load(dlast + n, mask=keep, other=0.0).to(tl.float32)
-    c = tl.load(c_out + tl.cast(T - 1, tl.int64) * N + n, mask=keep, other=0.0).to(tl.float32)
+    c = tl.load(c_all + tl.cast(T, tl.int64) * N + n, mask=keep, other=0.0).to(tl.float32)
     for i in range(T):
         t = T - 1 - i
         row = tl.cast(t, tl.int64) * N
@@ -50,8 +50,7 @@ def _backward(gates, c0, scale, c_out, dh, dlast, dgates, dc0, T, N, H, HAS_SCAL
         s = tl.load(gates + at + H, mask=keep, other=0.0).to(tl.float32)
         o = tl.load(gates + at + 2 * H, mask=keep, other=0.0).to(tl.float32)
         g = tl.load(dh + row + n, mask=keep, other=0.0).to(tl.float32)
-        before = tl.load(c_out + row - N + n, mask=keep & (t > 0), other=0.0).to(tl.float32)
-        before = tl.where(t > 0, before, first)
+        before = tl.load(c_all + row + n, mask=keep, other=0.0).to(tl.float32)
         z = 2 * tl.sigmoid(2 * z) - 1
         s = tl.sigmoid(s)
         o = tl.sigmoid(o)
@@ -76,24 +75,24 @@ class _FoPool(torch.autograd.Function):
         gates_TB3H, c_BH = gates_TB3H.contiguous(), c_BH.contiguous()
         scale_TBH = None if scale_TBH is None else scale_TBH.expand(T, B, H).contiguous()
         h_TBH = gates_TB3H.new_empty(T, B, H)
-        c_TBH = torch.empty_like(h_TBH)
+        c_SBH = gates_TB3H.new_empty(T + 1, B, H)
         grid = (triton.cdiv(B * H, BLOCK),)
         mask = gates_TB3H if scale_TBH is None else scale_TBH  # any pointer: not read without a scale
         _forward[grid](
-            gates_TB3H, c_BH, mask, h_TBH, c_TBH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2
+            gates_TB3H, c_BH, mask, h_TBH, c_SBH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2
         )  # fmt: skip
-        ctx.save_for_backward(gates_TB3H, c_BH, scale_TBH, c_TBH)
-        return h_TBH, c_TBH[-1].clone()
+        ctx.save_for_backward(gates_TB3H, scale_TBH, c_SBH)
+        return h_TBH, c_SBH[-1].clone()
 
     @staticmethod
     def backward(ctx, grad_h_TBH: Tensor, grad_last_BH: Tensor):  # type: ignore[override]
-        gates_TB3H, c_BH, scale_TBH, c_TBH = ctx.saved_tensors
-        T, B, H = c_TBH.shape
-        grad_gates_TB3H, grad_c_BH = torch.empty_like(gates_TB3H), torch.empty_like(c_BH)
+        gates_TB3H, scale_TBH, c_SBH = ctx.saved_tensors
+        T, B, H = grad_h_TBH.shape
+        grad_gates_TB3H, grad_c_BH = torch.empty_like(gates_TB3H), torch.empty_like(c_SBH[0])
         grid = (triton.cdiv(B * H, BLOCK),)
         mask = gates_TB3H if scale_TBH is None else scale_TBH
         _backward[grid](
-            gates_TB3H, c_BH, mask, c_TBH, grad_h_TBH.contiguous(), grad_last_BH.contiguous(),
+            gates_TB3H, mask, c_SBH, grad_h_TBH.contiguous(), grad_last_BH.contiguous(),
             grad_gates_TB3H, grad_c_BH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2
         )  # fmt: skip
         return grad_gates_TB3H, grad_c_BH, None

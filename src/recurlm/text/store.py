@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ _PREPARE = "prepare the text again with `recurlm data prepare`"
 @final
 @dataclass(frozen=True)
 class SplitInfo:
-    """Counts of one split. A word is a stretch without white space; words includes one for each line's end."""
+    """Counts of one split. `words` are the stretches without white space, and one for each line's end."""
 
     tokens: int
     words: int
@@ -58,7 +59,7 @@ class Store:
         return tuple(self.info)
 
     def ids(self, split: str) -> np.memmap:
-        """The split's ids: 1-D, uint16 or uint32, read-only, in the file. DataError for a split that is not there."""
+        """The split's ids: 1-D, uint16 or uint32, read-only, in the file. DataError for an absent split."""
         if split not in self.info:
             raise DataError(f"{self.path} has no {split} text; it has {', '.join(self.splits)}.")
         return np.memmap(self.path / f"{split}.bin", np.dtype(self.dtype), "r")
@@ -88,14 +89,14 @@ def prepare(
     *,
     overwrite: bool = False,
 ) -> Store:
-    """The store at `path` of the text at `source` (see `open_corpus`), with a tokenizer made from it or the one given."""
+    """The store at `path` of the text at `source` (see `open_corpus`), its tokenizer made from it or given."""
     _check_target(Path(path), overwrite)
     corpus = open_corpus(source)
     return write_store(corpus, tokenizer or build_tokenizer(corpus, config), path, overwrite=overwrite)
 
 
 def build_tokenizer(corpus: Corpus, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of `config`; its vocabulary is that of the train split, or with vocab_splits "all" of all splits."""
+    """The tokenizer of `config`, with the vocabulary of train, or of all splits with vocab_splits "all"."""
     cls = lookup(TOKENIZERS, config.kind, "tokenizer.kind")
     splits = corpus.splits if config.vocab_splits == "all" else ("train",)
     if cls.reads_bytes:
@@ -115,8 +116,8 @@ def write_store(
 ) -> Store:
     """The store written at `path`, block by block: memory does not grow with the text.
 
-    UserError when `path` exists (with `overwrite` another store there is replaced); DataError for an empty split
-    or text that is not UTF-8.
+    UserError when `path` exists (with `overwrite` a store there is replaced); DataError for an empty split or
+    text that is not UTF-8.
     """
     path = Path(path)
     _check_target(path, overwrite)
@@ -195,7 +196,7 @@ def open_store(path: str | Path) -> Store:
 
 
 def texts(blocks: Iterable[bytes], tokenizer: type[Tokenizer], place: str) -> Iterator[str]:
-    """The blocks as text, cut where `tokenizer` allows, so that the ids are those of the whole; the last line is ended.
+    """The blocks as text, cut where `tokenizer` allows: the ids are those of the whole. The last line is ended.
 
     DataError naming `place` for bytes that are not UTF-8, or a word of more than 64 MB.
     """
@@ -205,14 +206,16 @@ def texts(blocks: Iterable[bytes], tokenizer: type[Tokenizer], place: str) -> It
             text = carry + block.decode()
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{place}: not UTF-8 text at byte {offset + error.start}; convert it to UTF-8, or use the byte tokenizer."
+                f"{place}: not UTF-8 text at byte {offset + error.start}; "
+                "convert it to UTF-8, or use the byte tokenizer."
             ) from None
         offset, last = offset + len(block), text[-1]
         end = len(text) if last == "\n" else text.rfind("\n") + 1 or tokenizer.cut(text)
         carry = text[end:]
         if len(carry) > MAX_WORD:
             raise DataError(
-                f"{place}: a word of more than {MAX_WORD >> 20} MB before byte {offset}; use char, byte or bpe."
+                f"{place}: a word of more than {MAX_WORD >> 20} MB before byte {offset}; "
+                "use the char, byte or bpe tokenizer."
             )
         if end:
             yield text[:end]
@@ -220,13 +223,13 @@ def texts(blocks: Iterable[bytes], tokenizer: type[Tokenizer], place: str) -> It
         yield carry + (tokenizer.line_end if last != "\n" else "")
 
 
-# White space in UTF-8: ASCII's, then that of two and three bytes.
-_SPACE = bytes([*range(0x09, 0x0E), *range(0x1C, 0x21)])
-_IS_SPACE = bytes(32 if byte in _SPACE else 120 for byte in range(256))
-_WIDE_SPACES = [chr(p).encode() for p in range(0x80, 0x3001) if chr(p).isspace()]
-_CONTINUATION = bytes(range(0x80, 0xC0))
+# White space in UTF-8: ASCII's as a table, the wider ones as a pattern.
+_SPACES = [chr(point) for point in range(0x3001) if chr(point).isspace()]
+_IS_SPACE = bytes(chr(byte) in _SPACES and byte < 0x80 for byte in range(256))
+_WIDE_SPACE = re.compile("|".join(c for c in _SPACES if c > "\x7f").encode())
 
 
+@final
 class _Counter:
     """Counts words, lines, characters and bytes of the blocks that pass through `watch`."""
 
@@ -234,17 +237,16 @@ class _Counter:
         self.words = self.lines = self.characters = self.bytes = 0
 
     def watch(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
-        before, last = b" ", b"\n"
+        before, last = b"\1", b"\n"
         for block in blocks:
             self.lines += block.count(b"\n")
             self.bytes += len(block)
-            self.characters += len(block if block.isascii() else block.translate(None, _CONTINUATION))
-            spaced = block
-            if not block.isascii():
-                for space in _WIDE_SPACES:
-                    spaced = spaced.replace(space, b" ")
-            marks = before + spaced.translate(_IS_SPACE)
-            self.words += marks.count(b" x")
+            continuation = np.frombuffer(block, np.uint8) & 0xC0 == 0x80
+            self.characters += len(block) - int(np.count_nonzero(continuation))
+            narrow = block if block.isascii() else _WIDE_SPACE.sub(b" ", block)
+            marks = before + narrow.translate(_IS_SPACE)
+            space = np.frombuffer(marks, np.bool_)
+            self.words += int(np.count_nonzero(space[:-1] & ~space[1:]))
             before, last = marks[-1:], block[-1:]
             yield block
         self.lines += last != b"\n"

@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer saved at `path`. UserError for a missing file, DataError for one that recurlm did not write.
+    """The tokenizer saved at `path`. UserError for a missing file, DataError for one not written by recurlm.
 
     The kind is that whose tokenizer.json, made anew from the file's model, has the content of the file.
     """

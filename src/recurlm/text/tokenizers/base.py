@@ -41,7 +41,7 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def from_model(cls, model: dict[str, Any]) -> Self:
-        """The tokenizer of the `model` table of a tokenizer.json. Any exception means that it is not one of ours."""
+        """The tokenizer of the `model` table of a tokenizer.json. Any exception means: not of this kind."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -54,19 +54,19 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def cut(cls, text: str) -> int:
-        """A place p where ids of text[:p], then of text[p:] and what follows, are those of the whole; 0 = none."""
+        """A place p such that the ids of text[:p], then of the rest with what follows, are right; 0 = none."""
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (int64, 1-D) of a whole text. RequestError for a lone surrogate, which UTF-8 cannot spell."""
         return self.encode_prefix(text if not text or text.endswith("\n") else text + self.line_end)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text that the ids spell; bytes that are not UTF-8 become U+FFFD. RequestError for an unknown id."""
+        """The text that the ids spell; bytes that are not UTF-8 become U+FFFD. RequestError for a bad id."""
         pieces = self.pieces
         return b"".join([pieces[i] for i in self._checked(ids)]).decode("utf-8", "replace")
 
     def token(self, id: int) -> str:
-        """One id as a word of printable characters: "\\n" for a newline, <0xE2> for a byte that is no character."""
+        """One id in printable characters: "\\n" for a newline, <0xE2> for a byte that is no character."""
         return display(self.pieces[self._checked([id])[0]])
 
     def to_json(self) -> str:
@@ -97,7 +97,7 @@ class Tokenizer(ABC):
 
 
 def display(piece: bytes) -> str:
-    """The bytes as one line of printable text, with Python's escapes; <0xXX> for each when they are not UTF-8."""
+    """The bytes as printable text, with Python's escapes; <0xXX> for each when they are not UTF-8."""
     try:
         text = piece.decode()
     except UnicodeDecodeError:

@@ -10,8 +10,8 @@ import numpy as np
 from recurlm.config import TokenizerConfig
 from recurlm.text.tokenizers.base import Tokenizer, check_size, hugging_face, to_bytes, tokens_by_id
 
-# The `tokenizers` library spells each byte as one printable character: printable Latin-1 as itself, the others
-# in order from U+0100 on (the byte alphabet of GPT-2).
+# The `tokenizers` library spells each byte as one printable character: printable Latin-1 as itself, the
+# others in order from U+0100 on (the byte alphabet of GPT-2).
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 SPELLING = [chr(byte if byte in _PRINTABLE else 0x100 + _OTHERS.index(byte)) for byte in range(256)]

@@ -18,7 +18,7 @@ _CODE_POINTS = 0x110000
 
 @final
 class CharTokenizer(Tokenizer):
-    """One id a Unicode scalar, in order of frequency (ties: of code point), then 256 byte rows or one `<unk>` row.
+    """One id a Unicode scalar by frequency (ties: by code point), then 256 byte rows or one `<unk>` row.
 
     The newline is always in the vocabulary. With the byte rows every text comes back exactly.
     """

@@ -29,8 +29,8 @@ _SPLIT = {"type": "Split", "pattern": {"Regex": r"[\s\x1c-\x1f]+"}, "behavior": 
 class WordTokenizer(Tokenizer):
     """One id a word, in order of frequency; `<eos>` a line; no lower-casing.
 
-    Lines end at "\\n" only; an empty line is a lone `<eos>`. A word outside the vocabulary, a literal `<unk>` and
-    a typed `<eos>` are the unknown id. Decoding gives one space between words, so white space is not kept.
+    Lines end at "\\n" only; an empty line is a lone `<eos>`. A word outside the vocabulary, a literal `<unk>`
+    and a typed `<eos>` are the unknown id. Decoding gives one space between words: white space is not kept.
     """
 
     kind = "word"
