@@ -66,7 +66,7 @@ def test_mistakes(source: Path, tmp_path: Path):
     out = tmp_path / "store"
     with pytest.raises(ConfigError, match="Did you mean 'word'"):
         run("prepare", source, "-o", out, "--tokenizer", "words")
-    with pytest.raises(ConfigError, match="tokenizer.min_count"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.min_count"):
         run("prepare", source, "-o", out, "--min-count", 0)
     with pytest.raises(UserError, match="no such file"):
         run("prepare", tmp_path / "absent", "-o", out)

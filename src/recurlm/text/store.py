@@ -20,7 +20,7 @@ import numpy as np
 from recurlm.config import TokenizerConfig
 from recurlm.errors import DataError, UserError, lookup
 from recurlm.files import sha256, sync, to_json
-from recurlm.text.corpora import Corpus, open_corpus
+from recurlm.text.corpora import SPLITS, Corpus, open_corpus
 from recurlm.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT = 1
@@ -89,7 +89,7 @@ def prepare(
     *,
     overwrite: bool = False,
 ) -> Store:
-    """The store at `path` of the text at `source` (see `open_corpus`), its tokenizer made from it or given."""
+    """The store at `path` of the text at `source` (see `open_corpus`); its tokenizer is made or given."""
     _check_target(Path(path), overwrite)
     corpus = open_corpus(source)
     return write_store(corpus, tokenizer or build_tokenizer(corpus, config), path, overwrite=overwrite)
@@ -180,8 +180,8 @@ def open_store(path: str | Path) -> Store:
         raise DataError(f"{file}: cannot be read as a store's description; {_PREPARE}.") from None
     if version != FORMAT:
         raise DataError(f"{file}: found format {version!r}, this recurlm reads format {FORMAT}; {_PREPARE}.")
-    if hash != _hash(content):
-        raise DataError(f"{file}: its content does not have the hash it states; {_PREPARE}.")
+    if hash != _hash(content) or not set(store.info) <= set(SPLITS) or store.dtype not in ("<u2", "<u4"):
+        raise DataError(f"{file}: changed since it was written; {_PREPARE}.")
     for split, info in store.info.items():
         ids = path / f"{split}.bin"
         expected = info.tokens * np.dtype(store.dtype).itemsize
@@ -196,7 +196,7 @@ def open_store(path: str | Path) -> Store:
 
 
 def texts(blocks: Iterable[bytes], tokenizer: type[Tokenizer], place: str) -> Iterator[str]:
-    """The blocks as text, cut where `tokenizer` allows: the ids are those of the whole. The last line is ended.
+    """The blocks as text, cut where `tokenizer` allows: ids are those of the whole. The last line is ended.
 
     DataError naming `place` for bytes that are not UTF-8, or a word of more than 64 MB.
     """

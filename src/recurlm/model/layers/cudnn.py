@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
+
+# True of every call here, and meant: see `run`.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
 
 CUDNN_MODE = {"lstm": 2, "gru": 3}  # cudnnRNNMode_t
 
@@ -11,13 +16,13 @@ CUDNN_MODE = {"lstm": 2, "gru": 3}  # cudnnRNNMode_t
 def run(kind: str, x_TBI: Tensor, state: tuple[Tensor, ...], weights: list[Tensor]) -> tuple[Tensor, ...]:
     """(y_TBH, *new state) of one LSTM or GRU layer; weights are W_ih, W_hh, b_ih, b_hh in torch's gate order.
 
-    cuDNN is called below torch's module: a dropped weight is not part of nn.LSTM's flat buffer, and the
-    module would warn and repack at each call.
+    cuDNN is called below torch's module, which expects weights as views of one flat buffer; a dropped weight
+    never is one, so cuDNN packs them at each call.
     """
     weights = [w.to(x_TBI.dtype) for w in weights]
     hidden = [leaf.unsqueeze(0) for leaf in state]
     training = torch.is_grad_enabled()
-    if x_TBI.is_cuda and torch.backends.cudnn.is_acceptable(x_TBI):
+    if x_TBI.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
         size = state[0].shape[-1]
         cell = hidden[1].contiguous() if len(hidden) > 1 else None
         out = torch._cudnn_rnn(

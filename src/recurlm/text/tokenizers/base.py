@@ -54,7 +54,7 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def cut(cls, text: str) -> int:
-        """A place p such that the ids of text[:p], then of the rest with what follows, are right; 0 = none."""
+        """A place p where ids of text[:p] and then of all that follows are those of the whole; 0 = none."""
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (int64, 1-D) of a whole text. RequestError for a lone surrogate, which UTF-8 cannot spell."""
