@@ -6,6 +6,7 @@ Usage: python bench/published_curve.py awd-lstm-ptb DATA OUT_DIR [EPOCHS] [--set
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -29,7 +30,9 @@ def main() -> None:
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("COMMIT") or subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     lines = [f"# {' '.join(['recurlm', *command[3:]])}", f"# {card}, torch {torch.__version__}, commit {commit or 'working tree'}"]
     lines.append("epoch  step  train_loss  valid_loss  valid_ppl  averaged  seconds  original_ppl  ratio")
     for r in valid:

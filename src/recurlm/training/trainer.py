@@ -209,7 +209,8 @@ class Trainer:
         tensors = {f"model.{name}": p.detach() for name, p in named.items()}
         tensors |= {f"optimizer.{name}": t for name, t in checkpoint.flatten_optimizer(self.optimizer).items()}
         tensors |= {f"averaging.{name}": t for name, t in mean.items()}
-        tensors |= {f"state.{i}": t for i, t in enumerate(state_leaves(self.state))}
+        # Leaves may be one tensor seen twice (zeros at an epoch's start) or parts of a larger one.
+        tensors |= {f"state.{i}": t.clone() for i, t in enumerate(state_leaves(self.state))}
         cursor = asdict(c) | {"seconds": c.seconds + time.monotonic() - started}
         cursor["best"] = c.best if math.isfinite(c.best) else None
         values = {"cursor": cursor, "averaging": mean_values, "config": to_dict(self.config), "store": self.store.hash}

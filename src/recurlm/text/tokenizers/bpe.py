@@ -15,8 +15,8 @@ from recurlm.text.tokenizers.base import Tokenizer, check_size, hugging_face, to
 from recurlm.text.tokenizers.byte import BYTE_LEVEL, SPELLING
 
 DEFAULT_SIZE = 8000
-# Left to right, nothing looks back: a newline; a short ending ('s, 'll); letters, digits or signs with at most
-# one space before them; white space, less the one space that goes to what follows. No part is longer than
+# Left to right, nothing looks back: a newline; a short ending ('s, 'll); letters, digits or signs with one
+# space before them at most; white space, less the one space that goes to what follows. No part is longer than
 # 65 characters, so that time is linear in any text, and none crosses a newline.
 _PARTS = (
     r"\n|'(?:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])| ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}"
