@@ -30,17 +30,21 @@ def main() -> None:
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    commit = os.environ.get("COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    lines = [f"# {' '.join(['recurlm', *command[3:]])}", f"# {card}, torch {torch.__version__}, commit {commit or 'working tree'}"]
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    )
+    lines = [
+        f"# {' '.join(['recurlm', *command[3:]])}",
+        f"# {card}, torch {torch.__version__}, commit {commit or 'working tree'}",
+    ]
     lines.append("epoch  step  train_loss  valid_loss  valid_ppl  averaged  seconds  original_ppl  ratio")
     for r in valid:
         known = REFERENCE.get(name, {}).get(r["epoch"])
         beside = f"{known:12.2f}  {math.exp(r['loss_nats']) / known:.3f}" if known else ""
         lines.append(
             f"{r['epoch']:5d} {r['step']:6d}  {r['train_loss_nats']:.4f}  {r['loss_nats']:.4f}  {math.exp(r['loss_nats']):8.2f}  "
-            f"{str(r['averaged']):8s} {r['seconds']:8.1f}  {beside}"
+            f"{r['averaged']!s:8s} {r['seconds']:8.1f}  {beside}"
         )
     text = "\n".join(lines) + "\n"
     (out / f"{name}.txt").write_text(text)

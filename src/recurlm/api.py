@@ -49,6 +49,11 @@ class LanguageModel:
     def __init__(self, model: StatefulModel, tokenizer: Tokenizer, facts: dict[str, Any]):
         self.model, self.tokenizer, self.facts = model, tokenizer, facts
 
+    @property
+    def parameters(self) -> int:
+        """The number of trained weights."""
+        return self.facts.get("parameters", 0)
+
     def score_all(self, texts: Sequence[str], *, unit: str = "bits", end: bool = True) -> list[Score]:
         """A Score for each text. Every text starts after a line's end; with `end` the end of its own line counts too."""
         if unit not in UNITS:
@@ -85,8 +90,15 @@ class LanguageModel:
         return evaluate_ids(self.model, ids, self.tokenizer.boundary_id, counts, batch_size, "exact", with_ranks)
 
     def stream(
-        self, prompt: str = "", *, tokens: int = 100, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int | None = None, stop: str | Sequence[str] = (),
+        self,
+        prompt: str = "",
+        *,
+        tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Pieces of generated text as they become certain; together they equal `generate`, prompt left out."""
         if not 0 <= tokens <= 10**7:
@@ -118,16 +130,25 @@ class LanguageModel:
         yield text[shown:] + tail
 
     def generate(
-        self, prompt: str = "", *, tokens: int = 100, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int | None = None, stop: str | Sequence[str] = (),
+        self,
+        prompt: str = "",
+        *,
+        tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
     ) -> str:
         """Prompt and continuation of up to `tokens` tokens, ended before the first `stop` string.
 
         p^(1/temperature) over the top_k most probable tokens, then the smallest set holding top_p; 0 and 1 cut
         nothing; temperature 0 is greedy. `<unk>` is never drawn. A `seed` makes the text repeatable.
         """
-        settings = dict(tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
-        return prompt + "".join(self.stream(prompt, **settings))  # type: ignore[arg-type]
+        pieces = self.stream(
+            prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+        )
+        return prompt + "".join(pieces)
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
@@ -142,7 +163,12 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Lang
 
 
 def train(
-    config: Config, run: str | Path, *, resume: bool = False, max_seconds: float = math.inf, quiet: bool = False
+    config: Config,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    max_seconds: float = math.inf,
+    quiet: bool = False,
 ) -> Result:
     """Trains the model of `config` into the run directory; with `resume` goes on from its newest valid checkpoint.
 
@@ -220,8 +246,15 @@ def plan(config: Config) -> dict[str, Any]:
 
 
 def evaluate(
-    run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "test", batch_size: int = 1, counting: str = "exact",
-    with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
+    run: str | Path | LanguageModel,
+    *,
+    data: str | Path = "",
+    split: str = "test",
+    batch_size: int = 1,
+    counting: str = "exact",
+    with_ranks: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """Metrics of a model on a split of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
@@ -250,7 +283,9 @@ def evaluate(
     return {"split": split, **out, "oov_rate": oov}
 
 
-def _evaluation_store(model: LanguageModel, run: str | Path | LanguageModel, data: str, split: str, scratch: Path) -> Store:
+def _evaluation_store(
+    model: LanguageModel, run: str | Path | LanguageModel, data: str, split: str, scratch: Path
+) -> Store:
     own = None if isinstance(run, LanguageModel) else Path(run) / "store"
     if not data and own is not None and is_store(own):
         return open_store(own)
@@ -260,13 +295,27 @@ def _evaluation_store(model: LanguageModel, run: str | Path | LanguageModel, dat
         path = Path(run) / "config.toml"
         data = from_toml(read_text_file(path, "configuration"), str(path)).data.path
     if not data:
-        raise ConfigError("No text to evaluate was named: give --data with a text file, a folder, a store or a data set.")
+        raise ConfigError(
+            "No text to evaluate was named: give --data with a text file, a folder, a store or a data set."
+        )
     if is_store(data):
         store = open_store(data)
         if store.tokenizer_hash != model.tokenizer.hash:
-            raise DataError(f"{store.path}: its tokens come from another tokenizer than the model's; give the text itself.")
+            raise DataError(
+                f"{store.path}: its tokens come from another tokenizer than the model's; give the text itself."
+            )
         return store
     return write_store(open_corpus(data), model.tokenizer, scratch / "store", splits=(split,))
 
 
-__all__ = ["Config", "LanguageModel", "Result", "Score", "TokenizerConfig", "evaluate", "load", "plan", "train"]
+__all__ = [
+    "Config",
+    "LanguageModel",
+    "Result",
+    "Score",
+    "TokenizerConfig",
+    "evaluate",
+    "load",
+    "plan",
+    "train",
+]

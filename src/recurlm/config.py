@@ -19,7 +19,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 from recurlm.errors import ConfigError, nearest
 
 
-def _opt(default: Any, text: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()):
+def _opt(
+    default: Any,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+):
     return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
@@ -52,7 +59,9 @@ class TokenizerConfig:
         "Text that the vocabulary is taken from; 'all' (with valid and test) only to compare with published numbers",
         choices=("train", "all"),
     )
-    byte_fallback: bool = _opt(True, "char: spell unknown characters as UTF-8 bytes (exact round trip) instead of <unk>")
+    byte_fallback: bool = _opt(
+        True, "char: spell unknown characters as UTF-8 bytes (exact round trip) instead of <unk>"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +71,12 @@ class ModelConfig:
     embedding_size: int = _opt(256, "Size of a token's vector", low=1, high=65536)
     hidden_size: int = _opt(512, "Units of each layer but the last, when hidden_sizes is empty", low=1, high=65536)
     num_layers: int = _opt(2, "Layers, when hidden_sizes is empty", low=1, high=256)
-    hidden_sizes: tuple[int, ...] = _opt((), "Units of every layer; a tied head needs the last = embedding_size", low=1, high=65536)
-    windows: tuple[int, ...] = _opt((2,), "qrnn: inputs seen by each layer (this and earlier time steps); missing = 1", low=1, high=64)
+    hidden_sizes: tuple[int, ...] = _opt(
+        (), "Units of every layer; a tied head needs the last = embedding_size", low=1, high=65536
+    )
+    windows: tuple[int, ...] = _opt(
+        (2,), "qrnn: inputs seen by each layer (this and earlier time steps); missing = 1", low=1, high=64
+    )
     zoneout: float = _opt(0.0, "qrnn: probability that a unit keeps its state", low=0, high=0.999)
     init_range: float = _opt(0.1, "Embedding and output weights start uniform in +-this", low=0, high=10)
 
@@ -71,15 +84,22 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DropoutConfig:
     embedding: float = _opt(0.0, "Whole words dropped from the embedding (dropoute)", low=0, high=0.999)
-    input: float = _opt(0.0, "Locked dropout on the first layer's input (dropouti)", low=0, high=0.999)
-    hidden: float = _opt(0.0, "Locked dropout between layers (dropouth)", low=0, high=0.999)
-    output: float = _opt(0.0, "Locked dropout on the last layer's output (dropout)", low=0, high=0.999)
-    weight: float = _opt(0.0, "Weight drop: hidden-to-hidden weights, the qrnn's input weights (wdrop)", low=0, high=0.999)
+    input: float = _opt(0.1, "Locked dropout on the first layer's input (dropouti)", low=0, high=0.999)
+    hidden: float = _opt(0.2, "Locked dropout between layers (dropouth)", low=0, high=0.999)
+    output: float = _opt(0.2, "Locked dropout on the last layer's output (dropout)", low=0, high=0.999)
+    weight: float = _opt(
+        0.2, "Weight drop: hidden-to-hidden weights, the qrnn's input weights (wdrop)", low=0, high=0.999
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    ar: float = _opt(0.0, "Activation regularisation: times the mean square of the last layer's dropped output", low=0, high=1e6)
+    ar: float = _opt(
+        0.0,
+        "Activation regularisation: times the mean square of the last layer's dropped output",
+        low=0,
+        high=1e6,
+    )
     tar: float = _opt(0.0, "Temporal AR: times the mean square of the last layer's change per step", low=0, high=1e6)
 
 
@@ -95,17 +115,21 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    name: str = _opt("constant", "constant, plateau, milestones or linear")
+    name: str = _opt("linear", "constant, plateau, milestones or linear")
     factor: float = _opt(0.1, "plateau, milestones: multiply the learning rate by this", low=0, high=1)
     milestones: tuple[int, ...] = _opt((), "milestones: after these epochs", low=1, high=10**9)
-    patience: int = _opt(0, "plateau: validations without a new best that are tolerated before a step", low=0, high=10**6)
-    warmup_steps: int = _opt(0, "linear: steps of linear warm-up before the linear decay to zero", low=0, high=10**9)
+    patience: int = _opt(
+        0, "plateau: validations without a new best that are tolerated before a step", low=0, high=10**6
+    )
+    warmup_steps: int = _opt(50, "linear: steps of linear warm-up before the linear decay to zero", low=0, high=10**9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingConfig:
     name: str = _opt("none", "Weights used to validate and kept: none (the last) or nt-asgd")
-    nonmono: int = _opt(5, "nt-asgd: start when worse than the best of all but the last n validations", low=1, high=10**6)
+    nonmono: int = _opt(
+        5, "nt-asgd: start when worse than the best of all but the last n validations", low=1, high=10**6
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +142,9 @@ class TrainConfig:
     eval_every: int = _opt(0, "Validate every N steps; 0 = at the end of each epoch", low=0, high=10**12)
     patience: int = _opt(0, "Stop early after this many validations without a new best; 0 = never", low=0, high=10**6)
     checkpoint_every: int = _opt(0, "Save every N steps besides the timed saves; 0 = only timed", low=0, high=10**12)
-    checkpoint_seconds: float = _opt(60.0, "After a validation, save when this long has passed since the last save", low=0, high=1e9)
+    checkpoint_seconds: float = _opt(
+        60.0, "After a validation, save when this long has passed since the last save", low=0, high=1e9
+    )
     keep_checkpoints: int = _opt(2, "Newest checkpoints that are kept", low=2, high=10**6)
     log_every: int = _opt(50, "Steps between lines of metrics.jsonl", low=1, high=10**9)
     sample_every: int = _opt(0, "Generate a sample text every N steps; 0 = never", low=0, high=10**12)
@@ -163,7 +189,7 @@ def _check(kind: Any, value: Any, meta: Mapping[str, Any], name: str) -> Any:
     if kind in (int, float) and ((low is not None and value < low) or (high is not None and value > high)):
         raise ConfigError(f"{name} = {value}: expected a value from {low:g} to {high:g}.")
     if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{name} = {value!r} is not known.{nearest(value, meta['choices'])}")
+        raise ConfigError(f"{name} = {value!r} is not known.{nearest(str(value), meta['choices'])}")
     return value
 
 
@@ -270,7 +296,12 @@ def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:
 
 def reference_markdown() -> str:
     """The settings as Markdown tables: the content of docs/configuration.md."""
-    out = ["# Settings", "", "Generated from `src/recurlm/config.py` by `python -m recurlm.config`; do not edit.", ""]
+    out = [
+        "# Settings",
+        "",
+        "Generated from `src/recurlm/config.py` by `python -m recurlm.config`; do not edit.",
+        "",
+    ]
     out += ["Order: defaults < recipe < file < `--set section.key=value`.", ""]
     for section, cls in SECTIONS.items():
         out += [f"## [{section}]", "", "| setting | default | meaning |", "|---|---|---|"]

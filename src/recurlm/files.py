@@ -99,5 +99,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder} is in use by another recurlm process; wait for it or choose another -o.") from None
+            raise UserError(
+                f"{folder} is in use by another recurlm process; wait for it or choose another -o."
+            ) from None
         yield

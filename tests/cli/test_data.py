@@ -92,6 +92,4 @@ def test_get_shakespeare(tmp_path: Path):
 
 def test_import_is_light():
     code = "import sys, recurlm.cli.data; print({'numpy', 'tokenizers', 'torch'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

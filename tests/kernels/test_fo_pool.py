@@ -33,7 +33,10 @@ def outcome(function, gates, c, scale):
 
 
 def compare(function, shape, dtype, device, with_scale, tolerance):
-    expected = outcome(reference.fo_pool, *(x if x is None else x.double().detach().requires_grad_() for x in inputs(shape, dtype, device, with_scale)))
+    expected = outcome(
+        reference.fo_pool,
+        *(x if x is None else x.double().detach().requires_grad_() for x in inputs(shape, dtype, device, with_scale)),
+    )
     found = outcome(function, *inputs(shape, dtype, device, with_scale))
     for name, a, b in zip(("h", "c", "grad gates", "grad c"), found, expected, strict=True):
         assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item()), name
@@ -67,7 +70,10 @@ def test_triton_in_the_interpreter():
         "print('ok')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.strip() == "ok", done.stderr
 

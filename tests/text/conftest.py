@@ -8,10 +8,7 @@ import pytest
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 SAMPLE = (
-    "The cat sat on the mat .\n"
-    "the dog's ball <unk> rolled , didn't it ?\n"
-    "\n"
-    "Füße naïve 戦場 🎈 e\u0301 12345 Ġ <0x41>\n"
+    "The cat sat on the mat .\nthe dog's ball <unk> rolled , didn't it ?\n\nFüße naïve 戦場 🎈 e\u0301 12345 Ġ <0x41>\n"
 ) * 20
 
 

@@ -211,9 +211,7 @@ def test_get_from_a_folder(ptb: Path, tmp_path: Path):
 
 
 def test_get_refuses_other_files(folder: Path, tmp_path: Path):
-    with pytest.raises(
-        DataError, match=r"train.txt: not the published file: found .* expected 5101618 bytes"
-    ):
+    with pytest.raises(DataError, match=r"train.txt: not the published file: found .* expected 5101618 bytes"):
         corpora.get("ptb", folder)
     (folder / "valid.txt").unlink()
     with pytest.raises(UserError, match="no valid file of wikitext-2"):

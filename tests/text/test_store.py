@@ -88,8 +88,7 @@ def test_wikitext_counts(wikitext: Path, tmp_path: Path):
 
 def test_vocabulary_is_of_the_train_split_unless_asked(folder: Path):
     train, both = (
-        build_tokenizer(open_corpus(folder), TokenizerConfig(kind="word", vocab_splits=s))
-        for s in ("train", "all")
+        build_tokenizer(open_corpus(folder), TokenizerConfig(kind="word", vocab_splits=s)) for s in ("train", "all")
     )
     assert train.encode("zebra")[0] == train.unk_id
     assert both.encode("zebra")[0] != both.unk_id
@@ -126,9 +125,7 @@ def test_endless_words_are_refused(folder: Path, tmp_path: Path, monkeypatch: py
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_counts_do_not_depend_on_blocks(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
-    pieces = st.sampled_from(
-        ["a", "é", "戦", "🎈", " ", "\n", "\r\n", "\xa0", "\u2003", "\u3000", "\x1c", "\u1680"]
-    )
+    pieces = st.sampled_from(["a", "é", "戦", "🎈", " ", "\n", "\r\n", "\xa0", "\u2003", "\u3000", "\x1c", "\u1680"])
     text = "".join(data.draw(st.lists(pieces, min_size=1, max_size=20)))
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=3)))
     blocks = [text[i:j].encode() for i, j in zip([0, *places], [*places, len(text)], strict=True) if j > i]

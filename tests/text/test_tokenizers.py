@@ -19,8 +19,7 @@ from recurlm.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train
 
 SAMPLE = (
     Path(__file__).read_text(encoding="utf-8") * 3
-    + "The cat sat on the mat .\nthe dog's ball <unk> rolled , didn't it ?\n\nnaïve 戦場 🎈 e\u0301 12345\n"
-    * 20
+    + "The cat sat on the mat .\nthe dog's ball <unk> rolled , didn't it ?\n\nnaïve 戦場 🎈 e\u0301 12345\n" * 20
 )
 VARIANTS = {kind: TokenizerConfig(kind=kind) for kind in TOKENIZERS} | {
     "char without bytes": TokenizerConfig(kind="char", byte_fallback=False),
@@ -113,9 +112,9 @@ def test_word_round_trip_normalises_white_space_only(text: str):
     tokenizer = train_tokenizer([text, "x\n"], TokenizerConfig(kind="word"))
     lines = text.removesuffix("\n").split("\n") if text else []
     words = ["<unk>" if word == "<eos>" else word for line in lines for word in [*line.split(), "\n"]]
-    assert tokenizer.decode(tokenizer.encode(text)).split(" ") == " ".join(words).replace(
-        " \n", "\n"
-    ).replace("\n ", "\n").split(" ")
+    assert tokenizer.decode(tokenizer.encode(text)).split(" ") == " ".join(words).replace(" \n", "\n").replace(
+        "\n ", "\n"
+    ).split(" ")
     assert tokenizer.encode(text).size == len(words)
 
 
@@ -135,9 +134,7 @@ def test_ids_do_not_depend_on_blocks(tokenizer: Tokenizer, text: str, data: st.D
     """Blocks may end inside a line, at any character."""
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
     blocks = [text[i:j].encode() for i, j in zip([0, *places], [*places, len(text)], strict=True) if j > i]
-    ids = [
-        i for part in texts(blocks, type(tokenizer), "here") for i in tokenizer.encode_prefix(part).tolist()
-    ]
+    ids = [i for part in texts(blocks, type(tokenizer), "here") for i in tokenizer.encode_prefix(part).tolist()]
     assert ids == tokenizer.encode(text).tolist()
 
 
@@ -239,11 +236,7 @@ def test_word_splits_as_python_does():
     for point in range(0x110000):
         if chr(point).isspace() and point != ord("\n"):
             text = f"the{chr(point)}cat\n"
-            assert (
-                words.encode(text).tolist()
-                == words.encode("the cat\n").tolist()
-                == LIBRARY["word"].encode(text).ids
-            )
+            assert words.encode(text).tolist() == words.encode("the cat\n").tolist() == LIBRARY["word"].encode(text).ids
     assert words.encode("the\x85\x0b\u2028cat").size == 3
 
 

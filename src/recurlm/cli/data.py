@@ -42,11 +42,7 @@ def list_sets(as_json: Json = False) -> None:
     table = Table("name", "what", "MB", "licence", "present", "URL")
     for entry in sets:
         size = f"{sum(entry['bytes'].values()) / 1e6:.1f}"
-        url = (
-            ("tried" if entry["url_tried"] else "not tried")
-            if entry["urls"]
-            else f"from {entry['made_from']}"
-        )
+        url = ("tried" if entry["url_tried"] else "not tried") if entry["urls"] else f"from {entry['made_from']}"
         table.add_row(entry["name"], entry["what"], size, entry["licence"], entry["where"] or "no", url)
     return Console().print(table)
 
@@ -77,9 +73,7 @@ def get_set(
 
 @app.command("prepare")
 def prepare(
-    source: Annotated[
-        str, typer.Argument(help="Text file, folder with train/valid/test, or name of a data set.")
-    ],
+    source: Annotated[str, typer.Argument(help="Text file, folder with train/valid/test, or name of a data set.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="STORE", help="Store to make.")],
     tokenizer: Annotated[str, typer.Option(help="word, char, byte or bpe.")] = "word",
     vocab_size: Annotated[int, typer.Option(help="Largest vocabulary; 0 = default.")] = 0,
@@ -118,9 +112,7 @@ def prepare(
         )
     print(f"{made.path}: {made.tokenizer_kind}, {made.vocab_size} ids")
     for split, info in made.info.items():
-        print(
-            f"{split}: {info.tokens} tokens, {info.words} words and line ends, {info.characters} characters"
-        )
+        print(f"{split}: {info.tokens} tokens, {info.words} words and line ends, {info.characters} characters")
     return None
 
 

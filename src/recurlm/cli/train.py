@@ -7,8 +7,27 @@ from typing import Annotated
 
 import typer
 
-from recurlm.cli.common import Device, Dtype, Json, Threads, note, parse_duration, print_json, print_table, set_threads
-from recurlm.config import Config, apply_assignments, from_dict, from_toml, load_recipe, read_text_file, recipe_names, to_dict
+from recurlm.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    Threads,
+    note,
+    parse_duration,
+    print_json,
+    print_table,
+    set_threads,
+)
+from recurlm.config import (
+    Config,
+    apply_assignments,
+    from_dict,
+    from_toml,
+    load_recipe,
+    read_text_file,
+    recipe_names,
+    to_dict,
+)
 from recurlm.errors import ConfigError
 
 
@@ -26,17 +45,30 @@ def build_config(recipe: str, run: Path | None, resume: bool, settings: list[str
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="[RECIPE]", help=f"A recipe ({', '.join(recipe_names())}) or a .toml file; none: defaults.")
+        str,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help=f"A recipe ({', '.join(recipe_names())}) or a .toml file; none: defaults.",
+        ),
     ] = "",
-    data: Annotated[str, typer.Option("--data", help="Text file, folder with train/valid/test, store, or data set name.")] = "",
+    data: Annotated[
+        str, typer.Option("--data", help="Text file, folder with train/valid/test, store, or data set name.")
+    ] = "",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run directory to make.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value, any number of times; see docs/configuration.md.")
+        list[str] | None,
+        typer.Option("--set", help="section.key=value, any number of times; see docs/configuration.md."),
     ] = None,
-    resume: Annotated[str, typer.Option("--resume", help="auto: go on with the run in -o; no: refuse to touch one.")] = "no",
-    max_time: Annotated[str, typer.Option("--max-time", help="Stop, validate and save after this long: 90s, 10m, 1h30m.")] = "",
+    resume: Annotated[
+        str, typer.Option("--resume", help="auto: go on with the run in -o; no: refuse to touch one.")
+    ] = "no",
+    max_time: Annotated[
+        str, typer.Option("--max-time", help="Stop, validate and save after this long: 90s, 10m, 1h30m.")
+    ] = "",
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights, dropout and window lengths.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings, parameters, memory and time; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print settings, parameters, memory and time; write nothing.")
+    ] = False,
     device: Device = "",
     dtype: Dtype = "",
     threads: Threads = "auto",
@@ -82,4 +114,6 @@ def train(
         print_json(facts)
     else:
         print_table(facts)
-        note(f"Next: recurlm eval {out}   |   recurlm generate {out} --prompt '...'   |   echo text | recurlm score {out}")
+        note(
+            f"Next: recurlm eval {out}   |   recurlm generate {out} --prompt '...'   |   echo text | recurlm score {out}"
+        )

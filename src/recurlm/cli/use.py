@@ -19,10 +19,13 @@ BATCH_LINES = 1024
 def eval_(
     run: Run,
     split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "test",
-    data: Annotated[str, typer.Option("--data", help="Another text than the run's own: file, folder, store or data set.")] = "",
+    data: Annotated[
+        str, typer.Option("--data", help="Another text than the run's own: file, folder, store or data set.")
+    ] = "",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Parallel streams; 1 reads the text in one go.")] = 1,
     counting: Annotated[
-        str, typer.Option("--counting", help="exact, or published: awd-lstm-lm's slightly lower way, to compare.")
+        str,
+        typer.Option("--counting", help="exact, or published: awd-lstm-lm's slightly lower way, to compare."),
     ] = "exact",
     ranks: Annotated[bool, typer.Option("--ranks/--no-ranks", help="Top-1/5/10 and MRR too (slower).")] = True,
     device: Device = "auto",
@@ -35,7 +38,14 @@ def eval_(
     from recurlm import api, files
 
     values = api.evaluate(
-        run, data=data, split=split, batch_size=batch_size, counting=counting, with_ranks=ranks, device=device, dtype=dtype
+        run,
+        data=data,
+        split=split,
+        batch_size=batch_size,
+        counting=counting,
+        with_ranks=ranks,
+        device=device,
+        dtype=dtype,
     )
     if not data:
         files.write_atomic(run / "eval.json", files.to_json(values))
@@ -48,7 +58,7 @@ def eval_(
 def _lines(path: str) -> Iterator[str]:
     """The lines of a file, '-' for stdin, without their ends."""
     try:
-        source = sys.stdin.buffer if path == "-" else Path(path).open("rb")
+        source = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
     with source:
@@ -78,7 +88,11 @@ def score(
 
     model = api.load(run, device=device, dtype=dtype)
     if not as_json:
-        print("sentence_id\ttoken_id\ttoken\tsurprisal" if level == "token" else "sentence_id\ttokens\tsurprisal\tsentence")
+        print(
+            "sentence_id\ttoken_id\ttoken\tsurprisal"
+            if level == "token"
+            else "sentence_id\ttokens\tsurprisal\tsentence"
+        )
     batch: list[str] = []
     done = 0
     for line in _lines(text):
@@ -89,8 +103,10 @@ def score(
     _print_scores(model, batch, done, level, unit, end, as_json)
 
 
-def _print_scores(model, batch: list[str], first: int, level: str, unit: str, end: bool, as_json: bool) -> None:  # noqa: ANN001
-    for number, (line, scored) in enumerate(zip(batch, model.score_all(batch, unit=unit, end=end), strict=True), first + 1):
+def _print_scores(model, batch: list[str], first: int, level: str, unit: str, end: bool, as_json: bool) -> None:
+    for number, (line, scored) in enumerate(
+        zip(batch, model.score_all(batch, unit=unit, end=end), strict=True), first + 1
+    ):
         if as_json:
             row: dict = {"sentence_id": number, "text": line, "unit": unit, "total": scored.total}
             if level == "token":
@@ -109,9 +125,13 @@ def generate(
     tokens: Annotated[int, typer.Option("--tokens", help="Most tokens to generate.")] = 200,
     temperature: Annotated[float, typer.Option("--temperature", help="Below 1 safer, above 1 bolder, 0 greedy.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Draw among the k most probable tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the most probable tokens that hold this mass.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw among the most probable tokens that hold this mass.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes the text repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this string; may be given again.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this string; may be given again.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = "auto",

@@ -68,7 +68,13 @@ def _divisor(streams: Streams, totals: Totals) -> int:
 
 
 def evaluate_ids(
-    model: StatefulModel, ids: np.ndarray, boundary_id: int, counts: dict[str, int], batch_size: int, counting: str, with_ranks: bool
+    model: StatefulModel,
+    ids: np.ndarray,
+    boundary_id: int,
+    counts: dict[str, int],
+    batch_size: int,
+    counting: str,
+    with_ranks: bool,
 ) -> dict[str, Any]:
     """Metrics of the model on one text: loss_nats, ppl, ppl_word, bpc, bpb, tokens_per_s, with ranks top-k and mrr.
 
@@ -91,6 +97,11 @@ def evaluate_ids(
         targets = max(1, totals.targets)
         out |= {f"top{k}": hit / targets for k, hit in zip(TOP, totals.hits, strict=True)}
         out["mrr"] = totals.reciprocal_rank / targets
-    out |= {"targets": totals.targets, "batch_size": batch_size, "counting": counting, "rule": RULES[counting]}
+    out |= {
+        "targets": totals.targets,
+        "batch_size": batch_size,
+        "counting": counting,
+        "rule": RULES[counting],
+    }
     out["tokens_per_s"] = totals.targets / max(1e-9, time.perf_counter() - start)
     return out

@@ -52,7 +52,12 @@ def sharpen(log_probs_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample_ids(
-    model: StatefulModel, prompt_ids: Sequence[int], count: int, sampling: Sampling, generator: Generator, forbidden: Sequence[int] = ()
+    model: StatefulModel,
+    prompt_ids: Sequence[int],
+    count: int,
+    sampling: Sampling,
+    generator: Generator,
+    forbidden: Sequence[int] = (),
 ) -> Iterator[int]:
     """Up to `count` ids drawn one by one after `prompt_ids` (at least one id). `forbidden` ids are never drawn.
 

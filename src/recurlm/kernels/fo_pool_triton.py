@@ -79,7 +79,7 @@ class _FoPool(torch.autograd.Function):
         grid = (triton.cdiv(B * H, BLOCK),)
         mask = gates_TB3H if scale_TBH is None else scale_TBH  # any pointer: not read without a scale
         _forward[grid](
-            gates_TB3H, c_BH, mask, h_TBH, c_SBH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2
+            gates_TB3H, c_BH, mask, h_TBH, c_SBH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2,  # type: ignore[call-arg]
         )  # fmt: skip
         ctx.save_for_backward(gates_TB3H, scale_TBH, c_SBH)
         return h_TBH, c_SBH[-1].clone()
@@ -93,7 +93,7 @@ class _FoPool(torch.autograd.Function):
         mask = gates_TB3H if scale_TBH is None else scale_TBH
         _backward[grid](
             gates_TB3H, mask, c_SBH, grad_h_TBH.contiguous(), grad_last_BH.contiguous(),
-            grad_gates_TB3H, grad_c_BH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2
+            grad_gates_TB3H, grad_c_BH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2,  # type: ignore[call-arg]
         )  # fmt: skip
         return grad_gates_TB3H, grad_c_BH, None
 

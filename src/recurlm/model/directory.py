@@ -30,7 +30,9 @@ def exists(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def write(folder: Path, model: NeuralModel, weights: dict[str, Tensor], tokenizer_json: str, facts: dict[str, Any]) -> None:
+def write(
+    folder: Path, model: NeuralModel, weights: dict[str, Tensor], tokenizer_json: str, facts: dict[str, Any]
+) -> None:
     """Publishes the weights as the folder's model; at every moment the folder holds the old model or the new.
 
     While the weights file is exchanged the manifest accepts both. `facts` (step, validation loss, ...) are kept
@@ -47,9 +49,18 @@ def write(folder: Path, model: NeuralModel, weights: dict[str, Tensor], tokenize
         files.write_atomic(folder / TOKENIZER, tokenizer_json)
     temporary = folder / f"{WEIGHTS}.tmp-{os.getpid()}"
     try:
-        save_file({name: t.detach().contiguous() for name, t in weights.items()}, temporary, metadata={"format": "pt"})
+        save_file(
+            {name: t.detach().contiguous() for name, t in weights.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
         listed = {name: files.describe(folder / name) for name in (CONFIG, TOKENIZER)}
-        fresh = {"format": FORMAT, "kind": "neural", "facts": facts, "files": {**listed, WEIGHTS: files.describe(temporary)}}
+        fresh = {
+            "format": FORMAT,
+            "kind": "neural",
+            "facts": facts,
+            "files": {**listed, WEIGHTS: files.describe(temporary)},
+        }
         if exists(folder):
             old = files.read_manifest(folder / MANIFEST, FORMAT)
             files.write_manifest(folder / MANIFEST, {**old, "pending": fresh["files"][WEIGHTS]})
@@ -82,7 +93,9 @@ def read(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Neural
     return _with_weights(folder / WEIGHTS, settings, vocab_size, device, dtype), manifest
 
 
-def _with_weights(path: Path, config: ModelConfig, vocab_size: int, device: torch.device, dtype: torch.dtype) -> NeuralModel:
+def _with_weights(
+    path: Path, config: ModelConfig, vocab_size: int, device: torch.device, dtype: torch.dtype
+) -> NeuralModel:
     """The model with the file's weights; shapes are compared before anything of the model's size is allocated."""
     with torch.device("meta"):
         model = NeuralModel(config, vocab_size, torch.Generator("cpu"), dtype)

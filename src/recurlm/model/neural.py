@@ -15,6 +15,7 @@ from recurlm.model.layers import LAYERS
 from recurlm.model.layers.base import uniform
 from recurlm.protocol import State, StatefulModel
 
+NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0)
 CHUNK_ELEMENTS = 1 << 26  # log-probabilities held at once when no gradient is needed
 
 
@@ -38,7 +39,11 @@ class NeuralModel(nn.Module, StatefulModel):
     """A recurrent language model with fp32 weights and an explicit compute type."""
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, generator: Generator, compute_dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        generator: Generator,
+        compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         layer, head = lookup(LAYERS, config.layer, "model.layer"), lookup(HEADS, config.head, "model.head")
@@ -64,10 +69,14 @@ class NeuralModel(nn.Module, StatefulModel):
         return torch.float64 if self.embedding.dtype == torch.float64 else self.compute_dtype
 
     def forward(
-        self, ids_TB: Tensor, state: State, dropout: DropoutConfig | None = None, generator: Generator | None = None
+        self,
+        ids_TB: Tensor,
+        state: State,
+        dropout: DropoutConfig | None = None,
+        generator: Generator | None = None,
     ) -> Activations:
         """The activations for `ids_TB`. With `dropout` and `generator` it is a training pass, without an evaluation."""
-        p = dropout if dropout is not None and generator is not None else DropoutConfig()
+        p = dropout if dropout is not None and generator is not None else NO_DROPOUT
         noise = generator if dropout is not None else None
         x = drop.embed(ids_TB, self.embedding, p.embedding, noise)
         x = drop.locked(x.to(self._dtype()), p.input, noise)

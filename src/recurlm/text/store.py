@@ -101,9 +101,7 @@ def build_tokenizer(corpus: Corpus, config: TokenizerConfig) -> Tokenizer:
     splits = corpus.splits if config.vocab_splits == "all" else ("train",)
     if cls.reads_bytes:
         return train_tokenizer((), config)
-    return train_tokenizer(
-        (text for s in splits for text in texts(corpus.blocks(s), cls, corpus.places[s])), config
-    )
+    return train_tokenizer((text for s in splits for text in texts(corpus.blocks(s), cls, corpus.places[s])), config)
 
 
 def write_store(
@@ -253,9 +251,7 @@ class _Counter:
         self.words += self.lines
 
 
-def _write_split(
-    corpus: Corpus, split: str, tokenizer: Tokenizer, dtype: np.dtype, file: BinaryIO
-) -> SplitInfo:
+def _write_split(corpus: Corpus, split: str, tokenizer: Tokenizer, dtype: np.dtype, file: BinaryIO) -> SplitInfo:
     counter, digest, tokens = _Counter(), hashlib.sha256(), 0
     blocks = counter.watch(corpus.blocks(split))
     parts = blocks if tokenizer.reads_bytes else texts(blocks, type(tokenizer), corpus.places[split])
@@ -269,9 +265,7 @@ def _write_split(
             tokens += ids.size
     if not tokens:
         raise DataError(f"{corpus.places[split]}: the {split} text is empty; expected at least one line.")
-    return SplitInfo(
-        tokens, counter.words, counter.lines, counter.characters, counter.bytes, digest.hexdigest()
-    )
+    return SplitInfo(tokens, counter.words, counter.lines, counter.characters, counter.bytes, digest.hexdigest())
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

@@ -114,9 +114,9 @@ def applied(averaging: Averaging, parameters: list[nn.Parameter]) -> Iterator[No
         return
     raw = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        torch._foreach_copy_(parameters, mean)
+        torch._foreach_copy_(list[Tensor](parameters), mean)
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, raw)
+            torch._foreach_copy_(list[Tensor](parameters), raw)

@@ -69,7 +69,12 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
         files.sync(temporary / TENSORS)
         files.write_manifest(
             temporary / MANIFEST,
-            {"format": FORMAT, "step": step, "values": values, "files": {TENSORS: files.describe(temporary / TENSORS)}},
+            {
+                "format": FORMAT,
+                "step": step,
+                "values": values,
+                "files": {TENSORS: files.describe(temporary / TENSORS)},
+            },
         )
         if final.exists():  # the same step saved again, or an invalid one in the way
             final.rename(folder / f"step-{step}.trash-{os.getpid()}")

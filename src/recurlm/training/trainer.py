@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +24,10 @@ from recurlm.text.store import Store
 from recurlm.training import checkpoint, interrupt, objective
 from recurlm.training.averaging import AVERAGING, applied
 from recurlm.training.card import model_card
+from recurlm.training.cursor import Cursor, Result, seed_for_step
 from recurlm.training.monitor import Monitor
 from recurlm.training.optimizers import OPTIMIZERS
 from recurlm.training.schedules import SCHEDULES, Progress
-
-
-@dataclass
-class Cursor:
-    """Where a run stands: with the tensors of the checkpoint, all that decides how it goes on."""
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    epoch_nats: float = 0.0
-    epoch_targets: int = 0
-    losses: list[float] = field(default_factory=list)  # of all validations
-    best: float = math.inf
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended: `signal` is not 0 when SIGINT or SIGTERM stopped it."""
-
-    step: int
-    epoch: int
-    best_loss: float
-    seconds: float
-    signal: int
-    finished: bool
-
-
-def seed_for_step(generator: torch.Generator, seed: int, step: int) -> torch.Generator:
-    """The generator, seeded as a pure function of (seed, step), so that no random state needs saving (splitmix64)."""
-    x = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return generator.manual_seed((x ^ (x >> 31)) >> 1)
 
 
 class Trainer:
@@ -144,7 +111,10 @@ class Trainer:
         self.averaging.update(self.parameters)
         self.state = detach(out.state)
         c.step, c.position = c.step + 1, c.position + length
-        c.epoch_nats, c.epoch_targets = c.epoch_nats + numbers[1] * targets.numel(), c.epoch_targets + targets.numel()
+        c.epoch_nats, c.epoch_targets = (
+            c.epoch_nats + numbers[1] * targets.numel(),
+            c.epoch_targets + targets.numel(),
+        )
         return {
             "loss_nats": numbers[1], "objective": math.fsum(numbers[1:]), "grad_norm": numbers[0], "lr": lr,
             "length": length, "tokens": targets.numel(),
@@ -193,7 +163,12 @@ class Trainer:
                 self.best_weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         if self.best_weights is None:
             return
-        facts = {"step": c.step, "epoch": c.epoch, "best_valid_loss_nats": c.best if c.losses else None}
+        facts = {
+            "parameters": sum(p.numel() for p in self.parameters),
+            "step": c.step,
+            "epoch": c.epoch,
+            "best_valid_loss_nats": c.best if c.losses else None,
+        }
         directory.write(self.folder, self.model, self.best_weights, self.tokenizer.to_json(), facts)
         files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, self.model, c.best, c.step))
         self.best_weights = None
@@ -203,7 +178,9 @@ class Trainer:
         c = self.cursor
         named = dict(self.model.named_parameters())
         if bad := objective.first_nonfinite(dict(named)):
-            raise RunError(f"Step {c.step}: the weight {bad} is not finite, so no checkpoint was written; resume an older one.")
+            raise RunError(
+                f"Step {c.step}: the weight {bad} is not finite, so no checkpoint was written; resume an older one."
+            )
         self.publish()
         mean, mean_values = self.averaging.state()
         tensors = {f"model.{name}": p.detach() for name, p in named.items()}
@@ -213,7 +190,12 @@ class Trainer:
         tensors |= {f"state.{i}": t.clone() for i, t in enumerate(state_leaves(self.state))}
         cursor = asdict(c) | {"seconds": c.seconds + time.monotonic() - started}
         cursor["best"] = c.best if math.isfinite(c.best) else None
-        values = {"cursor": cursor, "averaging": mean_values, "config": to_dict(self.config), "store": self.store.hash}
+        values = {
+            "cursor": cursor,
+            "averaging": mean_values,
+            "config": to_dict(self.config),
+            "store": self.store.hash,
+        }
         checkpoint.save(self.folder / "checkpoints", c.step, tensors, values, self.config.train.keep_checkpoints)
         self.saved_at = time.monotonic()
 
@@ -245,7 +227,9 @@ class Trainer:
             self.state = map_state(lambda old: leaves[str(next(order))].to(old.dtype), self.state)
             cursor = dict(saved.values["cursor"])
         except (KeyError, RuntimeError, ValueError, StopIteration) as error:
-            raise CheckpointError(f"step {saved.step}: the checkpoint does not fit this configuration ({error}).") from None
+            raise CheckpointError(
+                f"step {saved.step}: the checkpoint does not fit this configuration ({error})."
+            ) from None
         cursor["best"] = math.inf if cursor["best"] is None else cursor["best"]
         self.cursor = Cursor(**cursor)
 

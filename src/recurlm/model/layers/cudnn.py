@@ -29,7 +29,7 @@ def run(kind: str, x_TBI: Tensor, state: tuple[Tensor, ...], weights: list[Tenso
             x_TBI, weights, 4, None, hidden[0].contiguous(), cell, CUDNN_MODE[kind], size, 0, 1, False, 0.0,
             training, False, [], None,
         )  # fmt: skip
-        return tuple([out[0], *(leaf.squeeze(0) for leaf in out[1 : 1 + len(hidden)])])
+        return (out[0], *(leaf.squeeze(0) for leaf in out[1 : 1 + len(hidden)]))
     if kind == "lstm":
         y, h, c = torch.lstm(x_TBI, hidden, weights, True, 1, 0.0, training, False, False)
         return y, h.squeeze(0), c.squeeze(0)

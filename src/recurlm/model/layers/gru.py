@@ -22,9 +22,7 @@ class GRU(RecurrentLayer):
         self.bias_hh = uniform((3 * hidden_size,), bound, generator)
 
     @classmethod
-    def build(
-        cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator
-    ) -> GRU:
+    def build(cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator) -> GRU:
         return cls(input_size, hidden_size, generator)
 
     @property

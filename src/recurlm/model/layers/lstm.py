@@ -22,9 +22,7 @@ class LSTM(RecurrentLayer):
         self.bias_hh = uniform((4 * hidden_size,), bound, generator)
 
     @classmethod
-    def build(
-        cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator
-    ) -> LSTM:
+    def build(cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator) -> LSTM:
         return cls(input_size, hidden_size, generator)
 
     @property

@@ -20,15 +20,18 @@ class QRNN(RecurrentLayer):
 
     def __init__(self, input_size: int, hidden_size: int, window: int, zoneout: float, generator: Generator):
         super().__init__()
-        self.input_size, self.hidden_size, self.window, self.zoneout = input_size, hidden_size, window, zoneout
+        self.input_size, self.hidden_size, self.window, self.zoneout = (
+            input_size,
+            hidden_size,
+            window,
+            zoneout,
+        )
         bound = (window * input_size) ** -0.5
         self.weight = uniform((3 * hidden_size, window * input_size), bound, generator)
         self.bias = uniform((3 * hidden_size,), bound, generator)
 
     @classmethod
-    def build(
-        cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator
-    ) -> QRNN:
+    def build(cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator) -> QRNN:
         window = config.windows[index] if index < len(config.windows) else 1
         return cls(input_size, hidden_size, window, config.zoneout, generator)
 

@@ -90,9 +90,7 @@ class Tokenizer(ABC):
         values = ids.tolist() if isinstance(ids, np.ndarray) else [int(i) for i in ids]
         if values and not (min(values) >= 0 and max(values) < self.vocab_size):
             bad = min(values) if min(values) < 0 else max(values)
-            raise RequestError(
-                f"Token id {bad} is outside this {self.kind} vocabulary, 0 to {self.vocab_size - 1}."
-            )
+            raise RequestError(f"Token id {bad} is outside this {self.kind} vocabulary, 0 to {self.vocab_size - 1}.")
         return values
 
 

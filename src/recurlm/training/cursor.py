@@ -1,0 +1,42 @@
+"""Where a run stands, and the randomness that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Cursor:
+    """Where a run stands: with the tensors of the checkpoint, all that decides how it goes on."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    epoch_nats: float = 0.0
+    epoch_targets: int = 0
+    losses: list[float] = field(default_factory=list)  # of all validations
+    best: float = math.inf
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: `signal` is not 0 when SIGINT or SIGTERM stopped it."""
+
+    step: int
+    epoch: int
+    best_loss: float
+    seconds: float
+    signal: int
+    finished: bool
+
+
+def seed_for_step(generator: torch.Generator, seed: int, step: int) -> torch.Generator:
+    """The generator, seeded as a pure function of (seed, step), so that no random state needs saving (splitmix64)."""
+    x = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return generator.manual_seed((x ^ (x >> 31)) >> 1)

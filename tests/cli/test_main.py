@@ -1,0 +1,236 @@
+"""The command line as a stranger meets it: light start, one sentence for a mistake, the right exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY, small_text
+
+HEAVY = ("torch", "numpy", "tokenizers", "numba", "safetensors", "matplotlib", "tensorboard")
+
+
+def run(*arguments: str, stdin: str | bytes | None = None) -> subprocess.CompletedProcess:
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run([sys.executable, "-m", "recurlm", *arguments], input=data or b"", capture_output=True)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+@pytest.mark.parametrize("code", ["import recurlm; recurlm.Config()", "from recurlm.cli.main import app"])
+def test_nothing_heavy_is_imported_before_it_is_used(code):
+    check = f"import sys; {code}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_help_names_every_verb():
+    text = run("--help").stdout
+    for verb in ("demo", "data", "train", "eval", "score", "generate"):
+        assert f" {verb} " in text
+    assert run("--version").stdout.startswith("recurlm 0.")
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    settings = [part for setting in (*TINY, "train.max_steps=30") for part in ("--set", setting)]
+    done = run("train", "--data", str(text_file), "-o", str(folder), "--json", *settings)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["steps"] == 30
+    assert "valid loss" in done.stderr
+    return folder
+
+
+def test_the_run_directory_is_complete(trained):
+    names = {path.name for path in trained.iterdir()}
+    wanted = {
+        "manifest.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "config.toml",
+        "metrics.jsonl",
+    }
+    assert wanted | {"checkpoints", "store"} <= names
+    assert not [name for name in names if "tmp" in name]
+    assert "recurlm.load" in (trained / "README.md").read_text()
+
+
+def test_eval_prints_and_keeps_the_metrics(trained):
+    values = json.loads(run("eval", str(trained), "--json").stdout)
+    for name in (
+        "loss_nats",
+        "ppl",
+        "ppl_word",
+        "bpc",
+        "bpb",
+        "top1",
+        "top5",
+        "top10",
+        "mrr",
+        "oov_rate",
+        "tokens_per_s",
+        "rule",
+    ):
+        assert name in values
+    kept = json.loads((trained / "eval.json").read_text())
+    assert kept["ppl"] == values["ppl"]
+    other = json.loads(
+        run("eval", str(trained), "--json", "--split", "valid", "--batch-size", "7", "--no-ranks").stdout
+    )
+    assert "top1" not in other and other["split"] == "valid"
+    assert "ppl " in run("eval", str(trained)).stdout
+
+
+def test_eval_reads_another_text(trained, tmp_path):
+    (tmp_path / "new.txt").write_text(small_text(40, seed=9))
+    before = (trained / "eval.json").read_text()
+    values = json.loads(
+        run("eval", str(trained), "--json", "--data", str(tmp_path / "new.txt"), "--split", "train").stdout
+    )
+    assert values["targets"] == 36 * 13
+    assert (trained / "eval.json").read_text() == before
+
+
+def test_score_writes_rows(trained):
+    done = run("score", str(trained), stdin="the king drinks a tea\n\nthe river\n")
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert rows[0] == ["sentence_id", "token_id", "token", "surprisal"]
+    assert [row[:3] for row in rows[1:3]] == [["1", "1", "the"], ["1", "2", "king"]]
+    assert [row[0] for row in rows[1:]] == ["1"] * 6 + ["2"] + ["3"] * 3
+    assert all(float(row[3]) >= 0 for row in rows[1:])
+    sentences = run("score", str(trained), "--level", "sentence", stdin="the king drinks a tea\n").stdout.splitlines()
+    assert float(sentences[1].split("\t")[2]) == pytest.approx(sum(float(row[3]) for row in rows[1:7]), abs=1e-4)
+    row = json.loads(run("score", str(trained), "--json", "--unit", "log10", stdin="the king\n").stdout)
+    assert row["unit"] == "log10" and row["total"] < 0 and row["tokens"][0] == "the"
+
+
+def test_generate_repeats(trained):
+    one = run("generate", str(trained), "--prompt", "the", "--tokens", "20", "--seed", "4").stdout
+    assert one.startswith("the ")
+    assert one == run("generate", str(trained), "--prompt", "the", "--tokens", "20", "--seed", "4").stdout
+    assert json.loads(run("generate", str(trained), "--seed", "4", "--tokens", "3", "--json").stdout)["seed"] == 4
+
+
+def test_dry_run_writes_nothing(text_file, tmp_path):
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    done = run("train", "--data", str(text_file), "--dry-run", "--json", "-o", str(tmp_path / "run"), *settings)
+    facts = json.loads(done.stdout)
+    assert facts["parameters"] == sum_of_parameters(facts["vocab_size"])
+    assert (
+        facts["memory_bytes"] > 0 and facts["seconds_estimated"] > 0 and facts["steps"] == facts["steps_per_epoch"] * 10
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def sum_of_parameters(vocab: int) -> int:
+    first, second = 4 * 16 * (12 + 16 + 2), 4 * 12 * (16 + 12 + 2)
+    return vocab * 12 + first + second + vocab
+
+
+MISTAKES = [
+    (["train"], 2, "-o"),
+    (["train", "-o", "{tmp}/r"], 2, "--data"),
+    (["train", "--data", "{tmp}/no.txt", "-o", "{tmp}/r"], 2, "no.txt"),
+    (["train", "awd-lstm-pbt", "--data", "{text}", "-o", "{tmp}/r"], 2, "Did you mean 'awd-lstm-ptb'"),
+    (["train", "{tmp}/no.toml", "--data", "{text}", "-o", "{tmp}/r"], 2, "no.toml"),
+    (["train", "{tmp}/bad.toml", "--data", "{text}", "-o", "{tmp}/r"], 2, "bad.toml"),
+    (["train", "--data", "{tmp}/empty.txt", "-o", "{tmp}/r"], 3, "empty.txt"),
+    (["train", "--data", "{tmp}/latin.txt", "-o", "{tmp}/r"], 3, "UTF-8"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "model.layr=lstm"], 2, "Did you mean 'layer'"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "modell.layer=lstm"], 2, "Did you mean 'model'"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "model.layer=lstn"], 2, "Did you mean 'lstm'"),
+    (
+        ["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "model.head=softmx"],
+        2,
+        "Did you mean 'softmax'",
+    ),
+    (
+        ["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "model.hidden_sizes=[8,9]"],
+        2,
+        "embedding_size",
+    ),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "optimizer.name=sdg"], 2, "Did you mean 'sgd'"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "optimizer.lr=-1"], 2, "optimizer.lr"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "optimizer.lr=nan"], 2, "finite"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "optimizer.betas=[0.9]"], 2, "two numbers"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "schedule.name=cosin"], 2, "schedule.name"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "averaging.name=asgd"], 2, "nt-asgd"),
+    (
+        ["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "tokenizer.kind=words"],
+        2,
+        "Did you mean 'word'",
+    ),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "data.batch_size=0"], 2, "from 1 to"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "data.batch_size=big"], 2, "expected int"),
+    (
+        ["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "model.embedding_size=1000000000000"],
+        2,
+        "from 1 to",
+    ),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--set", "lr"], 2, "section.key=value"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--device", "gpu"], 2, "device"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--dtype", "fp8"], 2, "dtype"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--threads", "many"], 2, "--threads"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--max-time", "soon"], 2, "--max-time"),
+    (["train", "--data", "{text}", "-o", "{tmp}/r", "--resume", "yes"], 2, "--resume"),
+    (["train", "--data", "{text}", "-o", "{text}/r"], 2, "run directory"),
+    (["train", "--data", "{text}", "-o", "{run}"], 2, "already holds a run"),
+    (["eval", "{tmp}/nothing"], 2, "no such folder"),
+    (["eval", "{tmp}"], 2, "not a run directory"),
+    (["eval", "{run}", "--split", "tests"], 2, "no split"),
+    (["eval", "{run}", "--counting", "nice"], 2, "counting"),
+    (["eval", "{run}", "--batch-size", "0"], 2, "batch_size"),
+    (["eval", "{run}", "--data", "{tmp}/no.txt"], 2, "no.txt"),
+    (["score", "{run}", "{tmp}/no.txt"], 2, "no.txt"),
+    (["score", "{run}", "{tmp}/latin.txt"], 3, "line 1"),
+    (["score", "{run}", "--unit", "miles"], 2, "miles"),
+    (["score", "{run}", "--level", "page"], 2, "--level"),
+    (["score", "{tmp}/nothing"], 2, "no such folder"),
+    (["generate", "{run}", "--temperature", "-3"], 2, "temperature"),
+    (["generate", "{run}", "--top-p", "2"], 2, "top_p"),
+    (["generate", "{run}", "--top-k", "-5"], 2, "top_k"),
+    (["generate", "{run}", "--tokens", "-5"], 2, "tokens"),
+    (["generate"], 2, "RUN"),
+    (["trian"], 2, "trian"),
+    (["train", "--no-such-option"], 2, "--no-such-option"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    MISTAKES,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_costs_one_sentence(arguments, code, words, trained, text_file, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1") * 50)
+    (tmp_path / "bad.toml").write_text("[model\nlayer = ")
+    places = {"{tmp}": tmp_path, "{text}": text_file, "{run}": trained}
+    for name, path in places.items():
+        arguments = [a.replace(name, str(path)) for a in arguments]
+    before = sorted(p.name for p in trained.rglob("*"))
+    done = run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("recurlm: ") == (
+        arguments[0] in ("train", "eval", "score", "generate") and "Usage" not in done.stderr
+    )
+    assert sorted(p.name for p in trained.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    assert "Traceback" in run("--debug", "eval", str(tmp_path)).stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(trained):
+    shell = f"yes 'the king' | head -n 3000 | {sys.executable} -m recurlm score {trained} | head -n 2"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.stdout.startswith("sentence_id")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,151 @@
+"""Scoring and generation: engine, sampling, and the text in and out of `recurlm.load`."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import small_text, tiny_config
+from recurlm import api
+from recurlm.config import apply_assignments
+from recurlm.errors import RequestError
+from recurlm.inference.engine import score_sequences
+from recurlm.inference.generate import Sampling, sample_ids, sharpen
+from recurlm.text.tokenizers import TOKENIZERS
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def model(request, text_file, tmp_path_factory) -> api.LanguageModel:
+    """A model of every tokenizer, trained for a few steps."""
+    run = tmp_path_factory.mktemp("run") / request.param
+    settings = [
+        f'data.path="{text_file}"',
+        f"tokenizer.kind={request.param}",
+        "tokenizer.vocab_size=300" * (request.param == "bpe"),
+    ]
+    config = apply_assignments(tiny_config("train.max_steps=30"), [s for s in settings if s])
+    api.train(config, run, quiet=True)
+    return api.load(run)
+
+
+TEXTS = [
+    "the king sees a bird",
+    "",
+    "the",
+    "a zebra é 🙂 drinks",
+    "the river follows a stone and the child loves it .",
+]
+
+
+def test_scores_are_those_of_the_model_row_by_row(model):
+    scores = model.score_all(TEXTS)
+    for text, score in zip(TEXTS, scores, strict=True):
+        alone = model.score(text)
+        assert alone.ids == score.ids
+        assert alone.surprisals == pytest.approx(score.surprisals, abs=1e-4)
+        ids = torch.tensor([model.tokenizer.boundary_id, *score.ids])
+        log_probs, _ = model.model.advance(ids[:-1, None], model.model.initial_state(1))
+        expected = -log_probs[:, 0].gather(-1, ids[1:, None]).squeeze(-1) / math.log(2)
+        assert score.surprisals == pytest.approx(expected.tolist(), abs=1e-4)
+        assert score.ids[-1] == model.tokenizer.boundary_id
+        assert len(score.tokens) == len(score.ids)
+    assert scores[1].total > 0  # an empty line still ends
+
+
+def test_units_and_ends(model):
+    bits, nats, log10 = (model.score("the king", unit=u) for u in ("bits", "nats", "log10"))
+    assert nats.total == pytest.approx(bits.total * math.log(2), rel=1e-6)
+    assert log10.total == pytest.approx(-nats.total / math.log(10), rel=1e-6)
+    assert model.score("the king", end=False).surprisals == pytest.approx(bits.surprisals[:-1])
+    with pytest.raises(RequestError, match="unit 'hours'"):
+        model.score("the", unit="hours")
+
+
+def test_perplexity_is_the_mean_of_the_scores_and_knows_no_batch(model):
+    text = small_text(12, seed=3)
+    ids = model.tokenizer.encode(text)
+    (nll,) = score_sequences(model.model, [ids.tolist()], model.tokenizer.boundary_id)
+    assert model.perplexity(text) == pytest.approx(math.exp(nll.double().mean().item()), rel=1e-5)
+    values = model.evaluate_text(text)
+    assert values["targets"] == len(ids)
+    assert values["ppl"] == pytest.approx(model.perplexity(text), rel=1e-5)
+    assert values["bpc"] == pytest.approx(nll.double().sum().item() / math.log(2) / len(text), rel=1e-5)
+    assert 0 <= values["top1"] <= values["top5"] <= values["top10"] <= 1
+    assert values["top1"] <= values["mrr"] <= 1
+    assert model.evaluate_text(text, batch_size=5)["targets"] == len(ids)
+
+
+def test_long_sequences_are_scored_in_windows(model, monkeypatch):
+    ids = model.tokenizer.encode(small_text(20)).tolist()
+    (whole,) = score_sequences(model.model, [ids], model.tokenizer.boundary_id)
+    monkeypatch.setattr("recurlm.inference.engine.ROW_TOKENS", 7)
+    (cut,) = score_sequences(model.model, [ids], model.tokenizer.boundary_id)
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-4)
+
+
+def test_generation_repeats_with_its_seed_and_streams_what_it_returns(model):
+    one = model.generate("the ", tokens=25, seed=7)
+    assert one == model.generate("the ", tokens=25, seed=7)
+    assert one.startswith("the ")
+    assert one != model.generate("the ", tokens=25, seed=8)
+    assert "the " + "".join(model.stream("the ", tokens=25, seed=7)) == one
+    assert model.generate("the", tokens=0) == "the"
+    assert isinstance(model.generate(tokens=5), str)
+
+
+def test_greedy_is_top_1_and_cold(model):
+    greedy = model.generate("the king", tokens=15, temperature=0)
+    assert greedy == model.generate("the king", tokens=15, top_k=1, seed=3)
+    assert greedy == model.generate("the king", tokens=15, temperature=1e-4, seed=3)
+    assert greedy == model.generate("the king", tokens=15, top_p=1e-9, seed=4)
+
+
+def test_generation_stops_before_the_stop_string(model):
+    free = model.generate("the ", tokens=40, seed=11)
+    for stop in (free[6:9], free[20:21], "never to be seen"):
+        stopped = model.generate("the ", tokens=40, seed=11, stop=stop)
+        at = free.find(stop, 4)
+        assert stopped == (free[:at] if at >= 0 else free)
+
+
+def test_the_unknown_word_is_never_drawn(model):
+    if model.tokenizer.unk_id is None:
+        pytest.skip("this tokenizer has no unknown id")
+    assert "<unk>" not in model.generate("the", tokens=300, temperature=3.0, seed=1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"tokens": -1},
+    ],
+)
+def test_arguments_out_of_range_are_refused(model, bad):
+    with pytest.raises(RequestError, match=next(iter(bad))):
+        model.generate("the", **bad)
+
+
+def test_sharpen_follows_its_definition():
+    log_probs = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert sharpen(log_probs, Sampling()).tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05])
+    assert sharpen(log_probs, Sampling(top_k=2)).tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert sharpen(log_probs, Sampling(top_p=0.79)).tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert sharpen(log_probs, Sampling(top_p=0.81)).tolist() == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
+    half = sharpen(log_probs, Sampling(temperature=0.5))
+    assert half.tolist() == pytest.approx([p * p / 0.365 for p in (0.5, 0.3, 0.15, 0.05)])
+    assert sharpen(log_probs, Sampling(top_k=99)).sum().item() == pytest.approx(1)
+
+
+def test_samples_follow_the_distribution(model):
+    state = model.model.initial_state(1)
+    start = [model.tokenizer.boundary_id]
+    probs = model.model.advance(torch.tensor([start]), state)[0][0, 0].exp()
+    generator = torch.Generator().manual_seed(1)
+    drawn = [next(iter(sample_ids(model.model, start, 1, Sampling(), generator))) for _ in range(400)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=model.model.vocab_size) / 400
+    assert (counts - probs).abs().max() < 0.1

@@ -1,0 +1,378 @@
+"""Whole runs: exact resume after kills and signals, faults that cost nothing, refusals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY, small_text, tiny_config
+from recurlm import api, files
+from recurlm.config import apply_assignments
+from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
+from recurlm.model import directory
+from recurlm.model.layers import LAYERS
+from recurlm.training import checkpoint, objective
+from recurlm.training.monitor import Monitor, read_metrics
+from recurlm.training.trainer import Trainer
+
+EXACT = ("step", "loss_nats", "objective", "grad_norm", "lr", "length")
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def trace(run: Path) -> list[tuple]:
+    return [tuple(r[k] for k in EXACT) for r in read_metrics(run) if r["event"] == "step"]
+
+
+def validations(run: Path) -> list[tuple]:
+    return [
+        (r["step"], r["loss_nats"], r["train_loss_nats"], r["best"]) for r in read_metrics(run) if r["event"] == "valid"
+    ]
+
+
+def command(run: Path, data: Path, *settings: str, resume: bool = False) -> list[str]:
+    out = [sys.executable, "-m", "recurlm", "train", "--data", str(data), "-o", str(run), "--threads", "1"]
+    for setting in [*TINY, *settings]:
+        out += ["--set", setting]
+    return out + (["--resume", "auto"] if resume else [])
+
+
+LONG = ("train.epochs=2", "train.max_steps=110", "train.checkpoint_every=9", "averaging.name=nt-asgd", "averaging.nonmono=1",
+        "train.eval_every=15")  # fmt: skip
+
+
+def run_to_the_end(run: Path, data: Path, *settings: str) -> None:
+    done = subprocess.run(command(run, data, *settings, resume=True), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def interrupt_at(run: Path, data: Path, settings: tuple[str, ...], step: int, number: int) -> int:
+    """Starts training, sends the signal once `step` is on record, and returns the exit code."""
+    process = subprocess.Popen(
+        command(run, data, *settings, resume=True), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(r["step"] >= step for r in read_metrics(run)[-1:]):
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    process.communicate(timeout=30)
+    return process.returncode
+
+
+@pytest.mark.parametrize("layer", ["lstm", "qrnn"])
+def test_kill_9_in_an_epoch_and_resume_is_bit_for_bit(layer, text_file, tmp_path):
+    settings = (*LONG, f"model.layer={layer}", "model.zoneout=0.1")
+    run_to_the_end(tmp_path / "whole", text_file, *settings)
+    for step in (20, 61):
+        assert interrupt_at(tmp_path / "broken", text_file, settings, step, signal.SIGKILL) == -signal.SIGKILL
+    assert (tmp_path / "broken" / "checkpoints").is_dir()
+    run_to_the_end(tmp_path / "broken", text_file, *settings)
+    assert len(trace(tmp_path / "whole")) == 110
+    assert trace(tmp_path / "broken") == trace(tmp_path / "whole")
+    assert validations(tmp_path / "broken") == validations(tmp_path / "whole")
+    a, b = (json.loads((tmp_path / r / "manifest.json").read_text())["files"] for r in ("whole", "broken"))
+    assert a["model.safetensors"] == b["model.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_resume_is_bit_for_bit(number, code, text_file, tmp_path):
+    settings = (*LONG, "train.checkpoint_every=0")
+    run_to_the_end(tmp_path / "whole", text_file, *settings)
+    assert interrupt_at(tmp_path / "broken", text_file, settings, 37, number) == code
+    saved, _ = checkpoint.newest(tmp_path / "broken" / "checkpoints")
+    assert saved is not None
+    assert saved.step == read_metrics(tmp_path / "broken")[-1]["step"]
+    api.load(tmp_path / "broken")  # usable although it never validated
+    run_to_the_end(tmp_path / "broken", text_file, *settings)
+    assert trace(tmp_path / "broken") == trace(tmp_path / "whole")
+
+
+def test_max_time_measures_and_resume_is_still_bit_for_bit(text_file, tmp_path):
+    config = apply_assignments(tiny_config(*LONG), [f'data.path="{text_file}"'])
+    api.train(config, tmp_path / "whole", quiet=True)
+    result = api.train(config, tmp_path / "broken", max_seconds=0.05, quiet=True)
+    assert not result.finished
+    assert 0 < result.step < 110
+    assert read_metrics(tmp_path / "broken")[-1]["event"] == "valid"
+    result = api.train(config, tmp_path / "broken", resume=True, quiet=True)
+    assert result.finished
+    assert trace(tmp_path / "broken") == trace(tmp_path / "whole")
+
+
+def make(store, folder: Path, *settings: str) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    return Trainer(tiny_config(*settings), store, folder, quiet=True)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("where", ["weight", "state", "gradient", "term"])
+def test_numbers_that_are_not_finite_stop_before_the_weights_move(where, store, tmp_path, monkeypatch):
+    trainer = make(store, tmp_path / "run")
+    for _ in range(3):
+        trainer.step()
+    named = dict(trainer.model.named_parameters())
+    if where == "weight":
+        named["layers.1.weight_hh"].data[0, 0] = float("inf")
+        words = "weight layers.1.weight_hh"
+    elif where == "state":
+        trainer.state[0][1][0, 0] = float("nan")
+        words = "carried state 1"
+    elif where == "gradient":
+        named["head.bias"].register_hook(lambda grad: grad * float("nan"))
+        words = "gradient of head.bias"
+    else:
+        real = objective.terms
+        monkeypatch.setattr(objective, "terms", lambda *a: {**real(*a), "ar": torch.tensor(float("nan"))})
+        words = "'ar' is nan"
+    before = weights(trainer)
+    with pytest.raises(RunError) as caught:
+        trainer.step()
+    assert "Step 4" in str(caught.value)
+    assert words in str(caught.value)
+    for name, value in weights(trainer).items():
+        assert torch.equal(value, before[name]) or where == "weight"
+    assert trainer.cursor.step == 3
+
+
+def test_a_run_with_a_bad_number_keeps_its_steps(store, tmp_path, monkeypatch):
+    trainer = make(store, tmp_path / "run", "train.max_steps=50")
+    real, calls = objective.terms, []
+
+    def terms(*arguments):
+        calls.append(1)
+        out = real(*arguments)
+        return {name: value * float("nan") for name, value in out.items()} if len(calls) == 20 else out
+
+    monkeypatch.setattr(objective, "terms", terms)
+    with pytest.raises(RunError, match="Step 20: the term 'nll' is nan"):
+        trainer.run()
+    saved, skipped = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.step == 19 and not skipped
+
+
+def test_weights_that_are_not_finite_are_never_published(store, tmp_path):
+    trainer = make(store, tmp_path / "run")
+    trainer.parameters[0].data[0, 0] = float("nan")
+    with pytest.raises(RunError, match="weight embedding is not finite"):
+        trainer.save(time.monotonic())
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not directory.exists(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(text_file, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    config = apply_assignments(
+        tiny_config("train.max_steps=20", "train.checkpoint_every=8"), [f'data.path="{text_file}"']
+    )
+    api.train(config, run, quiet=True)
+    return run
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def config_of(run: Path, *settings: str):
+    from recurlm.config import from_toml
+
+    return apply_assignments(from_toml((run / "config.toml").read_text(), "config.toml"), settings)
+
+
+def test_a_finished_run_resumed_changes_nothing(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "config.toml"}
+    assert api.train(config_of(run), run, resume=True, quiet=True).finished
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    newest = checkpoint.steps(run / "checkpoints")[0]
+    data = bytearray((newest / checkpoint.TENSORS).read_bytes())
+    data[len(data) // 2] ^= 4
+    (newest / checkpoint.TENSORS).write_bytes(data)
+    saved, skipped = checkpoint.newest(run / "checkpoints")
+    assert saved is not None and saved.step == 16
+    assert len(skipped) == 1 and str(newest / checkpoint.TENSORS) in skipped[0] and "checksum" in skipped[0]
+
+
+@pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.MANIFEST])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
+def test_damaged_checkpoints_are_refused_by_name(finished, tmp_path, name, damage):
+    path = checkpoint.steps(copy_of(finished, tmp_path) / "checkpoints")[0]
+    ruin(path / name, damage)
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.load(path)
+
+
+def ruin(path: Path, damage: str) -> None:
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 3] ^= 1
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"flip": data, "cut": data[: len(data) // 2], "empty": b""}[damage])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
+def test_damaged_models_are_refused_by_name(finished, tmp_path, name, damage):
+    run = copy_of(finished, tmp_path)
+    ruin(run / name, damage)
+    with pytest.raises(UserError, match=name):
+        api.load(run)
+
+
+def test_a_crash_between_weights_and_manifest_leaves_a_loadable_model(finished, tmp_path, monkeypatch):
+    run = copy_of(finished, tmp_path)
+    model = api.load(run)
+    changed = {name: p + 1 for name, p in model.model.named_parameters()}
+    real = files.write_manifest
+    for crash_at in (1, 2):
+        calls = []
+
+        def manifest(path, content, crash_at=crash_at, calls=calls):
+            calls.append(1)
+            if len(calls) == crash_at:
+                raise KeyboardInterrupt
+            real(path, content)
+
+        monkeypatch.setattr(files, "write_manifest", manifest)
+        with pytest.raises(KeyboardInterrupt):
+            directory.write(run, model.model, changed, "", {})
+        monkeypatch.setattr(files, "write_manifest", real)
+        loaded = next(api.load(run).model.parameters())
+        old, new = next(model.model.parameters()), next(iter(changed.values()))
+        assert torch.equal(loaded, old if crash_at == 1 else new)
+        assert not list(run.glob("*.tmp-*"))
+
+
+def test_a_changed_text_is_refused_at_resume(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    (tmp_path / "other.txt").write_text(small_text(300, seed=5))
+    shutil.rmtree(run / "store")
+    with pytest.raises(DataError, match="changed since step 20"):
+        api.train(
+            config_of(run, f'data.path="{tmp_path / "other.txt"}"', "train.max_steps=30"),
+            run,
+            resume=True,
+            quiet=True,
+        )
+
+
+def test_another_model_is_refused_at_resume(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.hidden_size is 17, but the run was started with 16"):
+        api.train(config_of(run, "model.hidden_size=17"), run, resume=True, quiet=True)
+
+
+def test_an_existing_run_is_never_overwritten(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        api.train(config_of(run), run, quiet=True)
+
+
+def test_a_second_trainer_is_refused(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    with files.locked(run):
+        done = subprocess.run(
+            [sys.executable, "-m", "recurlm", "train", "-o", str(run), "--resume", "auto"],
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert "in use by another recurlm process" in done.stderr
+
+
+def test_resume_takes_its_settings_from_the_run_and_more_steps_from_the_user(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    result = api.train(config_of(run, "train.max_steps=25"), run, resume=True, quiet=True)
+    assert (result.step, result.finished) == (25, True)
+
+
+def test_litter_of_a_dead_writer_is_removed_and_pruning_keeps_the_newest(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    for name in ("step-99.tmp-1", "step-3.trash-77"):
+        (run / "checkpoints" / name).mkdir()
+    (run / "checkpoints" / "notes").mkdir()  # somebody's own folder
+    api.train(config_of(run, "train.max_steps=40"), run, resume=True, quiet=True)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["notes", "step-32", "step-40"]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(finished, tmp_path, monkeypatch):
+    run = copy_of(finished, tmp_path)
+    monkeypatch.setattr(
+        checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(RunError, match=r"No space left on device.*earlier checkpoints are intact"):
+        api.train(config_of(run, "train.max_steps=40"), run, resume=True, quiet=True)
+    assert [p.name for p in checkpoint.steps(run / "checkpoints")] == ["step-20", "step-16"]
+    assert checkpoint.load(run / "checkpoints" / "step-20").step == 20
+
+
+@pytest.mark.parametrize("mutant", ["state.", "optimizer.", "averaging.", "position", "losses", "epoch_nats", "step"])
+def test_a_piece_left_out_of_the_checkpoint_is_noticed(mutant, store, tmp_path):
+    """Drops one piece of state at resume: the trace must then differ from the unbroken one (or be refused)."""
+    settings = ("averaging.name=nt-asgd", "averaging.nonmono=1", "train.epochs=3", "train.eval_every=10", "schedule.name=plateau",
+                "optimizer.name=adamw", "train.max_steps=60")  # fmt: skip
+
+    def resumed(drop: str) -> list:
+        folder = tmp_path / (drop or "none").strip(".")
+        trainer = make(store, folder, *settings)
+        monitor = Monitor(folder, 0, False, True)
+        for _ in range(37):
+            trainer._one(monitor, time.monotonic())
+        trainer.save(time.monotonic())
+        monitor.close()
+        saved, _ = checkpoint.newest(folder / "checkpoints")
+        assert saved is not None
+        again = make(store, folder, *settings)
+        zeros = dict(vars(again.cursor)) | {"losses": []}
+        if drop in zeros:
+            saved.values["cursor"][drop] = zeros[drop]
+        for name in [name for name in saved.tensors if drop and name.startswith(drop)]:
+            saved.tensors[name].zero_()
+        again.resume(saved)
+        monitor = Monitor(folder, 37, False, True)
+        while not again.done() and again.cursor.step < 60:
+            again._one(monitor, time.monotonic())
+        monitor.close()
+        return [trace(folder), validations(folder)]
+
+    assert resumed("") == resumed("")
+    assert resumed(mutant) != resumed("")
+
+
+def golden_trace(layer: str, store, folder: Path) -> list[float]:
+    """Losses of 200 steps with every dropout, both regularisers and clipping on."""
+    trainer = make(store, folder, f"model.layer={layer}", "model.zoneout=0.1", "optimizer.name=sgd", "optimizer.lr=2")
+    losses = []
+    for _ in range(200):
+        if trainer.cursor.position >= trainer.streams.train_length:
+            trainer.cursor.position = 0
+        losses.append(trainer.step()["objective"])
+    return losses
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_golden_trace(layer, store, tmp_path):
+    found = golden_trace(layer, store, tmp_path / "one")
+    assert found == golden_trace(layer, store, tmp_path / "two")
+    path = GOLDEN / f"{layer}.json"
+    if os.environ.get("RECURLM_WRITE_GOLDEN"):
+        path.write_text(json.dumps(found, indent=0) + "\n")
+    expected = json.loads(path.read_text())
+    assert found[0] > found[-1] + 1
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-5
