@@ -230,7 +230,10 @@ def to_toml(config: Config) -> str:
     for section, table in to_dict(config).items():
         lines.append(f"[{section}]")
         # JSON's strings, numbers, booleans and lists are TOML as well (DEL must be escaped in both readings).
-        lines += [f"{key} = {json.dumps(value)}".replace("\x7f", "\\u007f") for key, value in table.items()]
+        lines += [
+            f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+            for key, value in table.items()
+        ]
         lines.append("")
     return "\n".join(lines)
 

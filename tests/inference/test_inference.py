@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from conftest import small_text, tiny_config
 from recurlm import api
 from recurlm.config import apply_assignments
 from recurlm.errors import RequestError
 from recurlm.inference.engine import score_sequences
 from recurlm.inference.generate import Sampling, sample_ids, sharpen
 from recurlm.text.tokenizers import TOKENIZERS
+from support import small_text, tiny_config
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_config
 from recurlm.config import (
     AveragingConfig,
     DataConfig,
@@ -21,6 +20,7 @@ from recurlm.training import checkpoint, objective
 from recurlm.training.averaging import AVERAGING, NTASGD, applied
 from recurlm.training.optimizers import OPTIMIZERS
 from recurlm.training.schedules import SCHEDULES, Progress
+from support import tiny_config
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

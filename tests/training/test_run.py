@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import TINY, small_text, tiny_config
 from recurlm import api, files
 from recurlm.config import apply_assignments
 from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
@@ -21,6 +20,7 @@ from recurlm.model.layers import LAYERS
 from recurlm.training import checkpoint, objective
 from recurlm.training.monitor import Monitor, read_metrics
 from recurlm.training.trainer import Trainer
+from support import TINY, small_text, tiny_config
 
 EXACT = ("step", "loss_nats", "objective", "grad_norm", "lr", "length")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -325,8 +325,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(finished, tmp_path, monkeypat
 @pytest.mark.parametrize("mutant", ["state.", "optimizer.", "averaging.", "position", "losses", "epoch_nats", "step"])
 def test_a_piece_left_out_of_the_checkpoint_is_noticed(mutant, store, tmp_path):
     """Drops one piece of state at resume: the trace must then differ from the unbroken one (or be refused)."""
-    settings = ("averaging.name=nt-asgd", "averaging.nonmono=1", "train.epochs=3", "train.eval_every=10", "schedule.name=plateau",
-                "optimizer.name=adamw", "train.max_steps=60")  # fmt: skip
+    settings = ("averaging.name=nt-asgd", "averaging.nonmono=1", "train.epochs=3", "train.eval_every=5", "schedule.name=plateau",
+                "optimizer.name=adamw", "train.max_steps=60", "optimizer.lr=0.1")  # fmt: skip
 
     def resumed(drop: str) -> list:
         folder = tmp_path / (drop or "none").strip(".")
@@ -357,7 +357,8 @@ def test_a_piece_left_out_of_the_checkpoint_is_noticed(mutant, store, tmp_path):
 
 def golden_trace(layer: str, store, folder: Path) -> list[float]:
     """Losses of 200 steps with every dropout, both regularisers and clipping on."""
-    trainer = make(store, folder, f"model.layer={layer}", "model.zoneout=0.1", "optimizer.name=sgd", "optimizer.lr=2")
+    trainer = make(store, folder, f"model.layer={layer}", "model.zoneout=0.1", "optimizer.name=sgd", "optimizer.lr=2",
+                   "optimizer.clip=1", "schedule.name=constant")  # fmt: skip
     losses = []
     for _ in range(200):
         if trainer.cursor.position >= trainer.streams.train_length:
@@ -374,5 +375,5 @@ def test_golden_trace(layer, store, tmp_path):
     if os.environ.get("RECURLM_WRITE_GOLDEN"):
         path.write_text(json.dumps(found, indent=0) + "\n")
     expected = json.loads(path.read_text())
-    assert found[0] > found[-1] + 1
+    assert sum(found[:20]) > sum(found[-20:]) + 3  # it learns
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-5

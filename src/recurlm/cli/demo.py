@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -16,8 +17,8 @@ from recurlm.errors import UserError
 FAMOUS = "To be, or not to be: that is the question:"
 SCRAMBLED = "question: be, the that is not to or be: To"
 MARK = "demo.json"
-TRAINING_SECONDS = 58.0
-HARD_LIMIT_SECONDS = 66.0
+TRAINING_SECONDS = 60.0
+HARD_LIMIT_SECONDS = 70.0
 
 
 def _config() -> Any:
@@ -35,7 +36,7 @@ def _config() -> Any:
                 "hidden_size": 512 if bf16 else 384,
             },
             "dropout": {"input": 0, "hidden": 0, "output": 0, "weight": 0},
-            "optimizer": {"lr": 6e-3, "clip": 1.0},
+            "optimizer": {"lr": 5e-3, "clip": 1.0},
             "schedule": {"name": "linear", "warmup_steps": 50},
             "train": {
                 "epochs": 1000, "eval_every": 10**9, "device": "cpu", "dtype": "bf16" if bf16 else "fp32",
@@ -54,13 +55,13 @@ def _steps_that_fit(config: Any, store: Any, seconds: float) -> int:
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(config, store, Path(scratch), quiet=True)
-        for _ in range(5):
+        times: list[float] = []
+        while sum(times) < 4:
+            start = time.perf_counter()
             trainer.step()
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < 1.5:
-            trainer.step()
-            count += 1
-        return max(50, int(seconds * count / (time.perf_counter() - start)))
+            times.append(time.perf_counter() - start)
+    # The median of the later half: neither the first steps' warm-up nor a moment's other load counts.
+    return max(50, int(seconds / statistics.median(times[len(times) // 2 :])))
 
 
 def _baselines(store: Any) -> dict[str, float]:

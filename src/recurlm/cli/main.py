@@ -50,8 +50,10 @@ app.command()(use.generate)
 
 def run() -> None:
     """The console script: runs the command line and exits with the code of its outcome."""
-    # Idle OpenMP threads sleep instead of spinning: on a shared machine spinning made a step 4 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads spin for long by default: with one other busy process here that made small steps up to 60
+    # times slower. A short spin costs about 15 % on an idle machine (docs/log.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:

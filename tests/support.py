@@ -1,0 +1,54 @@
+"""Small texts and configurations for every test."""
+
+from pathlib import Path
+
+from recurlm.config import Config, apply_assignments
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+NOUNS = [
+    "tea",
+    "coffee",
+    "water",
+    "bread",
+    "river",
+    "stone",
+    "bird",
+    "child",
+    "king",
+    "road",
+    "letter",
+    "winter",
+    "garden",
+    "engine",
+    "song",
+]
+VERBS = ["drinks", "sees", "finds", "loves", "leaves", "follows", "breaks", "carries", "hears", "paints"]
+
+
+def small_text(lines: int, seed: int = 1) -> str:
+    """Sentences with a little grammar to learn, the same for the same seed."""
+    x, out = seed, []
+
+    def draw(words: list[str]) -> str:
+        nonlocal x
+        x = (x * 1103515245 + 12345) % 2**31
+        return words[(x >> 8) % len(words)]
+
+    for _ in range(lines):
+        out.append(f"the {draw(NOUNS)} {draw(VERBS)} a {draw(NOUNS)} and the {draw(NOUNS)} {draw(VERBS)} it .")
+    return "\n".join(out) + "\n"
+
+
+TINY = (
+    "data.batch_size=4", "data.eval_batch_size=3", "data.bptt=12", "data.bptt_spread=2", "data.bptt_full_share=0.9",
+    "tokenizer.kind=word", "model.embedding_size=12", "model.hidden_size=16", "model.num_layers=2", "model.windows=[3,2]",
+    "dropout.embedding=0.1", "dropout.input=0.1", "dropout.hidden=0.1", "dropout.output=0.1", "dropout.weight=0.2",
+    "objective.ar=2", "objective.tar=1", "optimizer.lr=0.01", "train.tensorboard=false", "train.log_every=1",
+    "train.device=cpu",
+)  # fmt: skip
+
+
+def tiny_config(*settings: str) -> Config:
+    """A configuration that trains in milliseconds a step, with every dropout and both regularisers on."""
+    return apply_assignments(Config(), [*TINY, *settings])
