@@ -6,7 +6,7 @@
 >>> model.generate("strong", tokens=20, seed=1)
 >>> model.perplexity("a whole text")
 >>> recurlm.evaluate("runs/my-run", split="test")["ppl"]
->>> recurlm.train(recurlm.Config(...), "runs/new")
+>>> recurlm.train(recurlm.configure("awd-lstm-ptb", "data.path=ptb"), "runs/new")
 
 Nothing heavy is imported before it is used: `import recurlm` touches no torch, GPU, network or disk.
 """
@@ -16,18 +16,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "LanguageModel", "__version__", "evaluate", "load", "train"]
+__all__ = ["Config", "LanguageModel", "__version__", "configure", "evaluate", "load", "train"]
 
 if TYPE_CHECKING:
     from recurlm.api import LanguageModel, evaluate, load, train
-    from recurlm.config import Config
+    from recurlm.config import Config, configure
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Config":
-        from recurlm.config import Config
+    if name in ("Config", "configure"):
+        from recurlm import config
 
-        return Config
+        return getattr(config, name)
     if name in ("LanguageModel", "evaluate", "load", "train"):
         from recurlm import api
 

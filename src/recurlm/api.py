@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,19 +13,23 @@ from typing import Any
 import torch
 
 from recurlm import files
-from recurlm.config import Config, TokenizerConfig
+from recurlm.config import Config, TokenizerConfig, from_dict, from_toml, read_text_file, to_dict
 from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError
-from recurlm.evaluation.perplexity import RULES, evaluate_ids
+from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.inference.engine import score_sequences
 from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
 from recurlm.protocol import StatefulModel
-from recurlm.text.corpora import open_corpus
+from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import Tokenizer, load_tokenizer
+from recurlm.text.tokenizers.base import to_bytes
 from recurlm.training import checkpoint
-from recurlm.training.trainer import Result, Trainer
+from recurlm.training import plan as training_plan
+from recurlm.training.cursor import Result
+from recurlm.training.trainer import CHECKPOINTS, Trainer, check_settings
 
+OWN_STORE = "store"
 UNITS = {"bits": 1 / math.log(2), "nats": 1.0, "log10": -1 / math.log(10)}
 
 
@@ -82,11 +87,12 @@ class LanguageModel:
 
     def evaluate_text(self, text: str, *, batch_size: int = 1, with_ranks: bool = True) -> dict[str, Any]:
         """All metrics on a text; see `evaluate`."""
+        size = len(to_bytes(text))
         ids = self.tokenizer.encode(text)
         if len(ids) == 0:
             raise DataError("The text is empty: there is nothing to measure.")
         lines = text.count("\n") + (not text.endswith("\n"))
-        counts = {"words": len(text.split()) + lines, "characters": len(text), "bytes": len(text.encode())}
+        counts = {"words": len(text.split()) + lines, "characters": len(text), "bytes": size}
         return evaluate_ids(self.model, ids, self.tokenizer.boundary_id, counts, batch_size, "exact", with_ranks)
 
     def stream(
@@ -103,11 +109,24 @@ class LanguageModel:
         """Pieces of generated text as they become certain; together they equal `generate`, prompt left out."""
         if not 0 <= tokens <= 10**7:
             raise RequestError(f"tokens = {tokens}: expected 0 to 10,000,000.")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise RequestError(f"seed = {seed}: expected 0 to 2^63 - 1.")
         stops = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         prompt_ids = self.tokenizer.encode_prefix(prompt).tolist()
+        return self._stream(prompt, prompt_ids, tokens, sampling, generator, stops)
+
+    def _stream(
+        self,
+        prompt: str,
+        prompt_ids: list[int],
+        tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+        stops: list[str],
+    ) -> Iterator[str]:
         start = [self.tokenizer.boundary_id, *prompt_ids]
         forbidden = [self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else []
         held = max((len(s) for s in stops), default=1) - 1  # characters that may yet turn out to begin a stop
@@ -118,7 +137,10 @@ class LanguageModel:
             known, longer = self.tokenizer.decode(drawn[anchor:read]), self.tokenizer.decode(drawn[anchor:])
             if longer.endswith("\ufffd") and len(drawn) - read < 4:
                 continue  # perhaps the middle of a character
-            text, anchor, read = text + longer[len(known) :], read, len(drawn)
+            new = longer[len(known) :]
+            if not text and prompt[-1:].isspace() and not known[-1:].isspace():
+                new = new.removeprefix(" ")  # the prompt's own space, which a word tokenizer does not keep
+            text, anchor, read = text + new, read, len(drawn)
             found = [at for s in stops if (at := text.find(s, max(0, shown - held))) >= 0]
             if found:
                 yield text[shown : min(found)]
@@ -154,168 +176,152 @@ class LanguageModel:
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
     """The language model of a run directory; CheckpointError naming the file when its content is wrong."""
     where = precision.resolve_device(device)
-    how = precision.resolve_dtype(dtype, where)
-    model, manifest = directory.read(Path(path), where, how.dtype)
+    model, manifest = directory.read(Path(path), where, precision.resolve_dtype(dtype, where))
     tokenizer = load_tokenizer(Path(path) / directory.TOKENIZER)
     if tokenizer.vocab_size != model.vocab_size:
         raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}.")
     return LanguageModel(model, tokenizer, manifest.get("facts", {}))
 
 
+OURS = (
+    "config.toml",
+    "metrics.jsonl",
+    "README.md",
+    directory.CONFIG,
+    directory.WEIGHTS,
+    directory.TOKENIZER,
+    "eval.json",
+)
+
+
 def train(
-    config: Config,
-    run: str | Path,
-    *,
-    resume: bool = False,
-    max_seconds: float = math.inf,
-    quiet: bool = False,
+    config: Config, run: str | Path, *, resume: bool = False, max_seconds: float = math.inf, quiet: bool = False
 ) -> Result:
     """Trains the model of `config` into the run directory; with `resume` goes on from its newest valid checkpoint.
 
-    Without `resume` a folder that already holds a model or checkpoints is refused, so nothing is overwritten.
+    Without `resume` a folder that already holds a model, checkpoints or files of those names is refused, so
+    nothing is overwritten.
     """
-    folder = Path(run)
+    config = _settled(config)
+    folder, checkpoints = Path(run), Path(run) / CHECKPOINTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made the run directory: {error.strerror}.") from None
     with files.locked(folder):
-        checkpoints = folder / "checkpoints"
         checkpoint.clean(checkpoints)
         saved, skipped = checkpoint.newest(checkpoints) if resume else (None, [])
         if not resume and (directory.exists(folder) or checkpoint.steps(checkpoints)):
             raise ConfigError(f"{folder} already holds a run; go on with it by --resume auto, or choose another -o.")
         if saved is None and skipped:
-            raise DataError(f"{folder}: no checkpoint is usable: {' '.join(skipped)}")
-        trainer = Trainer(config, _store(config, folder, keep=saved is not None), folder, quiet)
-        for reason in skipped:
-            trainer.notes.append(f"Skipped a checkpoint: {reason}")
+            raise CheckpointError(f"{folder}: no checkpoint is usable: {' '.join(skipped)}")
+        there = [name for name in OURS if (folder / name).exists()]
+        if there and not checkpoints.is_dir():
+            raise ConfigError(
+                f"{folder} holds {', '.join(there)} but no {CHECKPOINTS} folder, so it is no run that could go on; "
+                "nothing was touched. Choose another -o."
+            )
+        store, notes = _store(config, folder, keep=saved is not None)
+        config = dataclasses.replace(config, tokenizer=_tokenizer_settings(config, store))
+        trainer = Trainer(config, store, folder, quiet)
         if saved is not None:
             trainer.resume(saved)
-            trainer.notes.append(f"Resumed {folder} at step {saved.step}.")
+            checkpoint.set_aside(checkpoints, saved.step)
+            notes = [*notes, *(f"Skipped a checkpoint: {reason}" for reason in skipped)]
+            notes.append(f"Resumed {folder} at step {saved.step:,}.")
+        trainer.notes += notes
         return trainer.run(max_seconds)
 
 
-def _store(config: Config, folder: Path, keep: bool) -> Store:
-    """The store that the config's path names, or one made from its text at RUN/store (kept when resuming)."""
-    own = folder / "store"
-    if keep and is_store(own):
-        return open_store(own)
+def plan(config: Config) -> dict[str, Any]:
+    """What a run would be: parameters, tokens, steps, measured memory and time. Writes nothing that stays."""
+    config = _settled(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        store, _ = _store(config, Path(scratch), keep=False)
+        return training_plan.plan(config, store)
+
+
+def _settled(config: Config) -> Config:
+    """The Config, every value checked, with an absolute path to its text."""
+    config = from_dict(to_dict(config))
+    check_settings(config)
     if not config.data.path:
         raise ConfigError("No training text was named: give --data with a text file, a folder, a store or a data set.")
+    path = Path(config.data.path)
+    if path.exists():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path.resolve())))
+    return config
+
+
+def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
+    """(store, notes): the store that the config's path names, or one made from its text at RUN/store."""
+    own = folder / OWN_STORE
     if is_store(config.data.path):
-        return open_store(config.data.path)
-    return prepare(config.data.path, config.tokenizer, own, overwrite=True)
+        store = open_store(config.data.path)
+    elif keep and is_store(own):
+        store = open_store(own)
+    else:
+        return prepare(config.data.path, config.tokenizer, own, overwrite=True), []
+    store.verify()
+    kind = config.tokenizer.kind
+    different = f"The store's tokenizer is {store.tokenizer_kind}; tokenizer.kind = {kind} is not used."
+    return store, [different] if store.tokenizer_kind != kind else []
 
 
-def plan(config: Config) -> dict[str, Any]:
-    """What a run would be: settings, parameters, tokens, steps, measured memory and time, without writing anything."""
-    import resource
-    import time
-
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(config, _store(config, Path(scratch), keep=False), Path(scratch), quiet=True)
-        cuda = trainer.device.type == "cuda"
-        seconds, tokens = [0.0], [0]
-        with precision.applied(trainer.precision):
-            trainer.step()  # the first compiles, allocates and warms up
-            while len(seconds) < 2 or (len(seconds) < 20 and sum(seconds) < 3):
-                start = time.perf_counter()
-                tokens.append(trainer.step()["tokens"])
-                seconds.append(time.perf_counter() - start)
-        store, data = trainer.store, config.data
-        mean = data.bptt * (data.bptt_full_share + (1 - data.bptt_full_share) / 2)
-        steps = math.ceil(trainer.streams.train_length / mean)
-        total = min(steps * config.train.epochs, config.train.max_steps or math.inf)
-        step_seconds = sum(seconds) / sum(tokens) * mean * data.batch_size
-        used = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "parameters": sum(p.numel() for p in trainer.parameters),
-            "vocab_size": store.vocab_size,
-            "tokens": {name: info.tokens for name, info in store.info.items()},
-            "steps_per_epoch": steps,
-            "steps": int(total),
-            "seconds_per_step": step_seconds,
-            "seconds_estimated": total * step_seconds,
-            "memory_bytes": used,
-            "memory_rule": f"peak of this process over {len(seconds)} real steps, {'GPU' if cuda else 'resident'} memory",
-            "device": str(trainer.device),
-            "dtype": trainer.precision.name,
-            "dtype_reason": trainer.precision.reason,
-        }
+def _tokenizer_settings(config: Config, store: Store) -> TokenizerConfig:
+    """The [tokenizer] section as it is: a prepared store brings its own tokenizer."""
+    return dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind)
 
 
 def evaluate(
-    run: str | Path | LanguageModel,
-    *,
-    data: str | Path = "",
-    split: str = "test",
-    batch_size: int = 1,
-    counting: str = "exact",
-    with_ranks: bool = True,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> dict[str, Any]:
-    """Metrics of a model on a split of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
+    run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "", batch_size: int = 1, counting: str = "exact",
+    with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
-    Losses are divided by the number of predicted targets; every token is predicted, the first from a boundary
-    token. counting='published' reproduces awd-lstm-lm's slightly lower figure, for comparison only.
+    A single file as `data` is measured whole. Losses are divided by the number of predicted targets; every token is
+    predicted, the first from a boundary token. counting='published' reproduces awd-lstm-lm's slightly lower figure,
+    for comparison only. A LanguageModel is measured where it is, in its own precision.
     """
-    if counting not in RULES:
-        raise RequestError(f"counting {counting!r} is not known; expected one of {', '.join(RULES)}.")
-    if not 1 <= batch_size <= 65536:
-        raise RequestError(f"batch_size = {batch_size}: expected 1 to 65536.")
     model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
-    where = precision.resolve_device(device)
     with tempfile.TemporaryDirectory() as scratch:
-        store = _evaluation_store(model, run, str(data), split, Path(scratch))
-        if split not in store.splits:
-            raise UserError(f"{store.path}: there is no split {split!r}; it has {', '.join(store.splits)}.")
-        info = store.info[split]
-        ids = store.ids(split)
-        if len(ids) == 0:
-            raise DataError(f"{store.path}: the split {split!r} is empty.")
+        store, split = _evaluation_store(model, run, str(data), split, Path(scratch))
+        info, ids, unknown = store.info[split], store.ids(split), model.tokenizer.unk_id
         counts = {"words": info.words, "characters": info.characters, "bytes": info.bytes}
-        unknown = model.tokenizer.unk_id
         oov = float((ids == unknown).mean()) if unknown is not None else 0.0
-        with precision.applied(precision.resolve_dtype(dtype, where)):
-            out = evaluate_ids(model.model, ids, model.tokenizer.boundary_id, counts, batch_size, counting, with_ranks)
+        out = evaluate_ids(model.model, ids, model.tokenizer.boundary_id, counts, batch_size, counting, with_ranks)
     return {"split": split, **out, "oov_rate": oov}
 
 
 def _evaluation_store(
     model: LanguageModel, run: str | Path | LanguageModel, data: str, split: str, scratch: Path
-) -> Store:
-    own = None if isinstance(run, LanguageModel) else Path(run) / "store"
-    if not data and own is not None and is_store(own):
-        return open_store(own)
-    if not data and not isinstance(run, LanguageModel) and (Path(run) / "config.toml").is_file():
-        from recurlm.config import from_toml, read_text_file
-
-        path = Path(run) / "config.toml"
-        data = from_toml(read_text_file(path, "configuration"), str(path)).data.path
+) -> tuple[Store, str]:
+    """(store, split) to measure: the named text tokenized for the model, or the run's own."""
+    if not data and not isinstance(run, LanguageModel):
+        toml = Path(run) / "config.toml"
+        data = str(Path(run) / OWN_STORE)
+        if not is_store(data) and toml.is_file():
+            data = from_toml(read_text_file(toml, "configuration"), str(toml)).data.path
     if not data:
         raise ConfigError(
-            "No text to evaluate was named: give --data with a text file, a folder, a store or a data set."
+            "No text to measure was named: give --data with a text file, a folder, a store or a data set."
         )
     if is_store(data):
         store = open_store(data)
+        store.verify()
         if store.tokenizer_hash != model.tokenizer.hash:
             raise DataError(
                 f"{store.path}: its tokens come from another tokenizer than the model's; give the text itself."
             )
-        return store
-    return write_store(open_corpus(data), model.tokenizer, scratch / "store", splits=(split,))
+        return store, _known_split(split or "test", store.splits, data)
+    if Path(data).is_file() and not split:
+        return write_store(open_whole(data), model.tokenizer, scratch / "store"), WHOLE
+    corpus = open_corpus(data)
+    split = _known_split(split or "test", corpus.splits, data)
+    return write_store(corpus, model.tokenizer, scratch / "store", splits=(split,)), split
 
 
-__all__ = [
-    "Config",
-    "LanguageModel",
-    "Result",
-    "Score",
-    "TokenizerConfig",
-    "evaluate",
-    "load",
-    "plan",
-    "train",
-]
+def _known_split(split: str, splits: tuple[str, ...], place: str) -> str:
+    if split not in splits:
+        raise UserError(f"{place}: there is no split {split!r}; it has {', '.join(splits)}.")
+    return split

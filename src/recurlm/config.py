@@ -143,7 +143,7 @@ class TrainConfig:
     patience: int = _opt(0, "Stop early after this many validations without a new best; 0 = never", low=0, high=10**6)
     checkpoint_every: int = _opt(0, "Save every N steps besides the timed saves; 0 = only timed", low=0, high=10**12)
     checkpoint_seconds: float = _opt(
-        60.0, "After a validation, save when this long has passed since the last save", low=0, high=1e9
+        60.0, "Save a checkpoint when this long has passed since the last one", low=0, high=1e9
     )
     keep_checkpoints: int = _opt(2, "Newest checkpoints that are kept", low=2, high=10**6)
     log_every: int = _opt(50, "Steps between lines of metrics.jsonl", low=1, high=10**9)
@@ -295,6 +295,11 @@ def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:
         section, key, value = parse_assignment(text)
         config = from_dict({section: {key: value}}, config)
     return config
+
+
+def configure(recipe: str = "", *settings: str) -> Config:
+    """A Config: the defaults, or a recipe (by name, or a .toml file), with `section.key=value` settings applied."""
+    return apply_assignments(load_recipe(recipe) if recipe else Config(), settings)
 
 
 def reference_markdown() -> str:

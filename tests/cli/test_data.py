@@ -43,7 +43,7 @@ def test_list():
 
 def test_prepare(source: Path, tmp_path: Path):
     out = tmp_path / "store"
-    content = json.loads(run("prepare", source, "-o", out, "--json"))
+    content = json.loads(run("prepare", source, "-o", out, "--tokenizer", "word", "--json"))
     assert content["splits"]["train"]["tokens"] == content["splits"]["train"]["words"] == 90 * 4
     assert content["vocab_size"] == 90 + 2 + 2
     with pytest.raises(UserError, match="--force"):

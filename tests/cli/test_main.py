@@ -90,10 +90,8 @@ def test_eval_prints_and_keeps_the_metrics(trained):
 def test_eval_reads_another_text(trained, tmp_path):
     (tmp_path / "new.txt").write_text(small_text(40, seed=9))
     before = (trained / "eval.json").read_text()
-    values = json.loads(
-        run("eval", str(trained), "--json", "--data", str(tmp_path / "new.txt"), "--split", "train").stdout
-    )
-    assert values["targets"] == 36 * 12
+    values = json.loads(run("eval", str(trained), "--json", "--data", str(tmp_path / "new.txt")).stdout)
+    assert values["targets"] == 40 * 12
     assert (trained / "eval.json").read_text() == before
 
 
@@ -187,6 +185,7 @@ MISTAKES = [
     (["eval", "{run}", "--counting", "nice"], 2, "counting"),
     (["eval", "{run}", "--batch-size", "0"], 2, "batch_size"),
     (["eval", "{run}", "--data", "{tmp}/no.txt"], 2, "no.txt"),
+    (["eval", "{run}", "--data", "{tmp}/empty.txt"], 3, "empty"),
     (["score", "{run}", "{tmp}/no.txt"], 2, "no.txt"),
     (["score", "{run}", "{tmp}/latin.txt"], 3, "line 1"),
     (["score", "{run}", "--unit", "miles"], 2, "miles"),
@@ -234,3 +233,10 @@ def test_a_reader_that_leaves_early_is_no_error(trained):
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert done.stdout.startswith("sentence_id")
     assert "Traceback" not in done.stderr
+
+
+def test_dry_run_of_a_text_of_ten_lines(tmp_path):
+    (tmp_path / "ten.txt").write_text(small_text(10))
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    done = run("train", "--data", str(tmp_path / "ten.txt"), "--dry-run", "--json", *settings)
+    assert json.loads(done.stdout)["tokens"]["train"] == 8 * 12, done.stderr

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recurlm.config import ModelConfig
+from recurlm.errors import DataError
 from recurlm.evaluation.metrics import ranks
 from recurlm.evaluation.perplexity import evaluate_ids, mean_loss
 from recurlm.model.neural import NeuralModel
@@ -64,3 +65,8 @@ def test_ranks_count_ties_half():
     log_probs = torch.tensor([[[0.1, 0.3, 0.3, 0.3]]]).log()
     assert ranks(log_probs, torch.tensor([[0]])).item() == 4
     assert ranks(log_probs, torch.tensor([[1]])).item() == 2
+
+
+def test_a_text_too_short_for_its_streams_is_refused_not_measured_as_perfect(model):
+    with pytest.raises(DataError, match="too short"):
+        mean_loss(model, np.zeros(15, np.uint16), 0, 10, "published")

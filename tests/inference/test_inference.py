@@ -7,7 +7,7 @@ import torch
 
 from recurlm import api
 from recurlm.config import apply_assignments
-from recurlm.errors import RequestError
+from recurlm.errors import DataError, RequestError
 from recurlm.inference.engine import score_sequences
 from recurlm.inference.generate import Sampling, sample_ids, sharpen
 from recurlm.text.tokenizers import TOKENIZERS
@@ -123,6 +123,7 @@ def test_the_unknown_word_is_never_drawn(model):
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"tokens": -1},
+        {"seed": 2**70},
     ],
 )
 def test_arguments_out_of_range_are_refused(model, bad):
@@ -149,3 +150,18 @@ def test_samples_follow_the_distribution(model):
     drawn = [next(iter(sample_ids(model.model, start, 1, Sampling(), generator))) for _ in range(400)]
     counts = torch.bincount(torch.tensor(drawn), minlength=model.model.vocab_size) / 400
     assert (counts - probs).abs().max() < 0.1
+
+
+def test_a_cold_temperature_and_a_prompt_with_a_space(model):
+    assert model.generate("the ", tokens=8, temperature=1e-300) == model.generate("the ", tokens=8, temperature=0)
+    prompt = model.tokenizer.encode_prefix("the ")
+    if model.tokenizer.decode(prompt) != "the ":  # this tokenizer does not keep the space
+        assert "  " not in model.generate("the ", tokens=1, temperature=0)
+
+
+def test_what_cannot_be_measured_is_refused(model):
+    for call in (lambda: model.perplexity("the", batch_size=0), lambda: model.perplexity("\ud800")):
+        with pytest.raises(RequestError):
+            call()
+    with pytest.raises(DataError, match="empty"):
+        model.perplexity("")

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from recurlm.config import DropoutConfig, ModelConfig
-from recurlm.model import directory
+from recurlm.model import directory, dropout
 from recurlm.model.heads import HEADS
 from recurlm.model.layers import LAYERS
 from recurlm.model.neural import NeuralModel
+from recurlm.model.precision import FP32
 from recurlm.protocol import map_state, state_leaves
 
 V, T, B = 11, 9, 3
@@ -138,7 +139,7 @@ def test_saved_and_loaded_is_bit_equal(layer, head, generator, tmp_path):
     x, y = ids(generator), ids(generator)
     weights = dict(model.named_parameters())
     directory.write(tmp_path, model, weights, "{}", {})
-    again, _ = directory.read(tmp_path, torch.device("cpu"), torch.float32)
+    again, _ = directory.read(tmp_path, torch.device("cpu"), FP32)
     assert {name: p.shape for name, p in again.named_parameters()} == {name: p.shape for name, p in weights.items()}
     for name, p in again.named_parameters():
         assert torch.equal(p, weights[name]), name
@@ -190,3 +191,24 @@ def test_weight_drop_masks_the_raw_weight_and_nothing_else(layer, generator):
     assert not torch.equal(dropped, model(x, state).raw_TBH)
     for made in model.layers:
         assert torch.equal(made.droppable, weights[id(made.droppable)])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [name for name, cls in LAYERS.items() if "weight_hh" in dir(cls.build(2, 2, 0, ModelConfig(), torch.Generator()))],
+)
+def test_hidden_to_hidden_weight_drop_leaves_the_first_step_alone(layer, generator):
+    """From a zero state the first step does not meet the hidden-to-hidden weights; every later one does."""
+    made = LAYERS[layer].build(3, 16, 0, ModelConfig(), generator)
+    x = torch.randn(4, 2, 3, generator=generator)
+    state = made.initial_state(2, x)
+    dropped = made(x, state, dropout.weight_drop(made.droppable, 0.5, generator), None)[0]
+    plain = made(x, state, made.droppable, None)[0]
+    assert torch.equal(dropped[0], plain[0])
+    assert not torch.equal(dropped[1], plain[1])
+
+
+def test_the_qrnn_drops_its_input_weight_of_all_gates_and_window_steps(generator):
+    made = LAYERS["qrnn"].build(3, 5, 0, ModelConfig(windows=(2,)), generator)
+    assert made.droppable is made.weight
+    assert made.weight.shape == (15, 6)

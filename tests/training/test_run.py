@@ -36,6 +36,10 @@ def validations(run: Path) -> list[tuple]:
     ]
 
 
+def weights_hash(run: Path) -> str:
+    return json.loads((run / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]
+
+
 def command(run: Path, data: Path, *settings: str, resume: bool = False) -> list[str]:
     out = [sys.executable, "-m", "recurlm", "train", "--data", str(data), "-o", str(run), "--threads", "1"]
     for setting in [*TINY, *settings]:
@@ -78,13 +82,12 @@ def test_kill_9_in_an_epoch_and_resume_is_bit_for_bit(layer, text_file, tmp_path
     assert len(trace(tmp_path / "whole")) == 110
     assert trace(tmp_path / "broken") == trace(tmp_path / "whole")
     assert validations(tmp_path / "broken") == validations(tmp_path / "whole")
-    a, b = (json.loads((tmp_path / r / "manifest.json").read_text())["files"] for r in ("whole", "broken"))
-    assert a["model.safetensors"] == b["model.safetensors"]
+    assert weights_hash(tmp_path / "broken") == weights_hash(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_resume_is_bit_for_bit(number, code, text_file, tmp_path):
-    settings = (*LONG, "train.checkpoint_every=0")
+    settings = (*LONG, "train.checkpoint_every=0", "train.eval_every=0")
     run_to_the_end(tmp_path / "whole", text_file, *settings)
     assert interrupt_at(tmp_path / "broken", text_file, settings, 37, number) == code
     saved, _ = checkpoint.newest(tmp_path / "broken" / "checkpoints")
@@ -101,10 +104,14 @@ def test_max_time_measures_and_resume_is_still_bit_for_bit(text_file, tmp_path):
     result = api.train(config, tmp_path / "broken", max_seconds=0.05, quiet=True)
     assert not result.finished
     assert 0 < result.step < 110
-    assert read_metrics(tmp_path / "broken")[-1]["event"] == "valid"
+    assert read_metrics(tmp_path / "broken")[-1]["event"] == "stopped"
+    facts = json.loads((tmp_path / "broken" / "manifest.json").read_text())["facts"]
+    assert facts["loss_nats"] == result.best_loss == read_metrics(tmp_path / "broken")[-1]["loss_nats"]
     result = api.train(config, tmp_path / "broken", resume=True, quiet=True)
     assert result.finished
     assert trace(tmp_path / "broken") == trace(tmp_path / "whole")
+    assert validations(tmp_path / "broken") == validations(tmp_path / "whole")
+    assert weights_hash(tmp_path / "broken") == weights_hash(tmp_path / "whole")
 
 
 def make(store, folder: Path, *settings: str) -> Trainer:
@@ -251,7 +258,7 @@ def test_a_crash_between_weights_and_manifest_leaves_a_loadable_model(finished, 
 
         monkeypatch.setattr(files, "write_manifest", manifest)
         with pytest.raises(KeyboardInterrupt):
-            directory.write(run, model.model, changed, "", {})
+            directory.write(run, model.model, changed, model.tokenizer.to_json(), {})
         monkeypatch.setattr(files, "write_manifest", real)
         loaded = next(api.load(run).model.parameters())
         old, new = next(model.model.parameters()), next(iter(changed.values()))
@@ -259,17 +266,110 @@ def test_a_crash_between_weights_and_manifest_leaves_a_loadable_model(finished, 
         assert not list(run.glob("*.tmp-*"))
 
 
-def test_a_changed_text_is_refused_at_resume(finished, tmp_path):
+@pytest.mark.parametrize("store_there", [True, False])
+def test_a_changed_text_is_refused_at_resume(finished, tmp_path, store_there):
     run = copy_of(finished, tmp_path)
-    (tmp_path / "other.txt").write_text(small_text(300, seed=5))
-    shutil.rmtree(run / "store")
-    with pytest.raises(DataError, match="changed since step 20"):
-        api.train(
-            config_of(run, f'data.path="{tmp_path / "other.txt"}"', "train.max_steps=30"),
-            run,
-            resume=True,
-            quiet=True,
-        )
+    other = tmp_path / "other.txt"
+    other.write_text(small_text(300, seed=5))
+    if not store_there:
+        shutil.rmtree(run / "store")
+    before = (run / "config.toml").read_text()
+    with pytest.raises(UserError, match=r"changed since step 20|data\.path is"):
+        api.train(config_of(run, f'data.path="{other}"', "train.max_steps=30"), run, resume=True, quiet=True)
+    assert (run / "config.toml").read_text() == before
+
+
+def test_damaged_tokens_are_refused(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    ruin(run / "store" / "train.bin", "flip")
+    with pytest.raises(DataError, match=r"train\.bin"):
+        api.train(config_of(run, "train.max_steps=30"), run, resume=True, quiet=True)
+
+
+def test_a_model_without_checkpoints_is_never_trained_over(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="no checkpoints folder"):
+        api.train(config_of(run), run, resume=True, quiet=True)
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_with_files_of_the_user_is_left_alone(resume, text_file, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    config = apply_assignments(tiny_config(), [f'data.path="{text_file}"'])
+    with pytest.raises(ConfigError, match=r"README\.md"):
+        api.train(config, tmp_path, resume=resume, quiet=True)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_validation_that_is_not_finite_stops_and_can_be_resumed(text_file, tmp_path, monkeypatch):
+    config = apply_assignments(tiny_config("train.epochs=2"), [f'data.path="{text_file}"'])
+    with monkeypatch.context() as patch:
+        patch.setattr("recurlm.training.trainer.mean_loss", lambda *a: float("inf"))
+        with pytest.raises(RunError, match="the validation loss is inf"):
+            api.train(config, tmp_path / "run", quiet=True)
+    result = api.train(config, tmp_path / "run", resume=True, quiet=True)
+    assert result.finished and result.epoch == 2
+
+
+def test_two_crashes_in_a_row_leave_a_loadable_model(finished, tmp_path, monkeypatch):
+    run = copy_of(finished, tmp_path)
+    loaded = api.load(run)
+    real = files.write_manifest
+    for change in (1, 2):
+        calls = []
+
+        def manifest(path, content, calls=calls):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            real(path, content)
+
+        monkeypatch.setattr(files, "write_manifest", manifest)
+        changed = {name: p + change for name, p in loaded.model.named_parameters()}
+        with pytest.raises(KeyboardInterrupt):
+            directory.write(run, loaded.model, changed, loaded.tokenizer.to_json(), {})
+        monkeypatch.setattr(files, "write_manifest", real)
+        assert torch.equal(next(api.load(run).model.parameters()), next(iter(changed.values())))
+
+
+def test_a_damaged_manifest_does_not_stop_training(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    ruin(run / "manifest.json", "flip")
+    ruin(run / "tokenizer.json", "cut")
+    api.train(config_of(run, "train.max_steps=90", "train.eval_every=10"), run, resume=True, quiet=True)
+    assert api.load(run).score("the king").total > 0
+
+
+def test_a_model_that_cannot_be_written_costs_no_checkpoint(finished, tmp_path, monkeypatch):
+    run = copy_of(finished, tmp_path)
+    before = (run / "model.safetensors").read_bytes()
+    monkeypatch.setattr(
+        directory, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(RunError, match=r"No space left on device.*what was there is intact"):
+        api.train(config_of(run, "train.max_steps=60", "train.eval_every=5"), run, resume=True, quiet=True)
+    assert (run / "model.safetensors").read_bytes() == before
+    assert checkpoint.newest(run / "checkpoints")[0].step == 24  # before the first new best
+
+
+def test_unusable_checkpoints_are_set_aside_and_the_good_one_survives(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    api.train(config_of(run, "train.max_steps=24", "train.keep_checkpoints=4"), run, resume=True, quiet=True)
+    for path in checkpoint.steps(run / "checkpoints")[:2]:
+        ruin(path / checkpoint.TENSORS, "cut")
+    result = api.train(config_of(run, "train.max_steps=26"), run, resume=True, quiet=True)
+    assert result.step == 26
+    assert checkpoint.newest(run / "checkpoints")[0].step == 26
+
+
+def test_averaging_and_optimizer_can_be_changed_at_resume(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    settings = ("averaging.name=nt-asgd", "optimizer.name=sgd", "optimizer.momentum=0.5", "train.max_steps=30")
+    assert api.train(config_of(run, *settings), run, resume=True, quiet=True).step == 30
 
 
 def test_another_model_is_refused_at_resume(finished, tmp_path):
@@ -332,8 +432,11 @@ def test_a_piece_left_out_of_the_checkpoint_is_noticed(mutant, store, tmp_path):
         folder = tmp_path / (drop or "none").strip(".")
         trainer = make(store, folder, *settings)
         monitor = Monitor(folder, 0, False, True)
+        trainer.averaging.observe([1.0, 2.0, 3.0])  # averaging has begun
         for _ in range(37):
-            trainer._one(monitor, time.monotonic())
+            trainer.step_and_dues(monitor, time.monotonic())
+        trainer.cursor.losses[:0] = [0.1, 0.2]  # and the plateau schedule has something to remember
+        assert trainer.averaging.weights() is not None
         trainer.save(time.monotonic())
         monitor.close()
         saved, _ = checkpoint.newest(folder / "checkpoints")
@@ -347,7 +450,7 @@ def test_a_piece_left_out_of_the_checkpoint_is_noticed(mutant, store, tmp_path):
         again.resume(saved)
         monitor = Monitor(folder, 37, False, True)
         while not again.done() and again.cursor.step < 60:
-            again._one(monitor, time.monotonic())
+            again.step_and_dues(monitor, time.monotonic())
         monitor.close()
         return [trace(folder), validations(folder)]
 
@@ -375,5 +478,5 @@ def test_golden_trace(layer, store, tmp_path):
     if os.environ.get("RECURLM_WRITE_GOLDEN"):
         path.write_text(json.dumps(found, indent=0) + "\n")
     expected = json.loads(path.read_text())
-    assert sum(found[:20]) > sum(found[-20:]) + 3  # it learns
+    assert sum(found[:20]) > sum(found[-20:]) + 1  # it learns
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-5

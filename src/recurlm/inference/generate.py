@@ -38,7 +38,7 @@ def sharpen(log_probs_V: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(log_probs_V.argmax(), log_probs_V.shape[-1]).to(log_probs_V.dtype)
-    scaled_V = log_probs_V.double() / sampling.temperature
+    scaled_V = (log_probs_V.double() - log_probs_V.max()) / sampling.temperature
     if sampling.top_k:
         kept = scaled_V.topk(min(sampling.top_k, scaled_V.shape[-1])).indices
         scaled_V = torch.full_like(scaled_V, -math.inf).index_copy(0, kept, scaled_V[kept])

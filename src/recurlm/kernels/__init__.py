@@ -39,6 +39,8 @@ def _triton_fo_pool() -> Callable[..., tuple[Tensor, Tensor]]:
 TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., tuple[Tensor, Tensor]]]] = {
     ("fo_pool", "cpu", torch.float32): _numba_fo_pool,
     ("fo_pool", "cpu", torch.float64): _numba_fo_pool,
+    ("fo_pool", "cpu", torch.bfloat16): _numba_fo_pool,
+    ("fo_pool", "cpu", torch.float16): _numba_fo_pool,
     ("fo_pool", "cuda", torch.float32): _triton_fo_pool,
     ("fo_pool", "cuda", torch.bfloat16): _triton_fo_pool,
     ("fo_pool", "cuda", torch.float16): _triton_fo_pool,

@@ -77,7 +77,11 @@ class _FoPool(torch.autograd.Function):
 
 
 def fo_pool(gates_TB3H: Tensor, c_BH: Tensor, scale_TBH: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(h_TBH, last c_BH); the same as `reference.fo_pool`, for CPU tensors of float32 or float64."""
+    """(h_TBH, last c_BH); the same as `reference.fo_pool`, for CPU tensors; 16-bit types compute in fp32."""
     if gates_TB3H.shape[0] == 0:
         return gates_TB3H.new_empty((0, *c_BH.shape)), c_BH
+    if gates_TB3H.dtype in (torch.bfloat16, torch.float16):
+        scale = None if scale_TBH is None else scale_TBH.float()
+        h_TBH, last_BH = fo_pool(gates_TB3H.float(), c_BH.float(), scale)
+        return h_TBH.to(gates_TB3H.dtype), last_BH.to(gates_TB3H.dtype)
     return _FoPool.apply(gates_TB3H, c_BH, scale_TBH)  # type: ignore[return-value]

@@ -78,9 +78,10 @@ class _FoPool(torch.autograd.Function):
         c_SBH = gates_TB3H.new_empty(T + 1, B, H)
         grid = (triton.cdiv(B * H, BLOCK),)
         mask = gates_TB3H if scale_TBH is None else scale_TBH  # any pointer: not read without a scale
-        _forward[grid](
-            gates_TB3H, c_BH, mask, h_TBH, c_SBH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2,  # type: ignore[call-arg]
-        )  # fmt: skip
+        with torch.cuda.device_of(gates_TB3H):  # Triton launches on the current device
+            _forward[grid](
+                gates_TB3H, c_BH, mask, h_TBH, c_SBH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2,  # type: ignore[call-arg]
+            )  # fmt: skip
         ctx.save_for_backward(gates_TB3H, scale_TBH, c_SBH)
         return h_TBH, c_SBH[-1].clone()
 
@@ -91,10 +92,11 @@ class _FoPool(torch.autograd.Function):
         grad_gates_TB3H, grad_c_BH = torch.empty_like(gates_TB3H), torch.empty_like(c_SBH[0])
         grid = (triton.cdiv(B * H, BLOCK),)
         mask = gates_TB3H if scale_TBH is None else scale_TBH
-        _backward[grid](
-            gates_TB3H, mask, c_SBH, grad_h_TBH.contiguous(), grad_last_BH.contiguous(),
-            grad_gates_TB3H, grad_c_BH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2,  # type: ignore[call-arg]
-        )  # fmt: skip
+        with torch.cuda.device_of(gates_TB3H):
+            _backward[grid](
+                gates_TB3H, mask, c_SBH, grad_h_TBH.contiguous(), grad_last_BH.contiguous(),
+                grad_gates_TB3H, grad_c_BH, T, B * H, H, scale_TBH is not None, BLOCK, num_warps=2,  # type: ignore[call-arg]
+            )  # fmt: skip
         return grad_gates_TB3H, grad_c_BH, None
 
 

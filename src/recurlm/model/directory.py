@@ -20,6 +20,7 @@ from recurlm import files
 from recurlm.config import ModelConfig, section_from_dict
 from recurlm.errors import CheckpointError, ConfigError, UserError
 from recurlm.model.neural import NeuralModel
+from recurlm.model.precision import Precision
 
 FORMAT = 1
 MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
@@ -44,33 +45,29 @@ def write(
         "vocab_size": model.vocab_size,
         "model": dataclasses.asdict(model.config),
     }
-    if not exists(folder):
-        files.write_atomic(folder / CONFIG, files.to_json(config))
-        files.write_atomic(folder / TOKENIZER, tokenizer_json)
+    listed = {}
+    for name, content in ((CONFIG, files.to_json(config)), (TOKENIZER, tokenizer_json)):
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content.encode():
+            files.write_atomic(folder / name, content)
+        listed[name] = files.describe(folder / name)
     temporary = folder / f"{WEIGHTS}.tmp-{os.getpid()}"
     try:
-        save_file(
-            {name: t.detach().contiguous() for name, t in weights.items()},
-            temporary,
-            metadata={"format": "pt"},
-        )
-        listed = {name: files.describe(folder / name) for name in (CONFIG, TOKENIZER)}
-        fresh = {
-            "format": FORMAT,
-            "kind": "neural",
-            "facts": facts,
-            "files": {**listed, WEIGHTS: files.describe(temporary)},
-        }
-        if exists(folder):
-            old = files.read_manifest(folder / MANIFEST, FORMAT)
-            files.write_manifest(folder / MANIFEST, {**old, "pending": fresh["files"][WEIGHTS]})
+        save_file({name: t.detach().contiguous() for name, t in weights.items()}, temporary, metadata={"format": "pt"})
+        new = files.describe(temporary)
+        if (folder / WEIGHTS).is_file():
+            between = {**listed, WEIGHTS: files.describe(folder / WEIGHTS)}
+            _write_manifest(folder, {"facts": facts, "files": between, "pending": new})
         files.publish(temporary, folder / WEIGHTS)
-        files.write_manifest(folder / MANIFEST, fresh)
+        _write_manifest(folder, {"facts": facts, "files": {**listed, WEIGHTS: new}})
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[NeuralModel, dict[str, Any]]:
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    files.write_manifest(folder / MANIFEST, {"format": FORMAT, "kind": "neural", **content})
+
+
+def read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralModel, dict[str, Any]]:
     """(model, manifest) of the folder, every listed file verified; CheckpointError naming the file otherwise."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a run directory, as `recurlm train -o` makes it.")
@@ -90,15 +87,18 @@ def read(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Neural
             raise ConfigError(f"vocab_size = {vocab_size!r}: expected a positive whole number.")
     except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a model's configuration ({error}).") from None
-    return _with_weights(folder / WEIGHTS, settings, vocab_size, device, dtype), manifest
+    return _with_weights(folder / WEIGHTS, settings, vocab_size, device, how), manifest
 
 
 def _with_weights(
-    path: Path, config: ModelConfig, vocab_size: int, device: torch.device, dtype: torch.dtype
+    path: Path, config: ModelConfig, vocab_size: int, device: torch.device, how: Precision
 ) -> NeuralModel:
     """The model with the file's weights; shapes are compared before anything of the model's size is allocated."""
-    with torch.device("meta"):
-        model = NeuralModel(config, vocab_size, torch.Generator("cpu"), dtype)
+    try:
+        with torch.device("meta"):
+            model = NeuralModel(config, vocab_size, torch.Generator("cpu"), how)
+    except ConfigError as error:
+        raise CheckpointError(f"{path.with_name(CONFIG)}: {error}") from None
     try:
         weights = load_file(path, device=str(device))
     except SafetensorError as error:

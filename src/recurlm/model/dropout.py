@@ -10,8 +10,9 @@ from torch import Generator, Tensor
 
 
 def mask(shape: tuple[int, ...], p: float, like: Tensor, generator: Generator) -> Tensor:
-    """A mask of `shape`: 0 with probability p, else 1 / (1 - p); dtype and device as `like`."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    """A mask of `shape` on the device of `like`: 0 with probability p, else 1 / (1 - p); fp32 at least, for the scale."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.empty(shape, dtype=dtype, device=like.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 def embed(ids_TB: Tensor, weight_VE: Tensor, p: float, generator: Generator | None) -> Tensor:
@@ -26,7 +27,7 @@ def locked(x_TBF: Tensor, p: float, generator: Generator | None) -> Tensor:
     """x with one mask (1, B, F) for all time steps (variational dropout, Gal & Ghahramani 2016)."""
     if generator is None or p == 0:
         return x_TBF
-    return x_TBF * mask((1, *x_TBF.shape[1:]), p, x_TBF, generator)
+    return (x_TBF * mask((1, *x_TBF.shape[1:]), p, x_TBF, generator)).to(x_TBF.dtype)
 
 
 def weight_drop(weight: Tensor, p: float, generator: Generator | None) -> Tensor:

@@ -13,6 +13,7 @@ from recurlm.model import dropout as drop
 from recurlm.model.heads import HEADS
 from recurlm.model.layers import LAYERS
 from recurlm.model.layers.base import uniform
+from recurlm.model.precision import FP32, Precision, applied
 from recurlm.protocol import State, StatefulModel
 
 NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0)
@@ -31,23 +32,24 @@ def layer_sizes(config: ModelConfig) -> tuple[int, ...]:
     """Units of every layer: `hidden_sizes`, or hidden_size with a last layer that fits a tied head."""
     if config.hidden_sizes:
         return config.hidden_sizes
-    last = config.embedding_size if config.head != "softmax" else config.hidden_size
+    tied = lookup(HEADS, config.head, "model.head").tied
+    last = config.embedding_size if tied else config.hidden_size
     return (config.hidden_size,) * (config.num_layers - 1) + (last,)
 
 
 class NeuralModel(nn.Module, StatefulModel):
-    """A recurrent language model with fp32 weights and an explicit compute type."""
+    """A recurrent language model with fp32 weights and an explicit precision, which `advance` and `score` apply."""
 
     def __init__(
         self,
         config: ModelConfig,
         vocab_size: int,
         generator: Generator,
-        compute_dtype: torch.dtype = torch.float32,
+        how: Precision = FP32,
     ):
         super().__init__()
         layer, head = lookup(LAYERS, config.layer, "model.layer"), lookup(HEADS, config.head, "model.head")
-        self.config, self.vocab_size, self.compute_dtype = config, vocab_size, compute_dtype
+        self.config, self.vocab_size, self.precision = config, vocab_size, how
         sizes = layer_sizes(config)
         inputs = (config.embedding_size, *sizes[:-1])
         self.embedding = uniform((vocab_size, config.embedding_size), config.init_range, generator)
@@ -66,7 +68,7 @@ class NeuralModel(nn.Module, StatefulModel):
 
     def _dtype(self) -> torch.dtype:
         """The compute type; a model in float64 (tests) computes in float64."""
-        return torch.float64 if self.embedding.dtype == torch.float64 else self.compute_dtype
+        return torch.float64 if self.embedding.dtype == torch.float64 else self.precision.dtype
 
     def forward(
         self,
@@ -101,10 +103,12 @@ class NeuralModel(nn.Module, StatefulModel):
         return nll_N.view(targets_TB.shape)
 
     def advance(self, ids_TB: Tensor, state: State) -> tuple[Tensor, State]:
-        out = self(ids_TB, state)
-        log_probs_NV = self.head.log_probs(out.raw_TBH.flatten(0, 1), self.embedding)  # type: ignore[operator]
+        with applied(self.precision):
+            out = self(ids_TB, state)
+            log_probs_NV = self.head.log_probs(out.raw_TBH.flatten(0, 1), self.embedding)  # type: ignore[operator]
         return log_probs_NV.view(*ids_TB.shape, self.vocab_size), out.state
 
     def score(self, ids_TB: Tensor, targets_TB: Tensor, state: State) -> tuple[Tensor, State]:
-        out = self(ids_TB, state)
-        return self.nll(out.raw_TBH, targets_TB), out.state
+        with applied(self.precision):
+            out = self(ids_TB, state)
+            return self.nll(out.raw_TBH, targets_TB), out.state

@@ -19,6 +19,9 @@ class Precision(NamedTuple):
     reason: str
 
 
+FP32 = Precision("fp32", torch.float32, "default")
+
+
 def resolve_device(name: str) -> torch.device:
     """The device for 'auto', 'cpu', 'cuda' or 'cuda:N'; ConfigError when this machine lacks it."""
     if name == "auto":
@@ -51,9 +54,10 @@ def resolve_dtype(name: str, device: torch.device) -> Precision:
 @contextlib.contextmanager
 def applied(precision: Precision) -> Iterator[None]:
     """Sets torch's matrix-product precision for a block of code and restores it afterwards."""
+    tf32 = precision.name == "tf32"
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision.name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision.name == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:

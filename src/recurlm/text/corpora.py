@@ -23,6 +23,7 @@ from recurlm.errors import DataError, UserError, lookup
 from recurlm.text import plays
 
 SPLITS = ("train", "valid", "test")
+WHOLE = "all"
 BLOCK = 1 << 20
 MAX_DOCUMENT = 256 << 20
 _SPLIT_NAMES = {"train": "train", "valid": "valid|validation|val|dev", "test": "test"}
@@ -41,7 +42,7 @@ class Corpus:
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that exist, in the order train, valid, test."""
-        return tuple(split for split in SPLITS if split in self.readers)
+        return tuple(split for split in (*SPLITS, WHOLE) if split in self.readers)
 
     def blocks(self, split: str) -> Iterator[bytes]:
         """The split's bytes in blocks of about 1 MB that end with a line.
@@ -114,6 +115,12 @@ def _open_single(path: Path) -> Corpus:
     starts = _split_points(path)
     readers = {s: _reader(path, start, end) for s, start, end in zip(SPLITS, starts, starts[1:], strict=False)}
     return Corpus(path.name.split(".")[0] or path.name, readers, {s: f"{path} ({s} part)" for s in SPLITS})
+
+
+def open_whole(path: str | Path) -> Corpus:
+    """The Corpus of a single file, unsplit: its only split is "all"."""
+    path = _regular(Path(path))
+    return Corpus(path.name, {WHOLE: _reader(path, 0, None)}, {WHOLE: str(path)})
 
 
 def _split_points(path: Path) -> list[int]:

@@ -20,7 +20,7 @@ import numpy as np
 from recurlm.config import TokenizerConfig
 from recurlm.errors import DataError, UserError, lookup
 from recurlm.files import sha256, sync, to_json
-from recurlm.text.corpora import SPLITS, Corpus, open_corpus
+from recurlm.text.corpora import SPLITS, WHOLE, Corpus, open_corpus
 from recurlm.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT = 1
@@ -178,7 +178,7 @@ def open_store(path: str | Path) -> Store:
         raise DataError(f"{file}: cannot be read as a store's description; {_PREPARE}.") from None
     if version != FORMAT:
         raise DataError(f"{file}: found format {version!r}, this recurlm reads format {FORMAT}; {_PREPARE}.")
-    if hash != _hash(content) or not set(store.info) <= set(SPLITS) or store.dtype not in ("<u2", "<u4"):
+    if hash != _hash(content) or not set(store.info) <= {*SPLITS, WHOLE} or store.dtype not in ("<u2", "<u4"):
         raise DataError(f"{file}: changed since it was written; {_PREPARE}.")
     for split, info in store.info.items():
         ids = path / f"{split}.bin"

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from recurlm.config import Config
-from recurlm.model.neural import NeuralModel, layer_sizes
+from recurlm.model.neural import layer_sizes
 from recurlm.text.store import Store
 
 
-def model_card(config: Config, store: Store, model: NeuralModel, best: float, step: int) -> str:
+def model_card(config: Config, store: Store, facts: dict[str, Any]) -> str:
     """Markdown that says what the model is, what it was trained on and how it measured."""
     m, counts = config.model, store.info["train"]
     sizes = ", ".join(map(str, layer_sizes(m)))
-    measured = (
-        f"{best:.4f} nats per token, perplexity {math.exp(min(best, 700)):.2f}, on the valid split"
-        if math.isfinite(best)
-        else "not validated yet"
-    )
+    loss, split = facts["loss_nats"], facts["loss_split"]
+    measured = "not measured yet"
+    if loss is not None:
+        measured = f"{loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}, on the {split} split"
     return f"""---
 library_name: recurlm
 tags: [language-model, {m.layer}, recurrent]
@@ -27,9 +27,9 @@ tags: [language-model, {m.layer}, recurrent]
 | | |
 |---|---|
 | layers | {m.layer}, units {sizes}, embedding {m.embedding_size}, head {m.head} |
-| parameters | {sum(p.numel() for p in model.parameters()):,} |
+| parameters | {facts["parameters"]:,} |
 | tokenizer | {store.tokenizer_kind}, {store.vocab_size:,} ids |
-| trained on | {counts.tokens:,} tokens ({counts.words:,} words, {counts.characters:,} characters), {step:,} steps |
+| trained on | {counts.tokens:,} tokens ({counts.words:,} words, {counts.characters:,} characters), {facts["step"]:,} steps |
 | measured | {measured} |
 
 ```python

@@ -52,8 +52,8 @@ def clean(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> Path:
-    """The path of the finished checkpoint; prunes to the `keep` newest afterwards.
+def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> None:
+    """Writes a checkpoint, then prunes to the `keep` newest; the new one is never pruned.
 
     RunError when the disk is full or refuses; earlier checkpoints are intact then.
     """
@@ -79,7 +79,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
         if final.exists():  # the same step saved again, or an invalid one in the way
             final.rename(folder / f"step-{step}.trash-{os.getpid()}")
         files.publish(temporary, final)
-        for path in steps(folder)[keep:]:
+        for path in [path for path in steps(folder) if path != final][keep - 1 :]:
             path.rename(path.with_name(f"{path.name}.trash-{os.getpid()}"))
     except (OSError, SafetensorError) as error:
         raise RunError(
@@ -89,7 +89,6 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
     finally:
         for path in folder.glob(f"step-*.*-{os.getpid()}"):
             shutil.rmtree(path, ignore_errors=True)
-    return final
 
 
 def load(path: Path) -> Checkpoint:
@@ -115,6 +114,13 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except CheckpointError as error:
             skipped.append(str(error))
     return None, skipped
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames checkpoints newer than `step`, which could not be used, so that they count no longer as checkpoints."""
+    for path in steps(folder):
+        if int(path.name[5:]) > step:
+            path.rename(path.with_name(f"unusable-{path.name}-{os.getpid()}"))
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -18,14 +19,14 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The run's records, oldest first; a half-written last line is left out."""
+    """The run's records, oldest first; lines that are no records are left out."""
     path, records = run / METRICS, []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
     return records
 
 
@@ -48,7 +49,7 @@ class Monitor:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-        self.smooth, self.last, self.rate, self.tokens = math.nan, time.perf_counter(), math.nan, 0
+        self.smooth, self.last, self.rate, self.tokens = math.nan, time.perf_counter(), 0.0, 0
         self.bar.start()
 
     def say(self, text: str) -> None:
@@ -65,7 +66,7 @@ class Monitor:
             numbers = f"loss {self.smooth:.3f}  ppl {math.exp(min(self.smooth, 50)):,.1f}  {self.rate:,.0f} tokens/s"
             self.bar.update(self.task, completed=share, description=f"epoch {epoch + 1}", numbers=numbers)
 
-    def record(self, event: str, step: int, **values: Any) -> None:
+    def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the numbers among `values` as TensorBoard scalars."""
         self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self.file.flush()

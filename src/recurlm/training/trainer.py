@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from recurlm import files
 from recurlm.config import Config, to_dict, to_toml
-from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, lookup
+from recurlm.errors import DataError, RunError, lookup
 from recurlm.evaluation.perplexity import mean_loss
 from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
-from recurlm.protocol import State, detach, map_state, state_leaves
+from recurlm.protocol import State, detach
 from recurlm.text.batches import Streams, window_length
 from recurlm.text.store import Store
-from recurlm.training import checkpoint, interrupt, objective
+from recurlm.text.tokenizers import TOKENIZERS
+from recurlm.training import checkpoint, interrupt, objective, snapshot
 from recurlm.training.averaging import AVERAGING, applied
 from recurlm.training.card import model_card
 from recurlm.training.cursor import Cursor, Result, seed_for_step
 from recurlm.training.monitor import Monitor
 from recurlm.training.optimizers import OPTIMIZERS
 from recurlm.training.schedules import SCHEDULES, Progress
+
+CHECKPOINTS = "checkpoints"
 
 
 class Trainer:
@@ -38,12 +43,13 @@ class Trainer:
         train = config.train
         if "train" not in store.splits:
             raise DataError(f"{store.path}: the store has no train split.")
+        self.valid_split = "valid" if "valid" in store.splits else "train"
         self.tokenizer = store.tokenizer()
         boundary = self.tokenizer.boundary_id
         self.device = precision.resolve_device(train.device)
         self.precision = precision.resolve_dtype(train.dtype, self.device)
         self.model = NeuralModel(
-            config.model, store.vocab_size, torch.Generator().manual_seed(train.seed), self.precision.dtype
+            config.model, store.vocab_size, torch.Generator().manual_seed(train.seed), self.precision
         ).to(self.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")(self.parameters, config.optimizer)
@@ -58,7 +64,7 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         self.cursor = Cursor()
         self.state: State = self.model.initial_state(config.data.batch_size)
-        self.best_weights: dict[str, Tensor] | None = None
+        self.best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights not yet published
         self.saved_at = time.monotonic()
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
 
@@ -72,16 +78,23 @@ class Trainer:
             share = max(share, c.step / train.max_steps)
         return Progress(c.step, c.epoch, min(1.0, share), tuple(c.losses))
 
+    def epoch_ended(self) -> bool:
+        """Whether the streams are at their end; the next step starts them anew."""
+        return self.cursor.position >= self.streams.train_length
+
     def done(self) -> bool:
         """Whether epochs, steps or patience are used up."""
         c, train = self.cursor, self.config.train
         stale = len(c.losses) - 1 - c.losses.index(min(c.losses)) if c.losses else 0
         spent = bool(train.max_steps) and c.step >= train.max_steps
-        return c.epoch >= train.epochs or spent or (train.patience > 0 and stale >= train.patience)
+        return c.epoch + self.epoch_ended() >= train.epochs or spent or (train.patience > 0 and stale >= train.patience)
 
     def step(self) -> dict[str, Any]:
         """Trains on one window and returns its numbers; raises RunError before any weight moves if one is not finite."""
         cfg, c = self.config, self.cursor
+        if self.epoch_ended():
+            c.epoch, c.position, c.epoch_nats, c.epoch_targets = c.epoch + 1, 0, 0.0, 0
+            self.state = self.model.initial_state(cfg.data.batch_size)
         length = window_length(cfg.data, cfg.train.seed, c.step)
         inputs, targets = (torch.from_numpy(a).to(self.device) for a in self.streams.window(c.position, length))
         generator = seed_for_step(self.generator, cfg.train.seed, c.step)
@@ -111,10 +124,8 @@ class Trainer:
         self.averaging.update(self.parameters)
         self.state = detach(out.state)
         c.step, c.position = c.step + 1, c.position + length
-        c.epoch_nats, c.epoch_targets = (
-            c.epoch_nats + numbers[1] * targets.numel(),
-            c.epoch_targets + targets.numel(),
-        )
+        c.epoch_nats += numbers[1] * targets.numel()
+        c.epoch_targets += targets.numel()
         return {
             "loss_nats": numbers[1], "objective": math.fsum(numbers[1:]), "grad_norm": numbers[0], "lr": lr,
             "length": length, "tokens": targets.numel(),
@@ -122,35 +133,39 @@ class Trainer:
 
     # ---- validation, model, checkpoint ----------------------------------------------------------------------
 
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the parameters by name."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
     def validate(self, monitor: Monitor, started: float, keep: bool = True) -> None:
         """Measures the (averaged) weights on the valid split, keeps them if best, and starts averaging if due.
 
         Without `keep` nothing that decides how the run goes on changes, so a resumed run equals an unbroken one.
         """
         c, data = self.cursor, self.config.data
-        split = "valid" if "valid" in self.store.splits else "train"
-        ids = self.store.ids(split)
         with applied(self.averaging, self.parameters):
+            ids = self.store.ids(self.valid_split)
             loss = mean_loss(self.model, ids, self.tokenizer.boundary_id, data.eval_batch_size, data.counting)
             if not math.isfinite(loss):
                 raise RunError(f"Step {c.step}: the validation loss is {loss}; the best weights so far are kept.")
-            averaged = self.averaging.weights() is not None
             best = loss < c.best
             if best:
-                c.best = loss if keep else c.best
-                self.best_weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+                self.best = loss, self.weights()
+        averaged, fired = self.averaging.weights() is not None, False
         if keep:
+            c.best = min(c.best, loss)
             c.losses.append(loss)
-        fired = keep and self.averaging.observe(c.losses)
+            fired = self.averaging.observe(c.losses)
         train_loss = c.epoch_nats / max(1, c.epoch_targets)
         values = {
             "epoch": c.epoch + 1, "loss_nats": loss, "ppl": math.exp(min(loss, 700)), "train_loss_nats": train_loss,
             "averaged": averaged, "best": best, "averaging_starts": fired, "seconds": c.seconds + time.monotonic() - started,
         }  # fmt: skip
-        monitor.record("valid", c.step, **values)
+        monitor.record("valid" if keep else "stopped", c.step, values)
         notes = ", ".join(n for n, on in (("averaged", averaged), ("best", best), ("averaging starts", fired)) if on)
+        name = "valid" if self.valid_split == "valid" else "whole train text's"
         monitor.say(
-            f"epoch {c.epoch + 1}  step {c.step}  train loss {train_loss:.4f}  {split} loss {loss:.4f}  "
+            f"epoch {c.epoch + 1}  step {c.step}  train loss {train_loss:.4f}  {name} loss {loss:.4f}  "
             f"ppl {values['ppl']:,.2f}  {loss / math.log(2):.3f} bits/token  {values['seconds']:.0f} s"
             + (f"  ({notes})" if notes else "")
         )
@@ -158,86 +173,48 @@ class Trainer:
     def publish(self) -> None:
         """Writes the best weights so far as the run directory's model."""
         c = self.cursor
-        if self.best_weights is None and not directory.exists(self.folder):  # stopped before any validation
+        if self.best is None and not directory.exists(self.folder):  # stopped before any validation
             with applied(self.averaging, self.parameters):
-                self.best_weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        if self.best_weights is None:
+                self.best = math.inf, self.weights()
+        if self.best is None:
             return
+        loss, weights = self.best
         facts = {
-            "parameters": sum(p.numel() for p in self.parameters),
-            "step": c.step,
-            "epoch": c.epoch,
-            "best_valid_loss_nats": c.best if c.losses else None,
-        }
-        directory.write(self.folder, self.model, self.best_weights, self.tokenizer.to_json(), facts)
-        files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, self.model, c.best, c.step))
-        self.best_weights = None
+            "parameters": sum(p.numel() for p in self.parameters), "step": c.step,
+            "loss_nats": loss if math.isfinite(loss) else None, "loss_split": self.valid_split,
+        }  # fmt: skip
+        directory.write(self.folder, self.model, weights, self.tokenizer.to_json(), facts)
+        files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, facts))
+        self.best = None
 
     def save(self, started: float) -> None:
         """Saves everything that decides how the run goes on, the model first."""
-        c = self.cursor
-        named = dict(self.model.named_parameters())
-        if bad := objective.first_nonfinite(dict(named)):
+        c = replace(self.cursor, seconds=self.cursor.seconds + time.monotonic() - started)
+        tensors, values = snapshot.pack(self.model, self.optimizer, self.averaging, self.state, c)
+        try:
+            self.publish()
+        except (OSError, SafetensorError) as error:
             raise RunError(
-                f"Step {c.step}: the weight {bad} is not finite, so no checkpoint was written; resume an older one."
-            )
-        self.publish()
-        mean, mean_values = self.averaging.state()
-        tensors = {f"model.{name}": p.detach() for name, p in named.items()}
-        tensors |= {f"optimizer.{name}": t for name, t in checkpoint.flatten_optimizer(self.optimizer).items()}
-        tensors |= {f"averaging.{name}": t for name, t in mean.items()}
-        # Leaves may be one tensor seen twice (zeros at an epoch's start) or parts of a larger one.
-        tensors |= {f"state.{i}": t.clone() for i, t in enumerate(state_leaves(self.state))}
-        cursor = asdict(c) | {"seconds": c.seconds + time.monotonic() - started}
-        cursor["best"] = c.best if math.isfinite(c.best) else None
-        values = {
-            "cursor": cursor,
-            "averaging": mean_values,
-            "config": to_dict(self.config),
-            "store": self.store.hash,
-        }
-        checkpoint.save(self.folder / "checkpoints", c.step, tensors, values, self.config.train.keep_checkpoints)
+                f"{self.folder}: the model could not be saved ({error}); what was there is intact. "
+                "Free some space or fix the folder, then go on with --resume auto."
+            ) from error
+        values |= {"config": to_dict(self.config), "store": self.store.hash}
+        checkpoint.save(self.folder / CHECKPOINTS, c.step, tensors, values, self.config.train.keep_checkpoints)
         self.saved_at = time.monotonic()
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continues from a checkpoint; refuses another text, tokenizer or model."""
-        if saved.values["store"] != self.store.hash:
-            raise DataError(
-                f"{self.store.path}: the text or tokenizer changed since step {saved.step}; resume with the data "
-                "that the run was started with, or start a new run with another -o."
-            )
-        now = to_dict(self.config)
-        for section in ("data", "tokenizer", "model"):
-            for key, value in saved.values["config"].get(section, {}).items():
-                if now[section].get(key) != value and (section, key) != ("data", "path"):
-                    raise ConfigError(
-                        f"{section}.{key} is {now[section].get(key)!r}, but the run was started with {value!r}; "
-                        "use that, or start a new run with another -o."
-                    )
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): t.to(self.device) for k, t in saved.tensors.items() if k.startswith(prefix)}
-
-        try:
-            self.model.load_state_dict(part("model."))
-            checkpoint.restore_optimizer(self.optimizer, part("optimizer."))
-            self.averaging.restore(part("averaging."), saved.values["averaging"])
-            leaves = part("state.")
-            order = iter(range(len(leaves)))
-            self.state = map_state(lambda old: leaves[str(next(order))].to(old.dtype), self.state)
-            cursor = dict(saved.values["cursor"])
-        except (KeyError, RuntimeError, ValueError, StopIteration) as error:
-            raise CheckpointError(
-                f"step {saved.step}: the checkpoint does not fit this configuration ({error})."
-            ) from None
-        cursor["best"] = math.inf if cursor["best"] is None else cursor["best"]
-        self.cursor = Cursor(**cursor)
+        snapshot.check(saved, self.config, self.store)
+        self.state, self.cursor = snapshot.unpack(
+            saved, self.config, self.model, self.optimizer, self.averaging, self.state, self.device
+        )
 
     # ---- the loop -------------------------------------------------------------------------------------------
 
     def run(self, max_seconds: float = math.inf) -> Result:
         """Trains until the epochs or steps are done, patience ends, time is up or a signal asks to stop."""
         c, train = self.cursor, self.config.train
+        (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
         files.write_atomic(self.folder / "config.toml", to_toml(self.config))
         started, first = time.monotonic(), c.step
         monitor = Monitor(self.folder, c.step, train.tensorboard, self.quiet)
@@ -246,52 +223,57 @@ class Trainer:
         try:
             with interrupt.listening() as wish, precision.applied(self.precision):
                 while not self.done() and not wish.signal and time.monotonic() - started < max_seconds:
-                    self._one(monitor, started)
+                    self.step_and_dues(monitor, started)
                 if not self.done() and not wish.signal:  # out of time: measure what is there, off the record
                     self.validate(monitor, started, keep=False)
+                best = min(c.best, self.best[0] if self.best else math.inf)
                 if c.step > first:
                     self.save(started)
         except RunError:
-            if not (self.folder / "checkpoints" / f"step-{c.step}").exists() and c.step > first:
-                self._save_if_sound(started)
+            if not (self.folder / CHECKPOINTS / f"step-{c.step}").exists() and c.step > first:
+                with contextlib.suppress(RunError):  # the first error is the one to read
+                    self.save(started)
             raise
         finally:
             monitor.close()
-        return Result(c.step, c.epoch, c.best, c.seconds + time.monotonic() - started, wish.signal, self.done())
+        seconds = c.seconds + time.monotonic() - started
+        return Result(c.step, c.epoch + self.epoch_ended(), best, seconds, wish.signal, self.done())
 
-    def _save_if_sound(self, started: float) -> None:
-        try:
-            self.save(started)
-        except RunError:
-            return  # the first error is the one to read
-
-    def _one(self, monitor: Monitor, started: float) -> None:
-        """One step and what is due after it."""
+    def step_and_dues(self, monitor: Monitor, started: float) -> None:
+        """One step and what is due after it: records, sample, validation, checkpoint."""
         c, train = self.cursor, self.config.train
         numbers = self.step()
         monitor.step(c.epoch, self.progress().share, numbers["loss_nats"], numbers["tokens"])
         if c.step % train.log_every == 0:
-            monitor.record("step", c.step, **numbers, tokens_per_s=monitor.rate if math.isfinite(monitor.rate) else 0.0)
+            monitor.record("step", c.step, numbers | {"tokens_per_s": monitor.rate})
         if train.sample_every and c.step % train.sample_every == 0:
             text = self.sample()
-            monitor.record("sample", c.step, text=text)
+            monitor.record("sample", c.step, {"text": text})
             monitor.say(f"sample at step {c.step}: {text!r}")
-        ended = c.position >= self.streams.train_length
-        ending = (ended and c.epoch + 1 >= train.epochs) or (bool(train.max_steps) and c.step >= train.max_steps)
-        if ending or (c.step % train.eval_every == 0 if train.eval_every else ended):
+        last = c.epoch + self.epoch_ended() >= train.epochs or (train.max_steps and c.step >= train.max_steps)
+        if last or (c.step % train.eval_every == 0 if train.eval_every else self.epoch_ended()):
             self.validate(monitor, started)
-        if ended:
-            c.epoch, c.position, c.epoch_nats, c.epoch_targets = c.epoch + 1, 0, 0.0, 0
-            self.state = self.model.initial_state(self.config.data.batch_size)
-        due = ended and time.monotonic() - self.saved_at >= train.checkpoint_seconds
+        due = time.monotonic() - self.saved_at >= train.checkpoint_seconds
         if not self.done() and (due or (train.checkpoint_every and c.step % train.checkpoint_every == 0)):
             self.save(started)
 
     def sample(self, count: int = 60) -> str:
         """A short text from the current (averaged) weights."""
-        ids = self.tokenizer.encode(self.config.train.sample_prompt).tolist() if self.config.train.sample_prompt else []
-        start = [self.tokenizer.boundary_id, *ids]
+        ids = self.tokenizer.encode_prefix(self.config.train.sample_prompt).tolist()
         generator = torch.Generator().manual_seed(self.config.train.seed)
+        forbidden = [] if self.tokenizer.unk_id is None else [self.tokenizer.unk_id]
+        start = [self.tokenizer.boundary_id, *ids]
         with applied(self.averaging, self.parameters):
-            drawn = list(sample_ids(self.model, start, count, Sampling(temperature=0.8), generator))
+            drawn = list(sample_ids(self.model, start, count, Sampling(temperature=0.8), generator, forbidden))
         return self.tokenizer.decode(ids + drawn)
+
+
+def check_settings(config: Config) -> None:
+    """None; ConfigError for names and sizes that cannot work, found before any text is read."""
+    precision.resolve_device(config.train.device)
+    lookup(TOKENIZERS, config.tokenizer.kind, "tokenizer.kind")
+    lookup(SCHEDULES, config.schedule.name, "schedule.name")
+    lookup(AVERAGING, config.averaging.name, "averaging.name")
+    lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")([nn.Parameter(torch.zeros(1))], config.optimizer)
+    with torch.device("meta"):
+        NeuralModel(config.model, 1, torch.Generator("cpu"))

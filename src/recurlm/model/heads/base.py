@@ -6,6 +6,7 @@ The embedding matrix is an argument, so that a head which shares it holds no ref
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
@@ -14,6 +15,9 @@ from recurlm.config import ModelConfig
 
 class Head(nn.Module, ABC):
     """Maps hidden_NH to a distribution over V tokens. Losses and probabilities are fp32, in nats."""
+
+    tied: ClassVar[bool]
+    """Whether the last layer must have the embedding's size."""
 
     @classmethod
     @abstractmethod

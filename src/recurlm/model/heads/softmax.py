@@ -21,6 +21,8 @@ def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
 class SoftmaxHead(Head):
     """softmax(W h + b) with its own W."""
 
+    tied = False
+
     def __init__(self, vocab_size: int, hidden_size: int, bound: float, generator: Generator):
         super().__init__()
         self.weight = uniform((vocab_size, hidden_size), bound, generator)
@@ -39,6 +41,8 @@ class SoftmaxHead(Head):
 
 class TiedHead(Head):
     """softmax(E h + b): the embedding matrix E is the output matrix (Inan et al. 2017; Press & Wolf 2017)."""
+
+    tied = True
 
     def __init__(self, vocab_size: int):
         super().__init__()

@@ -122,7 +122,7 @@ def check_size(config: TokenizerConfig, least: int, why: str) -> None:
         )
 
 
-def hugging_face(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
+def hugging_face(model: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer.json around `model`; parts: normalizer, pre_tokenizer, decoder."""
     empty = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     head: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}

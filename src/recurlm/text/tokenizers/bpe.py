@@ -89,8 +89,7 @@ class BpeTokenizer(Tokenizer):
         vocab = {token: i for i, token in enumerate(self._tokens)}
         return hugging_face(
             {"type": "BPE", "vocab": vocab, "merges": self._merges},
-            pre_tokenizer={"type": "Sequence", "pretokenizers": [_SPLIT, BYTE_LEVEL]},
-            decoder=BYTE_LEVEL,
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [_SPLIT, BYTE_LEVEL]}, "decoder": BYTE_LEVEL},
         )
 
     def encode_prefix(self, text: str) -> np.ndarray:

@@ -40,7 +40,9 @@ class ByteTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         vocab = {token: byte for byte, token in enumerate(SPELLING)}
-        return hugging_face({"type": "BPE", "vocab": vocab, "merges": []}, pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL)
+        return hugging_face(
+            {"type": "BPE", "vocab": vocab, "merges": []}, {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
+        )
 
     def encode_prefix(self, text: str | bytes) -> np.ndarray:
         data = text if isinstance(text, bytes) else to_bytes(text)

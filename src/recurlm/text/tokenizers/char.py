@@ -71,7 +71,7 @@ class CharTokenizer(Tokenizer):
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [],
         }
-        return hugging_face(model, decoder=_DECODER)
+        return hugging_face(model, {"decoder": _DECODER})
 
     def encode_prefix(self, text: str) -> np.ndarray:
         points = _code_points(text)

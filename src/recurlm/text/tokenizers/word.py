@@ -66,7 +66,9 @@ class WordTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         model = {"type": "WordLevel", "vocab": self._ids, "unk_token": UNK}
-        return hugging_face(model, normalizer={"type": "Sequence", "normalizers": _NORMALIZERS}, pre_tokenizer=_SPLIT)
+        return hugging_face(
+            model, {"normalizer": {"type": "Sequence", "normalizers": _NORMALIZERS}, "pre_tokenizer": _SPLIT}
+        )
 
     def encode_prefix(self, text: str) -> np.ndarray:
         if EOS in text:
