@@ -106,7 +106,7 @@ class ObjectiveConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: str = _opt("adamw", "sgd, adam or adamw")
-    lr: float = _opt(2e-3, "Learning rate", low=0, high=1e6)
+    lr: float = _opt(4e-3, "Learning rate", low=0, high=1e6)
     weight_decay: float = _opt(0.0, "L2 penalty (sgd, adam: coupled; adamw: decoupled)", low=0, high=1e3)
     momentum: float = _opt(0.0, "sgd: momentum", low=0, high=0.9999)
     betas: tuple[float, ...] = _opt((0.9, 0.999), "adam, adamw: decay of the two moments", low=0, high=0.999999)

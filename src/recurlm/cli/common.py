@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -56,3 +59,11 @@ def print_table(rows: dict[str, Any]) -> None:
 def note(text: str) -> None:
     """One line on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def program() -> str:
+    """How the user can call recurlm from here: its name, or the path of this environment's script."""
+    if shutil.which("recurlm"):
+        return "recurlm"
+    path = Path(sys.argv[0])
+    return os.path.relpath(path) if path.name == "recurlm" else f"{sys.executable} -m recurlm"

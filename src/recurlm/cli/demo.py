@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recurlm.cli.common import Json, note, print_json
+from recurlm.cli.common import Json, note, print_json, program
 from recurlm.errors import UserError
 
 FAMOUS = "To be, or not to be: that is the question:"
@@ -146,7 +146,8 @@ def demo(
     print(
         f"\n{facts['parameters']:,} parameters, {result.step:,} steps, {time.perf_counter() - started:.0f} s in all. Try next:"
     )
-    print(f"  recurlm generate {out} --prompt 'ROMEO:' --temperature 0.7")
-    print(f"  echo 'the quality of mercy is not strained' | recurlm score {out}")
-    print("  recurlm train --data YOUR_TEXT.txt -o runs/mine")
+    name = program()
+    print(f"  {name} generate {out} --prompt 'ROMEO:' --temperature 0.7")
+    print(f"  echo 'the quality of mercy is not strained' | {name} score {out}")
+    print(f"  {name} train --data YOUR_TEXT.txt -o runs/mine")
     sys.stdout.flush()

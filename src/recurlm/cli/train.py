@@ -16,6 +16,7 @@ from recurlm.cli.common import (
     parse_duration,
     print_json,
     print_table,
+    program,
     set_threads,
 )
 from recurlm.config import (
@@ -113,9 +114,8 @@ def train(
     else:
         print_table(facts)
     if result.signal and not result.finished:
-        note(f"Interrupted at step {result.step:,}; saved. Go on with: recurlm train --resume auto -o {out}")
+        note(f"Interrupted at step {result.step:,}; saved. Go on with: {program()} train --resume auto -o {out}")
         raise typer.Exit(128 + result.signal)
     if not as_json:
-        note(
-            f"Next: recurlm eval {out}   |   recurlm generate {out} --prompt '...'   |   echo text | recurlm score {out}"
-        )
+        name = program()
+        note(f"Next: {name} eval {out}   |   {name} generate {out} --prompt '...'   |   echo text | {name} score {out}")
