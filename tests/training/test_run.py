@@ -458,6 +458,41 @@ def test_a_piece_left_out_of_the_checkpoint_is_noticed(mutant, store, tmp_path):
     assert resumed(mutant) != resumed("")
 
 
+def test_patience_ends_a_run_that_gets_no_better(text_file, tmp_path):
+    settings = ("train.eval_every=5", "train.patience=2", "optimizer.lr=0", "train.epochs=50")
+    config = apply_assignments(tiny_config(*settings), [f'data.path="{text_file}"'])
+    result = api.train(config, tmp_path / "run", quiet=True)
+    assert result.finished and result.step == 15  # the first validation is the best, two more are waited for
+    assert api.train(config, tmp_path / "run", resume=True, quiet=True).step == 15
+
+
+def test_samples_and_tensorboard_events_are_written(text_file, tmp_path):
+    settings = ("train.max_steps=12", "train.sample_every=6", "train.sample_prompt=the king", "train.tensorboard=true")
+    run_to_the_end(tmp_path / "run", text_file, *settings)
+    samples = [r["text"] for r in read_metrics(tmp_path / "run") if r["event"] == "sample"]
+    assert len(samples) == 2 and all(text.startswith("the king") for text in samples)
+    assert "<unk>" not in "".join(samples)
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    data = events.read_bytes()
+    assert b"step/loss_nats" in data and b"valid/ppl" in data and b"the king" in data
+
+
+def test_a_text_without_valid_split_is_measured_on_itself_and_says_so(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text(small_text(100))
+    config = apply_assignments(tiny_config("train.max_steps=20"), [f'data.path="{tmp_path / "text"}"'])
+    api.train(config, tmp_path / "run", quiet=True)
+    assert "on the train split" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_prepared_store_brings_its_tokenizer(store, tmp_path):
+    config = apply_assignments(tiny_config("tokenizer.kind=char", "train.max_steps=3"), [f'data.path="{store.path}"'])
+    api.train(config, tmp_path / "run", quiet=True)
+    assert config_of(tmp_path / "run").tokenizer.kind == "word"
+    assert not (tmp_path / "run" / "store").exists()
+    assert api.evaluate(tmp_path / "run", split="valid")["targets"] == store.info["valid"].tokens
+
+
 def golden_trace(layer: str, store, folder: Path) -> list[float]:
     """Losses of 200 steps with every dropout, both regularisers and clipping on."""
     trainer = make(store, folder, f"model.layer={layer}", "model.zoneout=0.1", "optimizer.name=sgd", "optimizer.lr=2",

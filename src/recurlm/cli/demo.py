@@ -17,8 +17,8 @@ from recurlm.errors import UserError
 FAMOUS = "To be, or not to be: that is the question:"
 SCRAMBLED = "question: be, the that is not to or be: To"
 MARK = "demo.json"
-TRAINING_SECONDS = 60.0
-HARD_LIMIT_SECONDS = 70.0
+TRAINING_SECONDS = 63.0
+HARD_LIMIT_SECONDS = 71.0
 
 
 def _config() -> Any:
@@ -30,7 +30,7 @@ def _config() -> Any:
     return from_dict(
         {
             "data": {"path": "shakespeare", "batch_size": 32, "bptt": 32, "rescale_lr": False, "eval_batch_size": 64},
-            "tokenizer": {"kind": "char"},
+            "tokenizer": {"kind": "char", "byte_fallback": False},  # 256 rows fewer to learn; the plays need none
             "model": {
                 "layer": "lstm", "head": "softmax", "embedding_size": 64, "num_layers": 1,
                 "hidden_size": 512 if bf16 else 384,
