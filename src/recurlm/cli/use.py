@@ -71,7 +71,8 @@ def _lines(path: str) -> Iterator[str]:
             try:
                 yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number}: not UTF-8 text at byte {error.start} of the line.") from None
+                place = "standard input" if path == "-" else path
+                raise DataError(f"{place}, line {number}: not UTF-8 text at byte {error.start} of the line.") from None
 
 
 def score(
