@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from recurlm import files
-from recurlm.config import Config, TokenizerConfig, from_dict, from_toml, read_text_file, to_dict
+from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
 from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError
 from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.inference.engine import score_sequences
@@ -222,8 +222,13 @@ def train(
                 "nothing was touched. Choose another -o."
             )
         store, notes = _store(config, folder, keep=saved is not None)
-        config = dataclasses.replace(config, tokenizer=_tokenizer_settings(config, store))
+        if is_store(config.data.path):  # a prepared store brings its own tokenizer
+            config = dataclasses.replace(
+                config, tokenizer=dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind)
+            )
         trainer = Trainer(config, store, folder, quiet)
+        if resume and saved is None:
+            notes = [*notes, f"No checkpoint in {folder}: starting from the beginning."]
         if saved is not None:
             trainer.resume(saved)
             checkpoint.set_aside(checkpoints, saved.step)
@@ -260,17 +265,14 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
         store = open_store(config.data.path)
     elif keep and is_store(own):
         store = open_store(own)
+        store.verify()
+        return store, []
     else:
         return prepare(config.data.path, config.tokenizer, own, overwrite=True), []
     store.verify()
     kind = config.tokenizer.kind
     different = f"The store's tokenizer is {store.tokenizer_kind}; tokenizer.kind = {kind} is not used."
     return store, [different] if store.tokenizer_kind != kind else []
-
-
-def _tokenizer_settings(config: Config, store: Store) -> TokenizerConfig:
-    """The [tokenizer] section as it is: a prepared store brings its own tokenizer."""
-    return dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind)
 
 
 def evaluate(

@@ -52,7 +52,12 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     kind: str = _opt("bpe", "word, char, byte or bpe")
-    vocab_size: int = _opt(0, "Largest vocabulary; 0 = no limit for word and char, 8000 for bpe", low=0, high=2**31 - 1)
+    vocab_size: int = _opt(
+        0,
+        "Largest vocabulary; 0 = no limit (word, char), up to 8000 (bpe)",
+        low=0,
+        high=2**31 - 1,
+    )
     min_count: int = _opt(1, "word, char: rarer types become unknown", low=1, high=2**31 - 1)
     vocab_splits: str = _opt(
         "train",

@@ -39,6 +39,8 @@ def build_config(recipe: str, run: Path | None, resume: bool, settings: list[str
     elif resume and run is not None and (run / "config.toml").is_file():
         path = run / "config.toml"
         config = from_toml(read_text_file(path, "configuration"), str(path))
+    elif resume and run is not None and not values.get("data"):
+        raise ConfigError(f"{run}: no run here to go on with (no config.toml); to start one, give --data.")
     else:
         config = Config()
     return from_dict(values, apply_assignments(config, settings))
@@ -116,6 +118,8 @@ def train(
     if result.signal and not result.finished:
         note(f"Interrupted at step {result.step:,}; saved. Go on with: {program()} train --resume auto -o {out}")
         raise typer.Exit(128 + result.signal)
+    if not as_json and not result.finished:
+        note(f"Stopped by --max-time at step {result.step:,}. Go on with: {program()} train --resume auto -o {out}")
     if not as_json:
         name = program()
         note(f"Next: {name} eval {out}   |   {name} generate {out} --prompt '...'   |   echo text | {name} score {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,13 +64,17 @@ def eval_(
 def _lines(path: str) -> Iterator[str]:
     """The lines of a file, '-' for stdin, without their ends."""
     try:
-        source = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115 - closed below
+        if path.endswith((".jsonl", ".jsonl.gz")):
+            raise UserError(f"{path}: expected text with one sentence a line, not jsonl.")
+        open_file = gzip.open if path.endswith(".gz") else open
+        source = sys.stdin.buffer if path == "-" else open_file(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
     with source:
         for number, line in enumerate(source, 1):
             try:
-                yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                text = line.decode("utf-8").removesuffix("\n")
+                yield text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark is no text
             except UnicodeDecodeError as error:
                 place = "standard input" if path == "-" else path
                 raise DataError(f"{place}, line {number}: not UTF-8 text at byte {error.start} of the line.") from None
@@ -110,6 +115,8 @@ def score(
 
 
 def _print_scores(model, batch: list[str], first: int, level: str, unit: str, end: bool, as_json: bool) -> None:
+    from recurlm.text.tokenizers.base import display
+
     for number, (line, scored) in enumerate(
         zip(batch, model.score_all(batch, unit=unit, end=end), strict=True), first + 1
     ):
@@ -119,7 +126,7 @@ def _print_scores(model, batch: list[str], first: int, level: str, unit: str, en
                 row |= {"tokens": list(scored.tokens), "surprisals": list(scored.surprisals)}
             print_json(row)
         elif level == "sentence":
-            print(f"{number}\t{len(scored.ids)}\t{scored.total:.6f}\t{line}")
+            print(f"{number}\t{len(scored.ids)}\t{scored.total:.6f}\t{display(line.encode())}")
         else:
             for position, (token, value) in enumerate(zip(scored.tokens, scored.surprisals, strict=True), 1):
                 print(f"{number}\t{position}\t{token}\t{value:.6f}")

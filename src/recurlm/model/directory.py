@@ -53,6 +53,7 @@ def write(
     temporary = folder / f"{WEIGHTS}.tmp-{os.getpid()}"
     try:
         save_file({name: t.detach().contiguous() for name, t in weights.items()}, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors makes it private
         new = files.describe(temporary)
         if (folder / WEIGHTS).is_file():
             between = {**listed, WEIGHTS: files.describe(folder / WEIGHTS)}

@@ -41,6 +41,8 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device) -> Precision:
     """The compute type; 'auto' is tf32 on GPUs that have it and fp32 elsewhere."""
+    if name not in ("auto", "fp32", "tf32", "bf16"):
+        raise ConfigError(f"dtype {name!r} is not known; expected auto, fp32, tf32 or bf16.")
     modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
         if modern:

@@ -65,7 +65,7 @@ class Trainer:
         self.cursor = Cursor()
         self.state: State = self.model.initial_state(config.data.batch_size)
         self.best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights not yet published
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), False
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
 
     # ---- one step -------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class Trainer:
             ) from error
         values |= {"config": to_dict(self.config), "store": self.store.hash}
         checkpoint.save(self.folder / CHECKPOINTS, c.step, tensors, values, self.config.train.keep_checkpoints)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), True
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continues from a checkpoint; refuses another text, tokenizer or model."""
@@ -208,6 +208,7 @@ class Trainer:
         self.state, self.cursor = snapshot.unpack(
             saved, self.config, self.model, self.optimizer, self.averaging, self.state, self.device
         )
+        self.saved = True
 
     # ---- the loop -------------------------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ class Trainer:
         last = c.epoch + self.epoch_ended() >= train.epochs or (train.max_steps and c.step >= train.max_steps)
         if last or (c.step % train.eval_every == 0 if train.eval_every else self.epoch_ended()):
             self.validate(monitor, started)
-        due = time.monotonic() - self.saved_at >= train.checkpoint_seconds
+        due = time.monotonic() - self.saved_at >= train.checkpoint_seconds or (bool(c.losses) and not self.saved)
         if not self.done() and (due or (train.checkpoint_every and c.step % train.checkpoint_every == 0)):
             self.save(started)
 

@@ -11,9 +11,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from recurlm.config import TokenizerConfig
+from recurlm.errors import ConfigError
 from recurlm.text.tokenizers.base import Tokenizer, check_size, hugging_face, to_bytes, tokens_by_id
 from recurlm.text.tokenizers.byte import BYTE_LEVEL, SPELLING
 
+DEFAULT_COUNT = 10  # a rarer pair stays two tokens, so that a small text gets a small vocabulary
+LARGEST = 1 << 20  # the library asks for memory in proportion
 DEFAULT_SIZE = 8000
 # Left to right, nothing looks back: a newline; a short ending ('s, 'll); letters, digits or signs with one
 # space before them at most; white space, less the one space that goes to what follows. No part is longer than
@@ -63,11 +66,16 @@ class BpeTokenizer(Tokenizer):
                     room -= len(text)
                 yield from _chunks(text)
 
+        if config.vocab_size > LARGEST:
+            raise ConfigError(f"tokenizer.vocab_size = {config.vocab_size}: expected at most {LARGEST:,} for bpe.")
         library = tokenizers.Tokenizer(models.BPE())
         library.pre_tokenizer = _splitter()
         library.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=config.vocab_size or DEFAULT_SIZE, initial_alphabet=SPELLING, show_progress=False
+            vocab_size=config.vocab_size or DEFAULT_SIZE,
+            min_frequency=0 if config.vocab_size else DEFAULT_COUNT,
+            initial_alphabet=SPELLING,
+            show_progress=False,
         )
         library.train_from_iterator(watched(), trainer)
         model = json.loads(library.to_str())["model"]
