@@ -458,6 +458,18 @@ def test_a_piece_left_out_of_the_checkpoint_is_noticed(mutant, store, tmp_path):
     assert resumed(mutant) != resumed("")
 
 
+def test_the_model_names_the_step_of_its_weights_not_of_its_writing(store, tmp_path):
+    trainer = make(store, tmp_path / "run")
+    monitor = Monitor(tmp_path / "run", 0, False, True)
+    for _ in range(4):
+        trainer.step()
+    trainer.validate(monitor, time.monotonic())
+    trainer.step()
+    trainer.save(time.monotonic())
+    monitor.close()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["facts"]["step"] == 4
+
+
 def test_patience_ends_a_run_that_gets_no_better(text_file, tmp_path):
     settings = ("train.eval_every=5", "train.patience=2", "optimizer.lr=0", "train.epochs=50")
     config = apply_assignments(tiny_config(*settings), [f'data.path="{text_file}"'])

@@ -64,7 +64,7 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         self.cursor = Cursor()
         self.state: State = self.model.initial_state(config.data.batch_size)
-        self.best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights not yet published
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None  # loss, step and weights, not yet published
         self.saved_at, self.saved = time.monotonic(), False
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
 
@@ -150,7 +150,7 @@ class Trainer:
                 raise RunError(f"Step {c.step}: the validation loss is {loss}; the best weights so far are kept.")
             best = loss < c.best
             if best:
-                self.best = loss, self.weights()
+                self.best = loss, c.step, self.weights()
         averaged, fired = self.averaging.weights() is not None, False
         if keep:
             c.best = min(c.best, loss)
@@ -175,12 +175,12 @@ class Trainer:
         c = self.cursor
         if self.best is None and not directory.exists(self.folder):  # stopped before any validation
             with applied(self.averaging, self.parameters):
-                self.best = math.inf, self.weights()
+                self.best = math.inf, c.step, self.weights()
         if self.best is None:
             return
-        loss, weights = self.best
+        loss, step, weights = self.best
         facts = {
-            "parameters": sum(p.numel() for p in self.parameters), "step": c.step,
+            "parameters": sum(p.numel() for p in self.parameters), "step": step,
             "loss_nats": loss if math.isfinite(loss) else None, "loss_split": self.valid_split,
         }  # fmt: skip
         directory.write(self.folder, self.model, weights, self.tokenizer.to_json(), facts)
