@@ -13,7 +13,7 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo test check docs bench golden clean
+.PHONY: demo test check chaos docs bench golden clean
 
 demo: $(VENV)/demo.stamp  ## train a small model on Shakespeare on the CPU and show what it can do (about 80 s)
 	$(BIN)/recurlm demo
@@ -27,6 +27,9 @@ check: $(VENV)/dev.stamp  ## what CI runs: format, lint, types, import layers, t
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(MAKE) test
+
+chaos: $(VENV)/dev.stamp  ## the fault tests at full count (an hour or more); figures are kept in chaos.jsonl
+	RECURLM_CHAOS=1 RECURLM_CHAOS_LOG=$(CURDIR)/chaos.jsonl OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m chaos
 
 docs: $(VENV)/dev.stamp  ## the generated page
 	$(BIN)/python -m recurlm.config > docs/configuration.md

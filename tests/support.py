@@ -1,5 +1,7 @@
 """Small texts and configurations for every test."""
 
+import json
+import os
 from pathlib import Path
 
 from recurlm.config import Config, apply_assignments
@@ -52,3 +54,18 @@ TINY = (
 def tiny_config(*settings: str) -> Config:
     """A configuration that trains in milliseconds a step, with every dropout and both regularisers on."""
     return apply_assignments(Config(), [*TINY, *settings])
+
+
+FULL = os.environ.get("RECURLM_CHAOS") == "1"
+
+
+def counts(ci: int, full: int) -> int:
+    """How often a chaos test repeats: `ci` times, or `full` times under `make chaos`."""
+    return full if FULL else ci
+
+
+def record(name: str, **figures: object) -> None:
+    """Notes what a chaos test measured: one JSON line in the file that RECURLM_CHAOS_LOG names, if any."""
+    if path := os.environ.get("RECURLM_CHAOS_LOG"):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"test": name, **figures}) + "\n")
