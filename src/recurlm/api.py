@@ -20,13 +20,15 @@ from recurlm.inference.engine import score_sequences
 from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
 from recurlm.protocol import StatefulModel
+from recurlm.text.batches import reading_order
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import Tokenizer, load_tokenizer
 from recurlm.text.tokenizers.base import to_bytes
-from recurlm.training import checkpoint
+from recurlm.training import checkpoint, range_test
 from recurlm.training import plan as training_plan
 from recurlm.training.cursor import Result
+from recurlm.training.range_test import RangeTest
 from recurlm.training.trainer import CHECKPOINTS, Trainer, check_settings
 
 OWN_STORE = "store"
@@ -55,31 +57,43 @@ class LanguageModel:
         self.model, self.tokenizer, self.facts = model, tokenizer, facts
 
     @property
+    def backward(self) -> bool:
+        """Whether the model reads text from its end to its start."""
+        return self.model.backward
+
+    @property
     def parameters(self) -> int:
         """The number of trained weights."""
         return self.facts.get("parameters", 0)
 
     def score_all(self, texts: Sequence[str], *, unit: str = "bits", end: bool = True) -> list[Score]:
-        """A Score for each text. Every text starts after a line's end; with `end` the end of its own line counts too."""
+        """A Score for each text. Every text starts after a line's end; with `end` the end of its own line counts too.
+
+        Of a backward model each token's surprisal is that given what follows it, and the last one the line's start.
+        """
         if unit not in UNITS:
             raise RequestError(f"unit {unit!r} is not known; expected one of {', '.join(UNITS)}.")
-        sequences = [self._line_ids(text, end) for text in texts]
-        out = []
-        for ids, nll in zip(sequences, score_sequences(self.model, sequences, self.tokenizer.boundary_id), strict=True):
-            surprisals = tuple((nll.double() * UNITS[unit]).tolist())
-            out.append(Score(tuple(ids), tuple(map(self.tokenizer.token, ids)), surprisals, unit))
+        sequences = [self._line_ids(text) for text in texts]
+        boundary, out = self.tokenizer.boundary_id, []
+        read = [[*(ids[::-1] if self.backward else ids), *([boundary] if end else [])] for ids in sequences]
+        for ids, nll in zip(read, score_sequences(self.model, read, boundary), strict=True):
+            values = (nll.double() * UNITS[unit]).tolist()
+            if self.backward:  # back into the text's order, the line's end (here: its start) still last
+                body = len(ids) - end
+                ids, values = [*ids[:body][::-1], *ids[body:]], [*values[:body][::-1], *values[body:]]
+            out.append(Score(tuple(ids), tuple(map(self.tokenizer.token, ids)), tuple(values), unit))
         return out
 
     def score(self, text: str, *, unit: str = "bits", end: bool = True) -> Score:
         """The Score of one text; see `score_all`."""
         return self.score_all([text], unit=unit, end=end)[0]
 
-    def _line_ids(self, text: str, end: bool) -> list[int]:
-        boundary = self.tokenizer.boundary_id
+    def _line_ids(self, text: str) -> list[int]:
+        """The ids of a line without its end."""
         ids = self.tokenizer.encode(text).tolist()
-        if ids and ids[-1] == boundary:
+        if ids and ids[-1] == self.tokenizer.boundary_id:
             ids.pop()
-        return [*ids, boundary] if end else ids
+        return ids
 
     def perplexity(self, text: str, *, batch_size: int = 1) -> float:
         """exp of the mean loss per token over the whole text, every token counted."""
@@ -91,6 +105,7 @@ class LanguageModel:
         ids = self.tokenizer.encode(text)
         if len(ids) == 0:
             raise DataError("The text is empty: there is nothing to measure.")
+        ids = reading_order(ids, self.backward, self.tokenizer.boundary_id)
         lines = text.count("\n") + (not text.endswith("\n"))
         counts = {"words": len(text.split()) + lines, "characters": len(text), "bytes": size}
         return evaluate_ids(self.model, ids, self.tokenizer.boundary_id, counts, batch_size, "exact", with_ranks)
@@ -246,6 +261,14 @@ def plan(config: Config) -> dict[str, Any]:
         return training_plan.plan(config, store)
 
 
+def lr_find(config: Config) -> RangeTest:
+    """The learning-rate range test of a run (see `training.range_test`); writes nothing that stays."""
+    config = _settled(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        store, _ = _store(config, Path(scratch), keep=False)
+        return range_test.range_test(config, store)
+
+
 def _settled(config: Config) -> Config:
     """The Config, every value checked, with an absolute path to its text."""
     config = from_dict(to_dict(config))
@@ -277,7 +300,7 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
 
 def evaluate(
     run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "", batch_size: int = 1, counting: str = "exact",
-    with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
+    batching: str = "stream", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
@@ -291,7 +314,9 @@ def evaluate(
         info, ids, unknown = store.info[split], store.ids(split), model.tokenizer.unk_id
         counts = {"words": info.words, "characters": info.characters, "bytes": info.bytes}
         oov = float((ids == unknown).mean()) if unknown is not None else 0.0
-        out = evaluate_ids(model.model, ids, model.tokenizer.boundary_id, counts, batch_size, counting, with_ranks)
+        boundary = model.tokenizer.boundary_id
+        ids = reading_order(ids, model.backward, boundary)
+        out = evaluate_ids(model.model, ids, boundary, counts, batch_size, counting, with_ranks, batching)
     return {"split": split, **out, "oov_rate": oov}
 
 

@@ -33,11 +33,19 @@ def _opt(
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str = _opt("", "Text file, folder with train/valid/test, prepared store, or the name of a data set")
-    batch_size: int = _opt(32, "Parallel streams in training", low=1, high=65536)
+    batching: str = _opt(
+        "stream",
+        "'stream': the text as parallel streams, the state carried on; 'sentence' (a line) and 'document' (what empty "
+        "lines part): each starts afresh, in batches of like length",
+        choices=("stream", "sentence", "document"),
+    )
+    batch_size: int = _opt(32, "Parallel streams (or sentences, documents) in training", low=1, high=65536)
     eval_batch_size: int = _opt(10, "Parallel streams in validation (1 = one uninterrupted text)", low=1, high=65536)
     bptt: int = _opt(70, "Time steps of one training window (truncated back-propagation)", low=1, high=100_000)
-    bptt_full_share: float = _opt(1.0, "Probability that a window's mean length is bptt, not bptt/2", low=0, high=1)
-    bptt_spread: float = _opt(0.0, "Standard deviation of a window's length; 0 = fixed", low=0, high=10_000)
+    bptt_full_share: float = _opt(
+        1.0, "stream: probability that a window's mean length is bptt, not bptt/2", low=0, high=1
+    )
+    bptt_spread: float = _opt(0.0, "stream: standard deviation of a window's length; 0 = fixed", low=0, high=10_000)
     bptt_min: int = _opt(5, "Shortest random window", low=1, high=100_000)
     bptt_cap: int = _opt(0, "Longest random window; 0 = no cap", low=0, high=100_000)
     rescale_lr: bool = _opt(True, "Multiply the learning rate by drawn length / bptt")
@@ -71,7 +79,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    layer: str = _opt("lstm", "Recurrent layer: lstm, gru or qrnn")
+    layer: str = _opt("lstm", "Recurrent layer: lstm, gru, qrnn or rnn")
     head: str = _opt("tied", "Output layer: softmax, or tied (the embedding matrix is the output matrix)")
     embedding_size: int = _opt(256, "Size of a token's vector", low=1, high=65536)
     hidden_size: int = _opt(512, "Units of each layer but the last, when hidden_sizes is empty", low=1, high=65536)
@@ -82,7 +90,11 @@ class ModelConfig:
     windows: tuple[int, ...] = _opt(
         (2,), "qrnn: inputs seen by each layer (this and earlier time steps); missing = 1", low=1, high=64
     )
-    zoneout: float = _opt(0.0, "qrnn: probability that a unit keeps its state", low=0, high=0.999)
+    pooling: str = _opt("fo", "qrnn: gates of the recurrence (Bradbury et al. 2017)", choices=("f", "fo", "ifo"))
+    nonlinearity: str = _opt("tanh", "rnn: tanh or relu", choices=("tanh", "relu"))
+    zoneout: float = _opt(0.0, "Probability that a unit keeps its state for a step (lstm: its cell)", low=0, high=0.999)
+    zoneout_hidden: float = _opt(0.0, "lstm: the same for its output h", low=0, high=0.999)
+    backward: bool = _opt(False, "Read every text from its end to its start")
     init_range: float = _opt(0.1, "Embedding and output weights start uniform in +-this", low=0, high=10)
 
 
@@ -94,6 +106,9 @@ class DropoutConfig:
     output: float = _opt(0.2, "Locked dropout on the last layer's output (dropout)", low=0, high=0.999)
     weight: float = _opt(
         0.2, "Weight drop: hidden-to-hidden weights, the qrnn's input weights (wdrop)", low=0, high=0.999
+    )
+    recurrent: float = _opt(
+        0.0, "lstm, gru, rnn: variational dropout on h before the hidden-to-hidden product", low=0, high=0.999
     )
 
 
@@ -110,30 +125,56 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    name: str = _opt("adamw", "sgd, adam or adamw")
+    name: str = _opt("adamw", "sgd, adam, amsgrad, adamw, nadam, rmsprop, adagrad or adadelta")
     lr: float = _opt(4e-3, "Learning rate", low=0, high=1e6)
-    weight_decay: float = _opt(0.0, "L2 penalty (sgd, adam: coupled; adamw: decoupled)", low=0, high=1e3)
-    momentum: float = _opt(0.0, "sgd: momentum", low=0, high=0.9999)
-    betas: tuple[float, ...] = _opt((0.9, 0.999), "adam, adamw: decay of the two moments", low=0, high=0.999999)
+    weight_decay: float = _opt(
+        0.0, "L2 penalty: added to the clipped gradient (adamw: decoupled from it)", low=0, high=1e3
+    )
+    momentum: float = _opt(0.0, "sgd, rmsprop: momentum", low=0, high=0.9999)
+    nesterov: bool = _opt(False, "sgd: Nesterov's momentum")
+    betas: tuple[float, ...] = _opt(
+        (0.9, 0.999), "adam, amsgrad, adamw, nadam: decay of the two moments", low=0, high=0.999999
+    )
+    decay: float = _opt(0.95, "rmsprop, adadelta: decay of the mean square", low=0, high=0.999999)
+    eps: float = _opt(1e-8, "All but sgd: added to the denominator", low=1e-30, high=1)
     clip: float = _opt(0.25, "Largest global gradient norm; 0 = no clipping", low=0, high=1e9)
+    clip_value: float = _opt(
+        0.0, "Largest gradient element, cut before the norm is looked at; 0 = no clipping", low=0, high=1e9
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    name: str = _opt("linear", "constant, plateau, milestones or linear")
+    name: str = _opt("linear", "constant, plateau, milestones, linear, cosine, cyclic or slanted-triangular")
     factor: float = _opt(0.1, "plateau, milestones: multiply the learning rate by this", low=0, high=1)
     milestones: tuple[int, ...] = _opt((), "milestones: after these epochs", low=1, high=10**9)
+    milestone_shares: tuple[float, ...] = _opt(
+        (), "milestones: after these shares of the training; [0.5, 0.75] is the fixed 50-75", low=0, high=1
+    )
     patience: int = _opt(
         0, "plateau: validations without a new best that are tolerated before a step", low=0, high=10**6
     )
-    warmup_steps: int = _opt(50, "linear: steps of linear warm-up before the linear decay to zero", low=0, high=10**9)
+    floor: float = _opt(
+        0.0, "linear, cosine, cyclic, slanted-triangular: lowest share of the learning rate", low=0, high=1
+    )
+    cycles: int = _opt(1, "cosine, cyclic: cycles over the training", low=1, high=10**6)
+    peak: float = _opt(
+        0.1, "slanted-triangular: share of the training at which the rate is highest", low=1e-6, high=0.999
+    )
+    warmup_steps: int = _opt(50, "Steps of linear warm-up, whatever the schedule", low=0, high=10**9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingConfig:
-    name: str = _opt("none", "Weights used to validate and kept: none (the last) or nt-asgd")
+    name: str = _opt("none", "Weights used to validate and kept: none (the last), nt-asgd, ema, swa or tail")
     nonmono: int = _opt(
         5, "nt-asgd: start when worse than the best of all but the last n validations", low=1, high=10**6
+    )
+    start: float = _opt(0.5, "ema, swa, tail: start at this share of the training", low=0, high=1)
+    decay: float = _opt(0.999, "ema: share of the mean that stays at each step", low=0, high=0.9999999)
+    every: int = _opt(1, "swa: steps from one averaged iterate to the next", low=1, high=10**9)
+    forget: float = _opt(
+        3.0, "tail: how fast the mean forgets; it looks back over about 1 / (forget + 1) of its steps", low=0, high=1e6
     )
 
 

@@ -38,6 +38,8 @@ class StatefulModel(ABC):
     """A language model over ids. `vocab_size` bounds the ids that it takes and scores."""
 
     vocab_size: int
+    backward: bool = False
+    """Whether it reads text from its end to its start; the ids that it is given are in that order."""
 
     @abstractmethod
     def initial_state(self, batch: int) -> State:

@@ -31,6 +31,8 @@ from recurlm.config import (
 )
 from recurlm.errors import ConfigError
 
+NO_RUN = "No run directory was named: give -o, such as -o runs/first."
+
 
 def build_config(recipe: str, run: Path | None, resume: bool, settings: list[str], values: dict) -> Config:
     """Defaults < recipe (or the resumed run's own config.toml) < --set < named options."""
@@ -72,6 +74,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print settings, parameters, memory and time; write nothing.")
     ] = False,
+    lr_find: Annotated[
+        bool,
+        typer.Option("--lr-find", help="Learning-rate range test: plot to -o (default lr-find.svg), train nothing."),
+    ] = False,
     device: Device = "",
     dtype: Dtype = "",
     threads: Threads = "auto",
@@ -85,8 +91,10 @@ def train(
     values["train"] = {key: value for key, value in named.items() if value is not None}
     config = build_config(recipe, out, resume == "auto", settings or [], values)
     seconds = parse_duration(max_time)
+    if lr_find:
+        return _lr_find(config, out or Path("lr-find.svg"), threads, as_json)
     if out is None and not dry_run:
-        raise ConfigError("No run directory was named: give -o, such as -o runs/first.")
+        raise ConfigError(NO_RUN)
     set_threads(threads)
     from recurlm import api
 
@@ -99,8 +107,9 @@ def train(
 
             print(to_toml(config))
             print_table(facts)
-        return
-    assert out is not None
+        return None
+    if out is None:
+        raise ConfigError(NO_RUN)
     result = api.train(config, out, resume=resume == "auto", max_seconds=seconds)
     import math
 
@@ -123,3 +132,27 @@ def train(
     if not as_json:
         name = program()
         note(f"Next: {name} eval {out}   |   {name} generate {out} --prompt '...'   |   echo text | {name} score {out}")
+    return None
+
+
+def _lr_find(config: Config, picture: Path, threads: str, as_json: bool) -> None:
+    if picture.suffix not in (".svg", ".png", ".pdf"):
+        raise ConfigError(
+            f"-o {picture}: the range test writes a picture; give a name that ends with .svg, .png or .pdf."
+        )
+    if picture.exists():
+        raise ConfigError(f"{picture} exists already; name another picture with -o.")
+    set_threads(threads)
+    from recurlm import api
+    from recurlm.training.range_test import plot
+
+    test = api.lr_find(config)
+    plot(test, picture)
+    facts = {
+        "steepest": test.steepest, "tenth_of_lowest": test.lowest / 10, "lowest": test.lowest, "diverged": test.diverged,
+        "steps": len(test.rates), "picture": str(picture),
+    }  # fmt: skip
+    if as_json:
+        return print_json({**facts, "rates": test.rates, "losses": test.losses})
+    print_table({key: f"{value:.3g}" if isinstance(value, float) else value for key, value in facts.items()})
+    return note(f"A first choice: --set optimizer.lr={test.steepest:.2g}")

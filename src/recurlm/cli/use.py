@@ -30,6 +30,12 @@ def eval_(
         str,
         typer.Option("--counting", help="exact, or published: awd-lstm-lm's slightly lower way, to compare."),
     ] = "exact",
+    batching: Annotated[
+        str,
+        typer.Option(
+            "--batching", help="stream: one text; sentence, document: each line, or text between empty lines, afresh."
+        ),
+    ] = "stream",
     ranks: Annotated[bool, typer.Option("--ranks/--no-ranks", help="Top-1/5/10 and MRR too (slower).")] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -46,6 +52,7 @@ def eval_(
         split=split,
         batch_size=batch_size,
         counting=counting,
+        batching=batching,
         with_ranks=ranks,
         device=device,
         dtype=dtype,

@@ -13,12 +13,13 @@ import torch
 from recurlm.errors import DataError, RequestError, nearest
 from recurlm.evaluation.metrics import TOP, ranks
 from recurlm.protocol import StatefulModel
-from recurlm.text.batches import Streams
+from recurlm.text.batches import BATCHING, Batches, measured_batches
 
 RULES = {
     "exact": "nats summed over every token of the text, the first predicted from a boundary token, divided by their number",
     "published": "as awd-lstm-lm: the remainder and each stream's first token left out, divided by tokens, not targets",
 }
+_RANKED = 1 << 25  # log-probabilities held at once when ranks are asked for
 
 
 @dataclass
@@ -32,12 +33,14 @@ class Totals:
 
 
 @torch.inference_mode()
-def stream_totals(model: StatefulModel, streams: Streams, window: int, with_ranks: bool = False) -> Totals:
-    """Totals over all counted targets of the streams; the state is carried from window to window."""
-    totals, position, state = Totals(), 0, model.initial_state(len(streams.starts))
-    while position < streams.length:
-        inputs_TB, targets_TB = (torch.from_numpy(a).to(model.device) for a in streams.window(position, window))
-        mask = streams.counted(position, window)
+def totals_of(model: StatefulModel, batches: Batches, steps: int, with_ranks: bool = False) -> Totals:
+    """Totals over all counted targets, in windows of `steps`; the state is carried where a window goes on with one."""
+    totals, state = Totals(), None
+    for window in batches.windows(steps):
+        inputs_TB, targets_TB = (torch.from_numpy(a).to(model.device) for a in (window.inputs_TB, window.targets_TB))
+        if window.fresh:
+            state = model.initial_state(inputs_TB.shape[1])
+        mask = window.counted_TB
         counted_TB = None if mask is None else torch.from_numpy(mask).to(model.device)
         if with_ranks:
             log_probs_TBV, state = model.advance(inputs_TB, state)
@@ -52,34 +55,34 @@ def stream_totals(model: StatefulModel, streams: Streams, window: int, with_rank
         nll_N = nll_TB.flatten() if counted_TB is None else nll_TB[counted_TB]
         totals.nats += float(nll_N.double().sum())
         totals.targets += nll_N.numel()
-        position += window
     return totals
 
 
-def mean_loss(model: StatefulModel, ids: np.ndarray, boundary_id: int, batch_size: int, counting: str) -> float:
+def mean_loss(
+    model: StatefulModel, ids: np.ndarray, boundary_id: int, batch_size: int, counting: str, batching: str
+) -> float:
     """Nats per token over `ids`, as training's validation needs it."""
-    streams = _streams(ids, boundary_id, batch_size, counting)
-    totals = stream_totals(model, streams, max(1, 2048 // batch_size))
-    return totals.nats / _divisor(streams, totals)
+    steps = max(1, 2048 // batch_size)
+    batches = _batches(ids, boundary_id, batch_size, counting, batching, steps)
+    return totals_of(model, batches, steps).nats / batches.divisor
 
 
-def _streams(ids: np.ndarray, boundary_id: int, batch_size: int, counting: str) -> Streams:
-    """The streams to measure; RequestError or DataError when nothing could be measured."""
+def _batches(ids: np.ndarray, boundary_id: int, batch_size: int, counting: str, batching: str, steps: int) -> Batches:
+    """The batches to measure; RequestError or DataError when nothing could be measured."""
     if not 1 <= batch_size <= 65536:
         raise RequestError(f"batch_size = {batch_size}: expected 1 to 65536.")
     if counting not in RULES:
         raise RequestError(f"counting = {counting!r} is not known.{nearest(counting, RULES)}")
-    streams = Streams(ids, batch_size, boundary_id, counting)
-    if streams.length < 1:
+    if batching not in BATCHING:
+        raise RequestError(f"batching = {batching!r} is not known.{nearest(batching, BATCHING)}")
+    if batching != "stream" and counting != "exact":
+        raise RequestError(f"counting = {counting!r} is a rule for one stream; take batching = 'stream' with it.")
+    batches = measured_batches(ids, batching, batch_size, boundary_id, counting, steps)
+    if batches.length < 1:
         raise DataError(
             f"A text of {len(ids):,} tokens is too short to measure in {batch_size} streams; take a smaller batch size."
         )
-    return streams
-
-
-def _divisor(streams: Streams, totals: Totals) -> int:
-    """Predicted targets; under the published rule one more a stream (behaviour kept for comparison only)."""
-    return max(1, totals.targets if streams.exact else totals.targets + len(streams.starts))
+    return batches
 
 
 def evaluate_ids(
@@ -90,16 +93,20 @@ def evaluate_ids(
     batch_size: int,
     counting: str,
     with_ranks: bool,
+    batching: str = "stream",
 ) -> dict[str, Any]:
     """Metrics of the model on one text: loss_nats, ppl, ppl_word, bpc, bpb, tokens_per_s, with ranks top-k and mrr.
 
     `counts` are the text's own numbers of words (line ends counted), characters and bytes.
     """
     start = time.perf_counter()
-    streams = _streams(ids, boundary_id, batch_size, counting)
-    window = max(1, min(1024 // batch_size + 1, (1 << 25) // (batch_size * model.vocab_size) if with_ranks else 4096))
-    totals = stream_totals(model, streams, window, with_ranks)
-    loss = totals.nats / _divisor(streams, totals)
+    steps = max(
+        1,
+        min(1024 // max(1, batch_size) + 1, _RANKED // (max(1, batch_size) * model.vocab_size) if with_ranks else 4096),
+    )
+    batches = _batches(ids, boundary_id, batch_size, counting, batching, steps)
+    totals = totals_of(model, batches, steps, with_ranks)
+    loss = totals.nats / batches.divisor
     text_nats = loss * len(ids)  # the whole text's, also under the published rule
     out: dict[str, Any] = {
         "loss_nats": loss,
@@ -115,6 +122,7 @@ def evaluate_ids(
     out |= {
         "targets": totals.targets,
         "batch_size": batch_size,
+        "batching": batching,
         "counting": counting,
         "rule": RULES[counting],
     }

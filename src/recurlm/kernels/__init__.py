@@ -15,43 +15,44 @@ import torch
 from torch import Tensor
 
 from recurlm.kernels import reference
+from recurlm.kernels.reference import GATES as GATES
 
 
-def _numba_fo_pool() -> Callable[..., tuple[Tensor, Tensor]]:
-    from recurlm.kernels.fo_pool_numba import fo_pool
+def _numba_pool() -> Callable[..., tuple[Tensor, Tensor]]:
+    from recurlm.kernels.pool_numba import pool
 
-    return fo_pool
+    return pool
 
 
-def _triton_fo_pool() -> Callable[..., tuple[Tensor, Tensor]]:
+def _triton_pool() -> Callable[..., tuple[Tensor, Tensor]]:
     if importlib.util.find_spec("triton") is None:
         warnings.warn(
             "triton is not installed: QRNN layers run step by step on the GPU, which is many times slower.",
             RuntimeWarning,
             stacklevel=2,
         )
-        return reference.fo_pool
-    from recurlm.kernels.fo_pool_triton import fo_pool
+        return reference.pool
+    from recurlm.kernels.pool_triton import pool
 
-    return fo_pool
+    return pool
 
 
 TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., tuple[Tensor, Tensor]]]] = {
-    ("fo_pool", "cpu", torch.float32): _numba_fo_pool,
-    ("fo_pool", "cpu", torch.float64): _numba_fo_pool,
-    ("fo_pool", "cpu", torch.bfloat16): _numba_fo_pool,
-    ("fo_pool", "cpu", torch.float16): _numba_fo_pool,
-    ("fo_pool", "cuda", torch.float32): _triton_fo_pool,
-    ("fo_pool", "cuda", torch.bfloat16): _triton_fo_pool,
-    ("fo_pool", "cuda", torch.float16): _triton_fo_pool,
+    ("pool", "cpu", torch.float32): _numba_pool,
+    ("pool", "cpu", torch.float64): _numba_pool,
+    ("pool", "cpu", torch.bfloat16): _numba_pool,
+    ("pool", "cpu", torch.float16): _numba_pool,
+    ("pool", "cuda", torch.float32): _triton_pool,
+    ("pool", "cuda", torch.bfloat16): _triton_pool,
+    ("pool", "cuda", torch.float16): _triton_pool,
 }
 
 
 @functools.cache
 def _load(operation: str, device: str, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
-    return TABLE[operation, device, dtype]() if (operation, device, dtype) in TABLE else reference.fo_pool
+    return TABLE[operation, device, dtype]() if (operation, device, dtype) in TABLE else reference.pool
 
 
-def fo_pool(gates_TB3H: Tensor, c_BH: Tensor, scale_TBH: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(h_TBH, last c_BH) of QRNN fo-pooling; see `reference.fo_pool` for the formula."""
-    return _load("fo_pool", gates_TB3H.device.type, gates_TB3H.dtype)(gates_TB3H, c_BH, scale_TBH)
+def pool(gates_TBG: Tensor, c_BH: Tensor, scale_TBH: Tensor | None, pooling: str) -> tuple[Tensor, Tensor]:
+    """(h_TBH, last c_BH) of QRNN pooling (f, fo or ifo); see `reference.pool` for the formula."""
+    return _load("pool", gates_TBG.device.type, gates_TBG.dtype)(gates_TBG, c_BH, scale_TBH, pooling)

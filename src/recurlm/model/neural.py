@@ -16,7 +16,7 @@ from recurlm.model.layers.base import uniform
 from recurlm.model.precision import FP32, Precision, applied
 from recurlm.protocol import State, StatefulModel
 
-NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0)
+NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0, recurrent=0)
 CHUNK_ELEMENTS = 1 << 26  # log-probabilities held at once when no gradient is needed
 
 
@@ -49,7 +49,7 @@ class NeuralModel(nn.Module, StatefulModel):
     ):
         super().__init__()
         layer, head = lookup(LAYERS, config.layer, "model.layer"), lookup(HEADS, config.head, "model.head")
-        self.config, self.vocab_size, self.precision = config, vocab_size, how
+        self.config, self.vocab_size, self.precision, self.backward = config, vocab_size, how, config.backward
         sizes = layer_sizes(config)
         inputs = (config.embedding_size, *sizes[:-1])
         self.embedding = uniform((vocab_size, config.embedding_size), config.init_range, generator)
@@ -85,7 +85,7 @@ class NeuralModel(nn.Module, StatefulModel):
         raw, states = x, []
         for n, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
             weight = drop.weight_drop(layer.droppable, p.weight, noise)  # type: ignore[arg-type]
-            raw, new_state = layer(x, layer_state, weight, noise)
+            raw, new_state = layer(x, layer_state, weight, p.recurrent, noise)
             x = drop.locked(raw, p.hidden if n < len(self.layers) - 1 else p.output, noise)
             states.append(new_state)
         return Activations(raw, x, tuple(states))

@@ -1,22 +1,66 @@
-"""Token ids as parallel streams cut into windows. The position is one integer; nothing else needs saving.
+"""Token ids as batches of windows: parallel streams, or sentences and documents that each start afresh.
 
-Shapes: T time, B streams. Stream b predicts a contiguous piece of the text, and its state is carried from
-window to window.
+Shapes: T time, B rows. The position in an epoch is one integer; nothing else needs saving.
 """
 
 from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from recurlm.config import DataConfig
 
 
-class Streams:
-    """`batch_size` contiguous streams over 1-D `ids`.
+class Window(NamedTuple):
+    """One training step's or one measurement's ids."""
+
+    inputs_TB: np.ndarray
+    targets_TB: np.ndarray
+    counted_TB: np.ndarray | None
+    """False on targets that do not count (padding, repeats); None when all count."""
+    fresh: bool
+    """Whether its rows start anew: the state before is the initial one."""
+    next: int
+    """The position after it."""
+
+
+class Batches(ABC):
+    """The ids of one split, in the order in which they are read."""
+
+    length: int
+    """Positions of one epoch of measurement."""
+    train_length: int
+    """Positions of one epoch of training."""
+    divisor: int
+    """What a sum of losses over one measurement is divided by: the targets that count, but under the published rule."""
+
+    @abstractmethod
+    def steps_per_epoch(self, config: DataConfig) -> int:
+        """Training steps of an epoch, in the mean over drawn window lengths."""
+
+    @abstractmethod
+    def window(self, position: int, steps: int, epoch: int = 0) -> Window:
+        """The window at `position`, of `steps` time steps at most; the first epoch's order unless told otherwise."""
+
+    def windows(self, steps: int) -> Iterator[Window]:
+        """All windows of one measurement."""
+        position = 0
+        while position < self.length:
+            window = self.window(position, steps)
+            position = window.next
+            yield window
+
+
+class Streams(Batches):
+    """`batch_size` contiguous streams over 1-D `ids`; the state is carried from window to window.
 
     exact: every token is predicted, the first from `boundary_id`. All streams have ceil(N / B) targets; when B
     does not divide N the later streams start a little early and repeat their predecessor's last targets, which
-    `counted` marks, so that each target counts once.
+    `counted_TB` marks, so that each target counts once.
     published (awd-lstm-lm): floor(N / B) tokens a stream, the remainder dropped; a stream's first token is never
     predicted, and training stops before a last window of a single target.
     """
@@ -28,28 +72,133 @@ class Streams:
             self.length = -(-len(ids) // batch_size)
             self.owned = streams * self.length
             self.starts = np.minimum(self.owned, len(ids) - self.length)
-            self.targets = len(ids)
+            self.divisor = len(ids)
         else:
             rows = len(ids) // batch_size
             self.length = max(rows - 1, 0)
             self.owned = self.starts = streams * rows + 1
-            self.targets = batch_size * self.length
+            self.divisor = batch_size * (self.length + 1)  # one more a stream than targets: behaviour kept to compare
         self.train_length = self.length if self.exact else max(self.length - 1, 0)
 
-    def window(self, position: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs_TB, targets_TB) as int64 for targets position .. position + steps, cut at the end of the streams."""
+    def steps_per_epoch(self, config: DataConfig) -> int:
+        mean = config.bptt * (config.bptt_full_share + (1 - config.bptt_full_share) / 2)
+        return math.ceil(self.train_length / mean)
+
+    def window(self, position: int, steps: int, epoch: int = 0) -> Window:
         steps = min(steps, self.length - position)
         index_BT = (self.starts + position)[:, None] + np.arange(-1, steps)
         block_BT = self.ids[np.maximum(index_BT, 0)].astype(np.int64)
         block_BT[index_BT < 0] = self.boundary_id
         block_TB = np.ascontiguousarray(block_BT.T)
-        return block_TB[:-1], block_TB[1:]
+        counted_TB = (self.starts + position) + np.arange(steps)[:, None] >= self.owned
+        mask_TB = None if counted_TB.all() else counted_TB
+        return Window(block_TB[:-1], block_TB[1:], mask_TB, position == 0, position + steps)
 
-    def counted(self, position: int, steps: int) -> np.ndarray | None:
-        """A mask_TB that is False on repeated targets; None when all of the window's targets count."""
-        steps = min(steps, self.length - position)
-        mask_TB = (self.starts + position) + np.arange(steps)[:, None] >= self.owned
-        return None if mask_TB.all() else mask_TB
+
+class Sequences(Batches):
+    """Sentences or documents, each read from `boundary_id` with a fresh state, batched with others of like length.
+
+    `ends` are the places after each sequence's last token. A batch is as long as its longest row, padded with
+    `boundary_id`; padding does not count. Batches longer than a window are read in several, with the state carried.
+    In training the order is drawn anew for each epoch from (seed, epoch): sequences are sorted by length with noise,
+    cut into batches, and the batches shuffled. In measurement (seed None) it is plainly by length. Every token counts.
+    """
+
+    NOISE = 0.1  # of a sequence's length: batches differ from epoch to epoch
+
+    def __init__(
+        self, ids: np.ndarray, ends: np.ndarray, batch_size: int, boundary_id: int, steps: int, seed: int | None = None
+    ):
+        self.ids, self.boundary_id, self.batch_size, self.steps, self.seed = ids, boundary_id, batch_size, steps, seed
+        self.starts = np.concatenate(([0], ends[:-1]))
+        self.lengths = ends - self.starts
+        self.divisor = len(ids)
+        self.epoch = -1
+        self._arrange(0)
+        self.length = self.train_length = int(self.first[-1])
+
+    def steps_per_epoch(self, config: DataConfig) -> int:
+        return self.train_length
+
+    def _arrange(self, epoch: int) -> None:
+        """Sets the batches of an epoch: `order` of sequences, `batches` in it, and each one's `first` window."""
+        if epoch == self.epoch:
+            return
+        count = len(self.lengths)
+        key = self.lengths.astype(np.float64)
+        draw = None if self.seed is None else np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        if draw is not None:
+            key *= 1 + self.NOISE * draw.random(count)
+        self.order = np.argsort(key, kind="stable")
+        self.batches = np.arange(0, count, self.batch_size)
+        if draw is not None:
+            self.batches = draw.permutation(self.batches)
+        longest = np.maximum.reduceat(self.lengths[self.order], np.sort(self.batches))[self.batches // self.batch_size]
+        self.first = np.concatenate(([0], np.cumsum(-(-longest // self.steps))))
+        self.epoch = epoch
+
+    def window(self, position: int, steps: int, epoch: int = 0) -> Window:
+        """The window at `position`, a count of windows; `steps` is not heeded, for windows are cut once and for all."""
+        self._arrange(0 if self.seed is None else epoch)
+        batch = int(np.searchsorted(self.first, position, side="right")) - 1
+        start = int(position - self.first[batch]) * self.steps
+        rows = self.order[self.batches[batch] : self.batches[batch] + self.batch_size]
+        size = min(self.steps, int(self.lengths[rows].max()) - start)
+        at_TB = np.arange(start - 1, start + size)[:, None]
+        block_TB = self.ids[np.clip(self.starts[rows] + at_TB, 0, len(self.ids) - 1)].astype(np.int64)
+        block_TB[(at_TB < 0) | (at_TB >= self.lengths[rows])] = self.boundary_id
+        counted_TB = at_TB[1:] < self.lengths[rows]
+        mask_TB = None if counted_TB.all() else counted_TB
+        return Window(block_TB[:-1], block_TB[1:], mask_TB, start == 0, position + 1)
+
+
+def sentence_ends(ids: np.ndarray, boundary_id: int) -> np.ndarray:
+    """The places after each line's end; the last line needs none."""
+    ends = np.flatnonzero(ids == boundary_id) + 1
+    return ends if len(ends) and ends[-1] == len(ids) else np.append(ends, len(ids))
+
+
+def document_ends(ids: np.ndarray, boundary_id: int) -> np.ndarray:
+    """The places after each run of empty lines, which ends a document; the last document needs none."""
+    ends = sentence_ends(ids, boundary_id)
+    empty = np.diff(ends, prepend=0) == 1
+    empty[0] &= bool(ids[0] == boundary_id)
+    last = empty & ~np.append(empty[1:], False)
+    return np.unique(np.append(ends[last], len(ids)))
+
+
+BATCHING: dict[str, Callable[[np.ndarray, int], np.ndarray] | None] = {
+    "stream": None,
+    "sentence": sentence_ends,
+    "document": document_ends,
+}
+"""Where sequences end, by name; None: nowhere, the text is one stream."""
+
+
+def reading_order(ids: np.ndarray, backward: bool, boundary_id: int) -> np.ndarray:
+    """The ids as a model reads them. If `backward`, a copy from the end to the start, in which lines end as they do forward."""
+    if not backward:
+        return ids
+    body = len(ids) - bool(len(ids) and ids[-1] == boundary_id)
+    return np.concatenate((ids[:body][::-1], ids[body:]))
+
+
+def training_batches(ids: np.ndarray, config: DataConfig, boundary_id: int, seed: int) -> Batches:
+    """The Batches that training reads, as `config` says."""
+    ends = BATCHING[config.batching]
+    if ends is None:
+        return Streams(ids, config.batch_size, boundary_id, config.counting)
+    return Sequences(ids, ends(ids, boundary_id), config.batch_size, boundary_id, config.bptt, seed)
+
+
+def measured_batches(
+    ids: np.ndarray, batching: str, batch_size: int, boundary_id: int, counting: str, steps: int
+) -> Batches:
+    """The Batches that a measurement reads, in windows of `steps` at most."""
+    ends = BATCHING[batching]
+    if ends is None:
+        return Streams(ids, batch_size, boundary_id, counting)
+    return Sequences(ids, ends(ids, boundary_id), batch_size, boundary_id, steps)
 
 
 def window_length(config: DataConfig, seed: int, step: int) -> int:
@@ -58,7 +207,7 @@ def window_length(config: DataConfig, seed: int, step: int) -> int:
     Normal(base, bptt_spread) with base = bptt, or bptt / 2 with probability 1 - bptt_full_share; at least
     bptt_min and at most bptt_cap (Merity et al. 2018, section 5).
     """
-    if config.bptt_spread == 0 and config.bptt_full_share == 1:
+    if (config.bptt_spread == 0 and config.bptt_full_share == 1) or BATCHING[config.batching] is not None:
         return config.bptt
     draw = np.random.Generator(np.random.Philox(key=[seed, step]))
     base = config.bptt if draw.random() < config.bptt_full_share else config.bptt / 2

@@ -14,52 +14,71 @@ from recurlm.config import AveragingConfig
 
 
 class Averaging(ABC):
-    """Sees every update and every validation loss; `weights` are the ones to validate."""
+    """Sees every update and every validation loss; `weights` are the ones to validate.
+
+    A subclass says when it starts (never, unless it overrides one of the two) and how the newest iterate enters.
+    """
+
+    def __init__(self, config: AveragingConfig):
+        self.config = config
+        self.count = -1  # iterates in the mean; -1 before the start
+        self.mean: list[Tensor] = []
 
     @abstractmethod
-    def __init__(self, config: AveragingConfig): ...
+    def newest_weight(self, count: int) -> float:
+        """The weight of the newest iterate in the mean of `count` iterates (2 or more)."""
 
-    @abstractmethod
-    def update(self, parameters: list[nn.Parameter]) -> None:
+    def starts(self, share: float) -> bool:
+        """Whether averaging starts when this share of training is done."""
+        return False
+
+    def triggered(self, losses: list[float]) -> bool:
+        """Whether averaging starts after these validation losses, the newest last."""
+        return False
+
+    def takes(self, step: int) -> bool:
+        """Whether the iterate after `step` updates enters the mean."""
+        return True
+
+    def update(self, parameters: list[nn.Parameter], step: int, share: float) -> None:
         """Takes note of the weights after one update."""
+        if self.count < 0 and self.starts(share):
+            self.count = 0
+        if self.count < 0 or not self.takes(step):
+            return
+        self.count += 1
+        values = [p.detach() for p in parameters]
+        if self.count == 1:
+            self.mean = [v.clone() for v in values]
+        else:
+            torch._foreach_lerp_(self.mean, values, self.newest_weight(self.count))
 
-    @abstractmethod
     def observe(self, losses: list[float]) -> bool:
         """Takes note of the validation losses so far, the newest last; True when averaging starts now."""
+        if self.count >= 0 or not self.triggered(losses):
+            return False
+        self.count = 0
+        return True
 
-    @abstractmethod
     def weights(self) -> list[Tensor] | None:
         """The averaged weights in the parameters' order; None when the parameters themselves are meant."""
+        return self.mean or None
 
-    @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, plain values) from which `restore` continues exactly."""
+        return {str(i): mean for i, mean in enumerate(self.mean)}, {"count": self.count}
 
-    @abstractmethod
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Continues from a saved `state`."""
+        self.mean = [tensors[str(i)] for i in range(len(tensors))]
+        self.count = values["count"]
 
 
 class NoAveraging(Averaging):
-    """The last weights."""
+    """The last weights: it never starts."""
 
-    def __init__(self, config: AveragingConfig):
-        pass
-
-    def update(self, parameters: list[nn.Parameter]) -> None:
-        pass
-
-    def observe(self, losses: list[float]) -> bool:
-        return False
-
-    def weights(self) -> list[Tensor] | None:
-        return None
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {}, {}
-
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        pass
+    def newest_weight(self, count: int) -> float:
+        return 1.0
 
 
 class NTASGD(Averaging):
@@ -70,39 +89,56 @@ class NTASGD(Averaging):
     update itself is untouched: the learning rate of a step is the one of that step.
     """
 
-    def __init__(self, config: AveragingConfig):
-        self.n = config.nonmono
-        self.count = -1  # iterates in the mean; -1 before the start
-        self.mean: list[Tensor] = []
+    def triggered(self, losses: list[float]) -> bool:
+        n = self.config.nonmono
+        return len(losses) - 1 > n and losses[-1] > min(losses[: len(losses) - 1 - n])
 
-    def update(self, parameters: list[nn.Parameter]) -> None:
-        if self.count < 0:
-            return
-        self.count += 1
-        values = [p.detach() for p in parameters]
-        if self.count == 1:
-            self.mean = [v.clone() for v in values]
-        else:
-            torch._foreach_lerp_(self.mean, values, 1.0 / self.count)
-
-    def observe(self, losses: list[float]) -> bool:
-        if self.count >= 0 or len(losses) - 1 <= self.n or losses[-1] <= min(losses[: len(losses) - 1 - self.n]):
-            return False
-        self.count = 0
-        return True
-
-    def weights(self) -> list[Tensor] | None:
-        return self.mean or None
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {str(i): mean for i, mean in enumerate(self.mean)}, {"count": self.count}
-
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        self.mean = [tensors[str(i)] for i in range(len(tensors))]
-        self.count = values["count"]
+    def newest_weight(self, count: int) -> float:
+        return 1.0 / count
 
 
-AVERAGING: dict[str, type[Averaging]] = {"none": NoAveraging, "nt-asgd": NTASGD}
+class EMA(Averaging):
+    """Exponential moving average from the share `start` on: `decay` of the mean and 1 - decay of the newest iterate.
+
+    While fewer than 1 / (1 - decay) iterates are in it, it is their plain mean, so that the first one weighs no more.
+    """
+
+    def starts(self, share: float) -> bool:
+        return share >= self.config.start
+
+    def newest_weight(self, count: int) -> float:
+        return max(1.0 - self.config.decay, 1.0 / count)
+
+
+class SWA(Averaging):
+    """Stochastic weight averaging (Izmailov et al. 2018): the mean of every `every`-th iterate from the share `start` on."""
+
+    def starts(self, share: float) -> bool:
+        return share >= self.config.start
+
+    def takes(self, step: int) -> bool:
+        return step % self.config.every == 0
+
+    def newest_weight(self, count: int) -> float:
+        return 1.0 / count
+
+
+class Tail(Averaging):
+    """A mean that forgets, from the share `start` on: polynomial-decay averaging (Shamir & Zhang 2013, eq. 2).
+
+    The t-th iterate enters with weight (g + 1) / (t + g), g = `forget`: 0 is the plain mean, larger g weighs the
+    last 1 / (g + 1) or so of the iterates most.
+    """
+
+    def starts(self, share: float) -> bool:
+        return share >= self.config.start
+
+    def newest_weight(self, count: int) -> float:
+        g = self.config.forget
+        return (g + 1) / (count + g)
+
+
+AVERAGING: dict[str, type[Averaging]] = {"none": NoAveraging, "nt-asgd": NTASGD, "ema": EMA, "swa": SWA, "tail": Tail}
 
 
 @contextlib.contextmanager

@@ -13,20 +13,30 @@ from recurlm.protocol import State, state_leaves
 
 
 def terms(
-    model: NeuralModel, activations: Activations, targets_TB: Tensor, config: ObjectiveConfig
+    model: NeuralModel,
+    activations: Activations,
+    targets_TB: Tensor,
+    config: ObjectiveConfig,
+    counted_TB: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The weighted terms by name; their sum is the objective. Only `nll` counts in reported losses.
 
     nll: mean negative log-likelihood in nats. ar: ar * mean(dropped^2), the last layer's output after dropout.
     tar: tar * mean((raw_t - raw_{t-1})^2), before dropout (Merity, McCann & Socher 2017; means over all elements).
+    With `counted_TB` the means are over its true places.
     """
-    out = {"nll": model.nll(activations.dropped_TBH, targets_TB).mean()}
+    out = {"nll": _mean(model.nll(activations.dropped_TBH, targets_TB), counted_TB)}
     if config.ar:
-        out["ar"] = config.ar * activations.dropped_TBH.float().pow(2).mean()
+        out["ar"] = config.ar * _mean(activations.dropped_TBH.float().pow(2), counted_TB)
     if config.tar and targets_TB.shape[0] > 1:
         raw_TBH = activations.raw_TBH.float()
-        out["tar"] = config.tar * (raw_TBH[1:] - raw_TBH[:-1]).pow(2).mean()
+        change_TBH = (raw_TBH[1:] - raw_TBH[:-1]).pow(2)
+        out["tar"] = config.tar * _mean(change_TBH, None if counted_TB is None else counted_TB[1:])
     return out
+
+
+def _mean(x: Tensor, counted_TB: Tensor | None) -> Tensor:
+    return x.mean() if counted_TB is None else x[counted_TB].mean()
 
 
 def first_nonfinite(named: dict[str, Tensor]) -> str | None:

@@ -29,10 +29,9 @@ def plan(config: Config, store: Store) -> dict[str, Any]:
                 tokens.append(trainer.step()["tokens"])
                 seconds.append(time.perf_counter() - start)
         data, cuda = config.data, trainer.device.type == "cuda"
-        mean = data.bptt * (data.bptt_full_share + (1 - data.bptt_full_share) / 2)
-        steps = math.ceil(trainer.streams.train_length / mean)
+        steps = trainer.batches.steps_per_epoch(data)
         total = int(min(steps * config.train.epochs, config.train.max_steps or math.inf))
-        step_seconds = sum(seconds) / sum(tokens) * mean * data.batch_size
+        step_seconds = sum(seconds) / sum(tokens) * store.info["train"].tokens / steps
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "parameters": sum(p.numel() for p in trainer.parameters),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,8 +25,9 @@ def constant(config: ScheduleConfig, progress: Progress) -> float:
 
 
 def milestones(config: ScheduleConfig, progress: Progress) -> float:
-    """factor ** (milestones passed); a milestone is a number of finished epochs."""
-    return config.factor ** sum(progress.epoch >= epoch for epoch in config.milestones)
+    """factor ** (milestones passed): numbers of finished epochs, and shares of the whole training ("50-75")."""
+    passed = sum(progress.epoch >= epoch for epoch in config.milestones)
+    return config.factor ** (passed + sum(progress.share >= share for share in config.milestone_shares))
 
 
 def plateau(config: ScheduleConfig, progress: Progress) -> float:
@@ -42,9 +44,27 @@ def plateau(config: ScheduleConfig, progress: Progress) -> float:
 
 
 def linear(config: ScheduleConfig, progress: Progress) -> float:
-    """Linear warm-up over warmup_steps, times a linear decay to zero over the whole training."""
-    warm = min(1.0, (progress.step + 1) / (config.warmup_steps + 1))
-    return warm * max(0.0, 1.0 - progress.share)
+    """From 1 to `floor` in a straight line over the whole training."""
+    return 1.0 - (1.0 - config.floor) * progress.share
+
+
+def cosine(config: ScheduleConfig, progress: Progress) -> float:
+    """From 1 to `floor` along half a cosine, `cycles` times over (SGDR, Loshchilov & Hutter 2017, eq. 5)."""
+    place = 1.0 if progress.share >= 1 else progress.share * config.cycles % 1
+    return config.floor + (1.0 - config.floor) * (1 + math.cos(math.pi * place)) / 2
+
+
+def cyclic(config: ScheduleConfig, progress: Progress) -> float:
+    """From `floor` to 1 and back in straight lines, `cycles` times (the triangular policy, Smith 2017)."""
+    place = progress.share * config.cycles % 1
+    return config.floor + (1.0 - config.floor) * (1 - abs(2 * place - 1))
+
+
+def slanted_triangular(config: ScheduleConfig, progress: Progress) -> float:
+    """From `floor` up to 1 at the share `peak`, then down to `floor` (Howard & Ruder 2018, section 3.2)."""
+    share, peak = progress.share, config.peak
+    up = share / peak if share < peak else (1 - share) / (1 - peak)
+    return config.floor + (1.0 - config.floor) * up
 
 
 SCHEDULES: dict[str, Callable[[ScheduleConfig, Progress], float]] = {
@@ -52,4 +72,12 @@ SCHEDULES: dict[str, Callable[[ScheduleConfig, Progress], float]] = {
     "milestones": milestones,
     "plateau": plateau,
     "linear": linear,
+    "cosine": cosine,
+    "cyclic": cyclic,
+    "slanted-triangular": slanted_triangular,
 }
+
+
+def warm_up(config: ScheduleConfig, progress: Progress) -> float:
+    """The factor of linear warm-up, which any schedule may have: from 1 / (warmup_steps + 1) to 1 (Goyal et al. 2017)."""
+    return min(1.0, (progress.step + 1) / (config.warmup_steps + 1))

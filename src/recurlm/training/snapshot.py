@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recurlm.config import Config, to_dict
+from recurlm.config import Config, from_dict, to_dict
 from recurlm.errors import CheckpointError, ConfigError, DataError, RunError
 from recurlm.protocol import State, map_state, state_leaves
 from recurlm.text.store import Store
@@ -72,7 +72,7 @@ def unpack(
 
 def check(saved: checkpoint.Checkpoint, config: Config, store: Store) -> None:
     """None when the run may go on with these settings and this text; ConfigError or DataError naming what changed."""
-    before, now = saved.values["config"], to_dict(config)
+    before, now = to_dict(from_dict(saved.values["config"])), to_dict(config)  # settings that came later: defaults
     prepared = store.path.resolve() == Path(config.data.path).resolve()
     if saved.values["store"] != store.hash:
         raise DataError(

@@ -9,19 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from recurlm import files
 from recurlm.config import Config, to_dict, to_toml
-from recurlm.errors import DataError, RunError, lookup
+from recurlm.errors import ConfigError, DataError, RunError, lookup
 from recurlm.evaluation.perplexity import mean_loss
 from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
+from recurlm.model.layers import LAYERS
 from recurlm.model.neural import NeuralModel
 from recurlm.protocol import State, detach
-from recurlm.text.batches import Streams, window_length
+from recurlm.text.batches import reading_order, training_batches, window_length
 from recurlm.text.store import Store
 from recurlm.text.tokenizers import TOKENIZERS
 from recurlm.training import checkpoint, interrupt, objective, snapshot
@@ -30,7 +32,7 @@ from recurlm.training.card import model_card
 from recurlm.training.cursor import Cursor, Result, seed_for_step
 from recurlm.training.monitor import Monitor
 from recurlm.training.optimizers import OPTIMIZERS
-from recurlm.training.schedules import SCHEDULES, Progress
+from recurlm.training.schedules import SCHEDULES, Progress, warm_up
 
 CHECKPOINTS = "checkpoints"
 
@@ -45,7 +47,7 @@ class Trainer:
             raise DataError(f"{store.path}: the store has no train split.")
         self.valid_split = "valid" if "valid" in store.splits else "train"
         self.tokenizer = store.tokenizer()
-        boundary = self.tokenizer.boundary_id
+        self.boundary = self.tokenizer.boundary_id
         self.device = precision.resolve_device(train.device)
         self.precision = precision.resolve_dtype(train.dtype, self.device)
         self.model = NeuralModel(
@@ -53,10 +55,11 @@ class Trainer:
         ).to(self.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")(self.parameters, config.optimizer)
-        self.schedule = lookup(SCHEDULES, config.schedule.name, "schedule.name")
+        schedule = lookup(SCHEDULES, config.schedule.name, "schedule.name")
+        self.rate = lambda at: schedule(config.schedule, at) * warm_up(config.schedule, at)
         self.averaging = lookup(AVERAGING, config.averaging.name, "averaging.name")(config.averaging)
-        self.streams = Streams(store.ids("train"), config.data.batch_size, boundary, config.data.counting)
-        if self.streams.train_length < 1:
+        self.batches = training_batches(self.ids("train"), config.data, self.boundary, train.seed)
+        if self.batches.train_length < 1:
             raise DataError(
                 f"{store.path}: {store.info['train'].tokens:,} training tokens are too few for "
                 f"{config.data.batch_size} streams; lower data.batch_size."
@@ -68,19 +71,23 @@ class Trainer:
         self.saved_at, self.saved = time.monotonic(), False
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
 
+    def ids(self, split: str) -> np.ndarray:
+        """The split's ids in the model's reading order."""
+        return reading_order(self.store.ids(split), self.config.model.backward, self.boundary)
+
     # ---- one step -------------------------------------------------------------------------------------------
 
     def progress(self) -> Progress:
         """How far the run is, for schedules and the bar."""
         c, train = self.cursor, self.config.train
-        share = (c.epoch + c.position / self.streams.train_length) / train.epochs
+        share = (c.epoch + c.position / self.batches.train_length) / train.epochs
         if train.max_steps:
             share = max(share, c.step / train.max_steps)
         return Progress(c.step, c.epoch, min(1.0, share), tuple(c.losses))
 
     def epoch_ended(self) -> bool:
-        """Whether the streams are at their end; the next step starts them anew."""
-        return self.cursor.position >= self.streams.train_length
+        """Whether the text is at its end; the next step starts it anew."""
+        return self.cursor.position >= self.batches.train_length
 
     def done(self) -> bool:
         """Whether epochs, steps or patience are used up."""
@@ -94,16 +101,18 @@ class Trainer:
         cfg, c = self.config, self.cursor
         if self.epoch_ended():
             c.epoch, c.position, c.epoch_nats, c.epoch_targets = c.epoch + 1, 0, 0.0, 0
-            self.state = self.model.initial_state(cfg.data.batch_size)
         length = window_length(cfg.data, cfg.train.seed, c.step)
-        inputs, targets = (torch.from_numpy(a).to(self.device) for a in self.streams.window(c.position, length))
+        window = self.batches.window(c.position, length, c.epoch)
+        inputs, targets = (torch.from_numpy(a).to(self.device) for a in (window.inputs_TB, window.targets_TB))
+        counted = None if window.counted_TB is None else torch.from_numpy(window.counted_TB).to(self.device)
+        if window.fresh:
+            self.state = self.model.initial_state(inputs.shape[1])
         generator = seed_for_step(self.generator, cfg.train.seed, c.step)
         out = self.model(inputs, self.state, cfg.dropout, generator)
-        terms = objective.terms(self.model, out, targets, cfg.objective)
+        terms = objective.terms(self.model, out, targets, cfg.objective, counted)
         loss = torch.stack([term.float() for term in terms.values()]).sum()
         loss.backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(self.gradients())
         numbers = torch.stack([norm, *(term.detach().float() for term in terms.values())]).tolist()
         if not all(map(math.isfinite, numbers)):
             gone = objective.explain_nonfinite(dict(zip(terms, numbers[1:], strict=True)), self.model, self.state)
@@ -112,24 +121,31 @@ class Trainer:
                 f"Step {c.step + 1}: {gone}. No weight was changed; "
                 "go on with a lower optimizer.lr or a tighter optimizer.clip and --resume auto."
             )
+        if cfg.optimizer.clip_value:
+            torch.nn.utils.clip_grad_value_(self.parameters, cfg.optimizer.clip_value)
+            norm = torch.nn.utils.get_total_norm(self.gradients())
         if cfg.optimizer.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.optimizer.clip, norm)
-        lr = cfg.optimizer.lr * self.schedule(cfg.schedule, self.progress())
-        if cfg.data.rescale_lr:
-            lr *= length / cfg.data.bptt
+        progress = self.progress()
+        lr = cfg.optimizer.lr * self.rate(progress) * (length / cfg.data.bptt if cfg.data.rescale_lr else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.averaging.update(self.parameters)
+        self.averaging.update(self.parameters, c.step + 1, progress.share)
         self.state = detach(out.state)
-        c.step, c.position = c.step + 1, c.position + length
-        c.epoch_nats += numbers[1] * targets.numel()
-        c.epoch_targets += targets.numel()
+        tokens = targets.numel() if window.counted_TB is None else int(window.counted_TB.sum())
+        c.step, c.position = c.step + 1, window.next
+        c.epoch_nats += numbers[1] * tokens
+        c.epoch_targets += tokens
         return {
             "loss_nats": numbers[1], "objective": math.fsum(numbers[1:]), "grad_norm": numbers[0], "lr": lr,
-            "length": length, "tokens": targets.numel(),
+            "length": length, "tokens": tokens,
         }  # fmt: skip
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of this step."""
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     # ---- validation, model, checkpoint ----------------------------------------------------------------------
 
@@ -144,8 +160,8 @@ class Trainer:
         """
         c, data = self.cursor, self.config.data
         with applied(self.averaging, self.parameters):
-            ids = self.store.ids(self.valid_split)
-            loss = mean_loss(self.model, ids, self.tokenizer.boundary_id, data.eval_batch_size, data.counting)
+            ids, rule = self.ids(self.valid_split), (data.counting, data.batching)
+            loss = mean_loss(self.model, ids, self.boundary, data.eval_batch_size, *rule)
             if not math.isfinite(loss):
                 raise RunError(f"Step {c.step}: the validation loss is {loss}; the best weights so far are kept.")
             best = loss < c.best
@@ -263,7 +279,7 @@ class Trainer:
         ids = self.tokenizer.encode_prefix(self.config.train.sample_prompt).tolist()
         generator = torch.Generator().manual_seed(self.config.train.seed)
         forbidden = [] if self.tokenizer.unk_id is None else [self.tokenizer.unk_id]
-        start = [self.tokenizer.boundary_id, *ids]
+        start = [self.boundary, *ids]
         with applied(self.averaging, self.parameters):
             drawn = list(sample_ids(self.model, start, count, Sampling(temperature=0.8), generator, forbidden))
         return self.tokenizer.decode(ids + drawn)
@@ -276,5 +292,13 @@ def check_settings(config: Config) -> None:
     lookup(SCHEDULES, config.schedule.name, "schedule.name")
     lookup(AVERAGING, config.averaging.name, "averaging.name")
     lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")([nn.Parameter(torch.zeros(1))], config.optimizer)
+    if config.data.batching != "stream" and config.data.counting != "exact":
+        raise ConfigError("data.counting = 'published' is a rule for one stream; it needs data.batching = 'stream'.")
+    layer = lookup(LAYERS, config.model.layer, "model.layer")
+    if config.dropout.recurrent and not layer.has_recurrent_product:
+        raise ConfigError(
+            f"dropout.recurrent = {config.dropout.recurrent}: a {config.model.layer} layer has no hidden-to-hidden "
+            "product to drop h from; take dropout.weight or model.zoneout."
+        )
     with torch.device("meta"):
         NeuralModel(config.model, 1, torch.Generator("cpu"))

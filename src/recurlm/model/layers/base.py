@@ -1,12 +1,13 @@
 """The contract of a recurrent layer, and the legend of shape suffixes.
 
-T time, B batch, V vocabulary, E embedding, H hidden, I a layer's input size, K experts, N rows (any of T x B).
-x_TBI is a tensor of shape (T, B, I). Time-major inside; batch-first only at the edges and in states.
+T time, B batch, V vocabulary, E embedding, H hidden, I a layer's input size, G the gates' width, K experts, N rows (any
+of T x B). x_TBI is a tensor of shape (T, B, I). Time-major inside; batch-first only at the edges and in states.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -26,6 +27,8 @@ class RecurrentLayer(nn.Module, ABC):
 
     input_size: int
     hidden_size: int
+    has_recurrent_product: ClassVar[bool] = False
+    """Whether h enters a hidden-to-hidden product, on which `recurrent` dropout acts."""
 
     @classmethod
     @abstractmethod
@@ -45,9 +48,10 @@ class RecurrentLayer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x_TBI: Tensor, state: LayerState, weight: Tensor, generator: Generator | None
+        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Generator | None
     ) -> tuple[Tensor, LayerState]:
         """(y_TBH, state). `weight` stands in for `droppable`; `generator` is None in evaluation.
 
-        Weights are cast to the type of `x_TBI`, which is the compute type.
+        `recurrent` is the probability of variational dropout on h. Weights are cast to the type of `x_TBI`, which
+        is the compute type.
         """

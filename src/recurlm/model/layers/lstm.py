@@ -5,25 +5,35 @@ from __future__ import annotations
 from torch import Generator, Tensor, nn
 
 from recurlm.config import ModelConfig
-from recurlm.model.layers import cudnn
-from recurlm.model.layers.base import LayerState, RecurrentLayer, uniform
+from recurlm.model.layers import gated
+from recurlm.model.layers.base import LayerState, RecurrentLayer
+
+
+def cell(x_BG: Tensor, r_BG: Tensor, state: LayerState) -> LayerState:
+    """(h_BH, c_BH) after one step."""
+    i_BH, f_BH, g_BH, o_BH = (x_BG + r_BG).chunk(4, dim=-1)
+    c_BH = f_BH.sigmoid() * state[1] + i_BH.sigmoid() * g_BH.tanh()
+    return o_BH.sigmoid() * c_BH.tanh(), c_BH
 
 
 class LSTM(RecurrentLayer):
-    """Gates i, f, g, o; state (h_BH, c_BH). c_t = f c_{t-1} + i g;  h_t = o tanh c_t."""
+    """Gates i, f, g, o; state (h_BH, c_BH). c_t = f c_{t-1} + i g;  h_t = o tanh c_t.
 
-    def __init__(self, input_size: int, hidden_size: int, generator: Generator):
+    Zoneout keeps a unit of c with probability `zoneout` and one of h with `zoneout_hidden`.
+    """
+
+    has_recurrent_product = True
+
+    def __init__(self, input_size: int, hidden_size: int, zoneout: tuple[float, float], generator: Generator):
         super().__init__()
-        self.input_size, self.hidden_size = input_size, hidden_size
-        bound = hidden_size**-0.5
-        self.weight_ih = uniform((4 * hidden_size, input_size), bound, generator)
-        self.weight_hh = uniform((4 * hidden_size, hidden_size), bound, generator)
-        self.bias_ih = uniform((4 * hidden_size,), bound, generator)
-        self.bias_hh = uniform((4 * hidden_size,), bound, generator)
+        self.input_size, self.hidden_size, self.zoneout = input_size, hidden_size, zoneout
+        self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh = gated.weights(
+            4, input_size, hidden_size, generator
+        )
 
     @classmethod
     def build(cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator) -> LSTM:
-        return cls(input_size, hidden_size, generator)
+        return cls(input_size, hidden_size, (config.zoneout_hidden, config.zoneout), generator)
 
     @property
     def droppable(self) -> nn.Parameter:
@@ -34,7 +44,7 @@ class LSTM(RecurrentLayer):
         return zeros, zeros
 
     def forward(
-        self, x_TBI: Tensor, state: LayerState, weight: Tensor, generator: Generator | None
+        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Generator | None
     ) -> tuple[Tensor, LayerState]:
-        y_TBH, h_BH, c_BH = cudnn.run("lstm", x_TBI, state, [self.weight_ih, weight, self.bias_ih, self.bias_hh])
-        return y_TBH, (h_BH, c_BH)
+        weights = [self.weight_ih, weight, self.bias_ih, self.bias_hh]
+        return gated.run("lstm", cell, x_TBI, state, weights, recurrent, self.zoneout, generator)

@@ -1,4 +1,4 @@
-"""QRNN (Bradbury et al. 2017): a convolution over time for the gates, then fo-pooling."""
+"""QRNN (Bradbury et al. 2017): a convolution over time for the gates, then f-, fo- or ifo-pooling."""
 
 from __future__ import annotations
 
@@ -12,28 +12,26 @@ from recurlm.model.layers.base import LayerState, RecurrentLayer, uniform
 
 
 class QRNN(RecurrentLayer):
-    """Gates Z, F, O from [x_t ; x_{t-1} ; ...] (window inputs); state (c_BH,) or (c_BH, previous_BWI).
+    """Gates Z, F, O, I (as the pooling needs) from [x_t ; x_{t-1} ; ...] (window inputs); state (c_BH,) or (c_BH, previous_BWI).
 
     The carried c is the one before the output gate. `previous` holds the last window - 1 inputs, oldest first;
     a zero stands for an input before the text. Weight drop acts on the whole input weight.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, window: int, zoneout: float, generator: Generator):
+    def __init__(
+        self, input_size: int, hidden_size: int, window: int, pooling: str, zoneout: float, generator: Generator
+    ):
         super().__init__()
-        self.input_size, self.hidden_size, self.window, self.zoneout = (
-            input_size,
-            hidden_size,
-            window,
-            zoneout,
-        )
-        bound = (window * input_size) ** -0.5
-        self.weight = uniform((3 * hidden_size, window * input_size), bound, generator)
-        self.bias = uniform((3 * hidden_size,), bound, generator)
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.window, self.pooling, self.zoneout = window, pooling, zoneout
+        bound, gates = (window * input_size) ** -0.5, kernels.GATES[pooling] * hidden_size
+        self.weight = uniform((gates, window * input_size), bound, generator)
+        self.bias = uniform((gates,), bound, generator)
 
     @classmethod
     def build(cls, input_size: int, hidden_size: int, index: int, config: ModelConfig, generator: Generator) -> QRNN:
         window = config.windows[index] if index < len(config.windows) else 1
-        return cls(input_size, hidden_size, window, config.zoneout, generator)
+        return cls(input_size, hidden_size, window, config.pooling, config.zoneout, generator)
 
     @property
     def droppable(self) -> nn.Parameter:
@@ -52,18 +50,18 @@ class QRNN(RecurrentLayer):
         return scale if generator is None else scale.bernoulli_(1 - self.zoneout, generator=generator)
 
     def forward(
-        self, x_TBI: Tensor, state: LayerState, weight: Tensor, generator: Generator | None
+        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Generator | None
     ) -> tuple[Tensor, LayerState]:
         weight, bias, T = weight.to(x_TBI.dtype), self.bias.to(x_TBI.dtype), x_TBI.shape[0]
         if self.window == 1:
-            gates_TB3H = linear(x_TBI, weight, bias)
+            gates_TBG = linear(x_TBI, weight, bias)
             carried: tuple[Tensor, ...] = ()
         else:
             past_TBI = torch.cat((state[1].transpose(0, 1), x_TBI))
-            gates_TB3H = bias
+            gates_TBG = bias
             for back, part in enumerate(weight.split(self.input_size, dim=1)):
                 start = self.window - 1 - back
-                gates_TB3H = gates_TB3H + linear(past_TBI[start : start + T], part)
+                gates_TBG = gates_TBG + linear(past_TBI[start : start + T], part)
             carried = (past_TBI[T:].transpose(0, 1),)
-        h_TBH, c_BH = kernels.fo_pool(gates_TB3H, state[0], self._scale(x_TBI, generator))
+        h_TBH, c_BH = kernels.pool(gates_TBG, state[0], self._scale(x_TBI, generator), self.pooling)
         return h_TBH, (c_BH, *carried)

@@ -1,0 +1,109 @@
+"""The layers with hidden-to-hidden weights: one cuDNN or oneDNN call for the sequence, or a loop over its steps.
+
+The loop serves what those calls cannot do: variational dropout on h (Gal & Ghahramani 2016) and zoneout (Krueger et
+al. 2017).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import linear
+
+from recurlm.model import dropout as drop
+from recurlm.model.layers.base import LayerState, uniform
+
+# True of every call here, and meant: see `run`.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+
+CUDNN_MODE = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}  # cudnnRNNMode_t
+TORCH = {"rnn_relu": torch.rnn_relu, "rnn_tanh": torch.rnn_tanh, "gru": torch.gru}
+
+Cell = Callable[[Tensor, Tensor, LayerState], LayerState]
+"""(x_BG, r_BG, state) -> state: x and r are the gates' sums from the input and from the hidden-to-hidden product."""
+
+
+def weights(gates: int, input_size: int, hidden_size: int, generator: Generator) -> list[nn.Parameter]:
+    """W_ih, W_hh, b_ih, b_hh in torch's shapes, each U(-1/sqrt(H), 1/sqrt(H))."""
+    G, bound = gates * hidden_size, hidden_size**-0.5
+    return [uniform(s, bound, generator) for s in ((G, input_size), (G, hidden_size), (G,), (G,))]
+
+
+def run(
+    kind: str,
+    cell: Cell,
+    x_TBI: Tensor,
+    state: LayerState,
+    weights: list[Tensor],
+    recurrent: float,
+    zoneout: tuple[float, ...],
+    generator: Generator | None,
+) -> tuple[Tensor, LayerState]:
+    """(y_TBH, new state) of one layer; weights are W_ih, W_hh, b_ih, b_hh in torch's gate order.
+
+    `recurrent` is the dropout of h before the hidden-to-hidden product, one mask for all steps; `zoneout` the
+    probability, for each part of the state, that a unit keeps its value (in evaluation the mean takes its place).
+    """
+    weights = [w.to(x_TBI.dtype) for w in weights]
+    if generator is None:
+        recurrent = 0.0
+    if recurrent or any(zoneout):
+        return _steps(cell, x_TBI, state, weights, recurrent, zoneout, generator)
+    out = _call(kind, x_TBI, [leaf.unsqueeze(0) for leaf in state], weights)
+    return out[0], tuple(leaf.squeeze(0) for leaf in out[1 : 1 + len(state)])
+
+
+def _call(kind: str, x_TBI: Tensor, hidden: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, ...]:
+    """(y_TBH, *state) by cuDNN or oneDNN.
+
+    cuDNN is called below torch's module, which expects weights as views of one flat buffer; a dropped weight
+    never is one, so cuDNN packs them at each call.
+    """
+    training = torch.is_grad_enabled()
+    if x_TBI.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
+        cell = hidden[1].contiguous() if len(hidden) > 1 else None
+        return torch._cudnn_rnn(
+            x_TBI, weights, 4, None, hidden[0].contiguous(), cell, CUDNN_MODE[kind], hidden[0].shape[-1], 0, 1, False, 0.0,
+            training, False, [], None,
+        )  # fmt: skip
+    if kind == "lstm":
+        return torch.lstm(x_TBI, hidden, weights, True, 1, 0.0, training, False, False)
+    return TORCH[kind](x_TBI, hidden[0], weights, True, 1, 0.0, training, False, False)
+
+
+def _steps(
+    cell: Cell,
+    x_TBI: Tensor,
+    state: LayerState,
+    weights: list[Tensor],
+    recurrent: float,
+    zoneout: tuple[float, ...],
+    generator: Generator | None,
+) -> tuple[Tensor, LayerState]:
+    w_ih, w_hh, b_ih, b_hh = weights
+    x_TBG, shape, h_BH = linear(x_TBI, w_ih, b_ih), (*x_TBI.shape[:2], state[0].shape[-1]), state[0]
+    mask_BH = None
+    if recurrent and generator is not None:
+        mask_BH = drop.mask(tuple(h_BH.shape), recurrent, h_BH, generator).to(h_BH.dtype)
+    keeps = [_keep(shape, p, x_TBI, generator) for p in zoneout]
+    rows = []
+    for t, x_BG in enumerate(x_TBG):
+        h_BH = state[0] if mask_BH is None else state[0] * mask_BH
+        new = cell(x_BG, linear(h_BH, w_hh, b_hh), state)
+        state = tuple(
+            after if keep is None else after + keep[t] * (before - after)
+            for before, after, keep in zip(state, new, keeps, strict=True)
+        )
+        rows.append(state[0])
+    return torch.stack(rows) if rows else x_TBI.new_empty(shape), state
+
+
+def _keep(shape: tuple[int, ...], p: float, like: Tensor, generator: Generator | None) -> Tensor | None:
+    """1 where a unit keeps its value, drawn for each step, row and unit; p itself in evaluation; None for p = 0."""
+    if p == 0:
+        return None
+    keep = like.new_full(shape, p)
+    return keep if generator is None else keep.bernoulli_(p, generator=generator)
