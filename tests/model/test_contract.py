@@ -1,6 +1,7 @@
 """What every layer and head must keep, looped over the registries: nothing here names one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from recurlm.protocol import map_state, state_leaves
 
 V, T, B = 11, 9, 3
 PAIRS = [(layer, head) for layer in LAYERS for head in HEADS]
+ZONEOUT = [0.0, 0.1]
 
 
-def build(layer: str, head: str, generator: torch.Generator, **more) -> NeuralModel:
+def build(layer: str, head: str, generator: torch.Generator, zoneout: float = 0.1) -> NeuralModel:
     config = ModelConfig(
         layer=layer,
         head=head,
@@ -25,9 +27,9 @@ def build(layer: str, head: str, generator: torch.Generator, **more) -> NeuralMo
         hidden_size=7,
         num_layers=2,
         windows=(3, 2),
-        zoneout=0.1,
+        zoneout=zoneout,
+        zoneout_hidden=zoneout / 2,
         init_range=0.5,
-        **more,
     )
     return NeuralModel(config, V, generator).double()
 
@@ -37,10 +39,12 @@ def ids(generator: torch.Generator, shape=(T, B)) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("zoneout", ZONEOUT)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_layer_gradcheck(layer, seed):
+def test_layer_gradcheck(layer, zoneout, seed):
     g = torch.Generator().manual_seed(seed)
-    made = LAYERS[layer].build(3, 4, 0, ModelConfig(windows=(2,), zoneout=0.1), g).double()
+    config = ModelConfig(windows=(2,), zoneout=zoneout, zoneout_hidden=zoneout)
+    made = LAYERS[layer].build(3, 4, 0, config, g).double()
     names = [name for name, _ in made.named_parameters()]
     x = torch.randn(4, 2, 3, generator=g, dtype=torch.float64, requires_grad=True)
     state = tuple(
@@ -50,7 +54,7 @@ def test_layer_gradcheck(layer, seed):
 
     def function(x, *rest):
         leaves, weights = rest[: len(state)], dict(zip(names, rest[len(state) :], strict=True))
-        y, new = torch.func.functional_call(made, weights, (x, leaves, weights[drop], None))
+        y, new = torch.func.functional_call(made, weights, (x, leaves, weights[drop], 0.0, None))
         return (y, *state_leaves(new))
 
     inputs = (x, *state, *(p.detach().clone().requires_grad_() for p in made.parameters()))
@@ -83,9 +87,10 @@ def test_head_gradcheck(head, generator):
     assert torch.autograd.gradcheck(function, (hidden, embedding, *weights))
 
 
+@pytest.mark.parametrize("zoneout", ZONEOUT)
 @pytest.mark.parametrize(("layer", "head"), PAIRS)
-def test_any_split_in_time_equals_the_whole(layer, head, generator):
-    model, x, y = build(layer, head, generator), ids(generator), ids(generator)
+def test_any_split_in_time_equals_the_whole(layer, head, zoneout, generator):
+    model, x, y = build(layer, head, generator, zoneout), ids(generator), ids(generator)
     whole, last = model.score(x, y, model.initial_state(B))
     for cut in range(1, T):
         first, state = model.score(x[:cut], y[:cut], model.initial_state(B))
@@ -95,9 +100,10 @@ def test_any_split_in_time_equals_the_whole(layer, head, generator):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("zoneout", ZONEOUT)
 @pytest.mark.parametrize(("layer", "head"), PAIRS)
-def test_rows_do_not_see_each_other(layer, head, generator):
-    model, x, y = build(layer, head, generator), ids(generator), ids(generator)
+def test_rows_do_not_see_each_other(layer, head, zoneout, generator):
+    model, x, y = build(layer, head, generator, zoneout), ids(generator), ids(generator)
     whole, _ = model.score(x, y, model.initial_state(B))
     for row in range(B):
         alone, _ = model.score(x[:, row : row + 1], y[:, row : row + 1], model.initial_state(1))
@@ -163,12 +169,14 @@ def test_one_batch_can_be_overfitted(layer, head, generator):
 EVERY = DropoutConfig(embedding=0.3, input=0.3, hidden=0.3, output=0.3, weight=0.5)
 
 
+@pytest.mark.parametrize("recurrent", [0.0, 0.3])
 @pytest.mark.parametrize(("layer", "head"), PAIRS)
-def test_dropout_is_active_in_training_alone_and_repeats_with_its_generator(layer, head, generator):
-    model, x = build(layer, head, generator), ids(generator)
+def test_dropout_is_active_in_training_alone_and_repeats_with_its_generator(layer, head, recurrent, generator):
+    model, x = build(layer, head, generator, zoneout=0), ids(generator)
     state = model.initial_state(B)
+    dropout = replace(EVERY, recurrent=recurrent)
 
-    def run(seed, dropout=EVERY):
+    def run(seed):
         return model(x, state, dropout, torch.Generator().manual_seed(seed)).dropped_TBH
 
     plain = model(x, state).raw_TBH
@@ -181,9 +189,9 @@ def test_dropout_is_active_in_training_alone_and_repeats_with_its_generator(laye
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_weight_drop_masks_the_raw_weight_and_nothing_else(layer, generator):
-    model, x = build(layer, "tied", generator), ids(generator)
+@pytest.mark.parametrize(("layer", "head"), PAIRS)
+def test_weight_drop_masks_the_raw_weight_and_nothing_else(layer, head, generator):
+    model, x = build(layer, head, generator), ids(generator)
     state = map_state(lambda s: s + 0.5, model.initial_state(B))
     noise = torch.Generator().manual_seed(5)
     weights = {id(made.droppable): made.droppable.detach().clone() for made in model.layers}
@@ -193,22 +201,50 @@ def test_weight_drop_masks_the_raw_weight_and_nothing_else(layer, generator):
         assert torch.equal(made.droppable, weights[id(made.droppable)])
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [name for name, cls in LAYERS.items() if "weight_hh" in dir(cls.build(2, 2, 0, ModelConfig(), torch.Generator()))],
-)
-def test_hidden_to_hidden_weight_drop_leaves_the_first_step_alone(layer, generator):
-    """From a zero state the first step does not meet the hidden-to-hidden weights; every later one does."""
+RECURRENT = [name for name, made in LAYERS.items() if made.has_recurrent_product]
+
+
+@pytest.mark.parametrize("which", ["weight", "recurrent"])
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_recurrent_dropouts_leave_the_first_step_alone(layer, which, generator):
+    """From a zero state the first step does not meet the hidden-to-hidden product; every later one does."""
     made = LAYERS[layer].build(3, 16, 0, ModelConfig(), generator)
     x = torch.randn(4, 2, 3, generator=generator)
     state = made.initial_state(2, x)
-    dropped = made(x, state, dropout.weight_drop(made.droppable, 0.5, generator), None)[0]
-    plain = made(x, state, made.droppable, None)[0]
-    assert torch.equal(dropped[0], plain[0])
-    assert not torch.equal(dropped[1], plain[1])
+    if which == "weight":
+        dropped = made(x, state, dropout.weight_drop(made.droppable, 0.5, generator), 0.0, None)[0]
+    else:
+        dropped = made(x, state, made.droppable, 0.5, generator)[0]
+    plain = made(x, state, made.droppable, 0.0, None)[0]
+    torch.testing.assert_close(dropped[0], plain[0])
+    assert not torch.allclose(dropped[1], plain[1])
 
 
-def test_the_qrnn_drops_its_input_weight_of_all_gates_and_window_steps(generator):
-    made = LAYERS["qrnn"].build(3, 5, 0, ModelConfig(windows=(2,)), generator)
-    assert made.droppable is made.weight
-    assert made.weight.shape == (15, 6)
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_evaluation_knows_no_recurrent_dropout(layer, generator):
+    made = LAYERS[layer].build(3, 5, 0, ModelConfig(), generator)
+    x = torch.randn(4, 2, 3, generator=generator)
+    state = made.initial_state(2, x)
+    assert torch.equal(made(x, state, made.droppable, 0.5, None)[0], made(x, state, made.droppable, 0.0, None)[0])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_full_zoneout_keeps_the_state_and_its_mean_takes_its_place_in_evaluation(layer, generator):
+    """With zoneout near 1 the state hardly moves; evaluation is the mean of training over many draws."""
+    x = torch.randn(1, 2, 3, generator=generator)
+
+    def states(zoneout, noise):
+        config = ModelConfig(zoneout=zoneout, zoneout_hidden=zoneout)
+        made = LAYERS[layer].build(3, 5, 0, config, torch.Generator().manual_seed(4))
+        before = tuple(leaf + 0.5 for leaf in made.initial_state(2, x))
+        return before, made(x, before, made.droppable, 0.0, noise)[1]
+
+    before, after = states(0.999, None)
+    kept = [a for a, b in zip(after, before, strict=True) if a.shape[-1] == 5]
+    for leaf in kept:
+        torch.testing.assert_close(leaf, torch.full_like(leaf, 0.5), atol=5e-3, rtol=0)
+    _, mean = states(0.3, None)
+    draws = [states(0.3, torch.Generator().manual_seed(n))[1] for n in range(400)]
+    for n, leaf in enumerate(mean):
+        drawn = torch.stack([d[n] for d in draws]).mean(0)
+        torch.testing.assert_close(drawn, leaf, atol=0.05, rtol=0)

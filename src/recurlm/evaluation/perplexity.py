@@ -59,7 +59,7 @@ def totals_of(model: StatefulModel, batches: Batches, steps: int, with_ranks: bo
 
 
 def mean_loss(
-    model: StatefulModel, ids: np.ndarray, boundary_id: int, batch_size: int, counting: str, batching: str
+    model: StatefulModel, ids: np.ndarray, boundary_id: int, batch_size: int, counting: str, batching: str = "stream"
 ) -> float:
     """Nats per token over `ids`, as training's validation needs it."""
     steps = max(1, 2048 // batch_size)
