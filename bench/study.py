@@ -31,8 +31,8 @@ BASE = (
 )  # fmt: skip
 LSTM = ("model.layer=lstm", "dropout.weight=0.3")
 QRNN = ("model.layer=qrnn", "model.windows=[2]", "dropout.weight=0.1")
-SGD = ("optimizer.name=sgd", "optimizer.lr=20")
-ADAM = ("optimizer.name=adam", "optimizer.lr=2e-3")
+SGD = ("optimizer.name=sgd", "optimizer.lr=40")
+ADAM = ("optimizer.name=adam", "optimizer.lr=4e-3")
 RATES = {
     "sgd": (10, 20, 40), "sgd, momentum 0.9": (1, 3, 6), "sgd, nesterov 0.9": (1, 3, 6), "adam": (1e-3, 2e-3, 4e-3),
     "amsgrad": (1e-3, 2e-3, 4e-3), "adamw, decay 0.01": (1e-3, 2e-3, 4e-3), "nadam": (1e-3, 2e-3, 4e-3),
@@ -139,7 +139,7 @@ def run(data: str, out: Path, name: str, epochs: int, workers: int, deadline: fl
     import torch
 
     start, done = time.time(), 0
-    todo = [job for job in jobs() if re.search(only, job[0])]
+    todo = [job for job in jobs() if re.search(only, f"{job[0]}: {job[1]}")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     head = {"data": name, "epochs": epochs, "workers": workers, "device": device, "torch": torch.__version__}
     with out.open("w", encoding="utf-8") as file:
