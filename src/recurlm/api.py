@@ -16,8 +16,9 @@ from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
 from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError
 from recurlm.evaluation.perplexity import evaluate_ids
+from recurlm.inference.beam import beam_search
 from recurlm.inference.engine import score_sequences
-from recurlm.inference.generate import Sampling, sample_ids
+from recurlm.inference.generate import MOST_TOKENS, Sampling, check_range, sample_ids
 from recurlm.model import directory, precision
 from recurlm.protocol import StatefulModel
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
@@ -46,6 +47,18 @@ class Score:
     def total(self) -> float:
         """The whole text's surprisal."""
         return math.fsum(self.surprisals)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A continuation that beam search found: the text with its prompt, the ids after the prompt, log P of these ids in
+    nats, the score it is ranked by, and whether a stop string ended it."""
+
+    text: str
+    ids: tuple[int, ...]
+    log_prob: float
+    score: float
+    ended: bool
 
 
 class LanguageModel:
@@ -100,23 +113,31 @@ class LanguageModel:
         prompt: str = "",
         *,
         tokens: int = 100,
+        repetition_penalty: float = 1.0,
+        repetition_window: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Pieces of generated text as they become certain; together they equal `generate`, prompt left out."""
-        if not 0 <= tokens <= 10**7:
-            raise RequestError(f"tokens = {tokens}: expected 0 to 10,000,000.")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise RequestError(f"seed = {seed}: expected 0 to 2^63 - 1.")
-        stops = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        check_range("tokens", tokens, 0, MOST_TOKENS)
+        if seed is not None:
+            check_range("seed", seed, 0, 2**63 - 1)
+        sampling = Sampling(
+            repetition_penalty=repetition_penalty,
+            repetition_window=repetition_window,
+            temperature=temperature,
+            top_k=top_k,
+            min_p=min_p,
+            top_p=top_p,
+        )
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         prompt_ids = self.tokenizer.encode_prefix(prompt).tolist()
-        return self._stream(prompt, prompt_ids, tokens, sampling, generator, stops)
+        return self._stream(prompt, prompt_ids, tokens, sampling, generator, _strings(stop))
 
     def _stream(
         self,
@@ -128,11 +149,10 @@ class LanguageModel:
         stops: list[str],
     ) -> Iterator[str]:
         start = [self.tokenizer.boundary_id, *prompt_ids]
-        forbidden = [self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else []
         held = max((len(s) for s in stops), default=1) - 1  # characters that may yet turn out to begin a stop
         drawn, text, shown = list(prompt_ids), "", 0
         anchor, read = max(0, len(drawn) - 8), len(drawn)
-        for token in sample_ids(self.model, start, tokens, sampling, generator, forbidden):
+        for token in sample_ids(self.model, start, tokens, sampling, generator, self._forbidden):
             drawn.append(token)
             known, longer = self.tokenizer.decode(drawn[anchor:read]), self.tokenizer.decode(drawn[anchor:])
             if longer.endswith("\ufffd") and len(drawn) - read < 4:
@@ -156,21 +176,89 @@ class LanguageModel:
         prompt: str = "",
         *,
         tokens: int = 100,
+        repetition_penalty: float = 1.0,
+        repetition_window: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> str:
         """Prompt and continuation of up to `tokens` tokens, ended before the first `stop` string.
 
-        p^(1/temperature) over the top_k most probable tokens, then the smallest set holding top_p; 0 and 1 cut
-        nothing; temperature 0 is greedy. `<unk>` is never drawn. A `seed` makes the text repeatable.
+        What the numbers do, and in which order: `recurlm.inference.generate.Sampling`. temperature 0 is greedy.
+        `<unk>` is never drawn. A `seed` makes the text repeatable.
         """
         pieces = self.stream(
-            prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+            prompt,
+            tokens=tokens,
+            repetition_penalty=repetition_penalty,
+            repetition_window=repetition_window,
+            temperature=temperature,
+            top_k=top_k,
+            min_p=min_p,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
         )
         return prompt + "".join(pieces)
+
+    @property
+    def _forbidden(self) -> list[int]:
+        return [self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else []
+
+    def beam(
+        self,
+        prompt: str = "",
+        *,
+        tokens: int = 100,
+        beams: int = 5,
+        num_return: int = 1,
+        length_penalty: float = 0.0,
+        stop: str | Sequence[str] = (),
+    ) -> list[Hypothesis]:
+        """The `num_return` most probable continuations of up to `tokens` tokens that `beams` beams find, best first.
+
+        A hypothesis ends before the first `stop` string (stop="\\n": at its line's end); the ids up to the one that
+        completed it count in log P. Ranked by log P / ((5 + length) / 6)^length_penalty. `<unk>` is in none.
+        """
+        stops = _strings(stop)
+        prompt_ids = self.tokenizer.encode_prefix(prompt).tolist()
+        near = prompt_ids[-8:]
+        known = self.tokenizer.decode(near)
+        reach = (
+            max((len(to_bytes(s)) for s in stops), default=0) + 4
+        )  # a stop that the last id completes begins in these
+
+        def text_after(ids: Sequence[int]) -> str:
+            new = self.tokenizer.decode([*near, *ids])[len(known) :]
+            return new.removeprefix(" ") if prompt[-1:].isspace() and not known[-1:].isspace() else new
+
+        def ends(ids: tuple[int, ...]) -> bool:
+            text = text_after(ids) if len(ids) <= reach else self.tokenizer.decode(ids[-reach:])
+            return any(s in text for s in stops)
+
+        found = beam_search(
+            self.model,
+            [self.tokenizer.boundary_id, *prompt_ids],
+            tokens,
+            beams=beams,
+            best=num_return,
+            length_penalty=length_penalty,
+            forbidden=self._forbidden,
+            ends=ends,
+        )
+        out = []
+        for path in found:
+            text = text_after(path.ids)
+            cut = min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))
+            out.append(Hypothesis(prompt + text[:cut], path.ids, path.log_prob, path.score, path.ended))
+        return out
+
+
+def _strings(stop: str | Sequence[str]) -> list[str]:
+    return [s for s in ([stop] if isinstance(stop, str) else stop) if s]
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
