@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 
 from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
-from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError
+from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError, nearest
 from recurlm.evaluation.perplexity import evaluate_ids
+from recurlm.inference import embed
 from recurlm.inference.beam import beam_search
 from recurlm.inference.engine import score_sequences
 from recurlm.inference.generate import MOST_TOKENS, Sampling, check_range, sample_ids
+from recurlm.inference.picture import draw
 from recurlm.model import directory, precision
+from recurlm.model.neural import NeuralModel
 from recurlm.protocol import StatefulModel
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
@@ -59,6 +63,30 @@ class Hypothesis:
     log_prob: float
     score: float
     ended: bool
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A token with its id and its score: the cosine, or what the analogy was ranked by."""
+
+    token: str
+    id: int
+    score: float
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """Tokens in the order of their ids, and a point (x, y) in the plane for each."""
+
+    tokens: tuple[str, ...]
+    points: tuple[tuple[float, float], ...]
+
+    def svg(self, title: str = "") -> bytes:
+        """The map as an SVG picture; its text is text, a space in a token is shown as U+2423."""
+        return draw([token.replace(" ", "\u2423") for token in self.tokens], self.points, title)
+
+
+MAPS = {"tsne": embed.neighbour_map, "pca": embed.principal_plane}
 
 
 class LanguageModel:
@@ -256,6 +284,69 @@ class LanguageModel:
             out.append(Hypothesis(prompt + text[:cut], path.ids, path.log_prob, path.score, path.ended))
         return out
 
+    def neighbours(self, word: str, *, k: int = 10, among: int = 0) -> list[Neighbour]:
+        """The k tokens whose input embeddings have the largest cosine with that of `word`, best first.
+
+        `among` keeps to that many of the most frequent tokens (0: all), for rare ones have learned little. `word` is one
+        token: as written, or else with a space before it, as bpe has most words. RequestError when it is several
+        tokens or not in the vocabulary.
+        """
+        return self._ranked(embed.neighbours(self._unit_rows, self._one_id(word), *self._limits(k, among)))
+
+    def analogy(self, a: str, b: str, c: str, *, k: int = 10, among: int = 0, method: str = "add") -> list[Neighbour]:
+        """The k best answers to "a is to b as c is to ...", the three words left out: man king woman.
+
+        method "add" is 3CosAdd (Mikolov et al. 2013), "mul" 3CosMul (Levy & Goldberg 2014). Words, among: see `neighbours`.
+        """
+        if method not in ("add", "mul"):
+            raise RequestError(f"method {method!r} is not known; expected add or mul.")
+        ids = self._one_id(a), self._one_id(b), self._one_id(c)
+        return self._ranked(embed.analogy(self._unit_rows, *ids, *self._limits(k, among), method == "mul"))
+
+    def embedding_map(self, top: int = 300, *, method: str = "tsne") -> EmbeddingMap:
+        """The `top` most frequent tokens (2 to 2,000) in a plane, by the directions of their input embeddings.
+
+        method "tsne" keeps near tokens near (half a minute for 2,000), "pca" is the plane of the principal components.
+        """
+        check_range("top", top, 2, 2000)
+        if method not in MAPS:
+            raise RequestError(f"method {method!r} is not known; expected {' or '.join(MAPS)}.")
+        xy_N2 = MAPS[method](self._unit_rows[:top])
+        return EmbeddingMap(
+            tuple(map(self.tokenizer.token, range(len(xy_N2)))), tuple((x, y) for x, y in xy_N2.tolist())
+        )
+
+    @cached_property
+    def _unit_rows(self) -> torch.Tensor:
+        if not isinstance(self.model, NeuralModel):
+            raise RequestError("This model has no embeddings; take a neural one.")
+        return embed.unit_rows(self.model.embedding)
+
+    def _one_id(self, word: str) -> int:
+        """The id of a word that is one token; RequestError otherwise."""
+        pieces = self.tokenizer.pieces
+        for spelling in (to_bytes(word), to_bytes(f" {word}")):
+            if word and spelling in pieces:
+                return pieces.index(spelling)
+        ids = self.tokenizer.encode_prefix(word).tolist()
+        if len(ids) == 1 and ids[0] != self.tokenizer.unk_id:
+            return ids[0]
+        if len(ids) > 1:
+            parts = ", ".join(repr(self.tokenizer.token(i)) for i in ids[:8]) + ", ..." * (len(ids) > 8)
+            raise RequestError(f"{word!r} is {len(ids)} tokens of this model ({parts}); name one of them.")
+        if not ids:
+            raise RequestError(f"{word!r} is no token of this model; name a word that it read in training.")
+        known = (piece.decode("utf-8", "replace") for piece in pieces)
+        raise RequestError(f"{word!r} is not in the vocabulary.{nearest(word, known)}")
+
+    def _limits(self, k: int, among: int) -> tuple[int, int]:
+        check_range("k", k, 1, 2**31 - 1)
+        check_range("among", among, 0, 2**31 - 1, " (0: all tokens)")
+        return k, among or self.tokenizer.vocab_size
+
+    def _ranked(self, best: tuple[list[float], list[int]]) -> list[Neighbour]:
+        return [Neighbour(self.tokenizer.token(i), i, score) for score, i in zip(*best, strict=True)]
+
 
 def _strings(stop: str | Sequence[str]) -> list[str]:
     return [s for s in ([stop] if isinstance(stop, str) else stop) if s]
@@ -406,7 +497,7 @@ def _evaluation_store(
         return store, _known_split(split or "test", store.splits, data)
     if Path(data).is_file() and not split:
         return write_store(open_whole(data), model.tokenizer, scratch / "store"), WHOLE
-    corpus = open_corpus(data)
+    corpus = open_corpus(data, needs_train=False)
     split = _known_split(split or "test", corpus.splits, data)
     return write_store(corpus, model.tokenizer, scratch / "store", splits=(split,)), split
 

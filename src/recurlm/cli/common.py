@@ -52,7 +52,10 @@ def print_table(rows: dict[str, Any]) -> None:
     """Names and values, aligned, on stdout."""
     width = max(map(len, rows), default=0)
     for name, value in rows.items():
-        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        if isinstance(value, float):
+            shown = f"{value:,.4f}" if abs(value) < 1e12 else f"{value:.4e}"
+        else:
+            shown = f"{value:,}" if type(value) is int else str(value)
         print(f"{name:<{width}}  {shown}")
 
 
