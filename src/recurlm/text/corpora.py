@@ -60,9 +60,9 @@ def open_corpus(source: str | Path, *, needs_train: bool = True) -> Corpus:
     """The Corpus at a path, or of a named data set when there is no such path.
 
     A folder holds train (or without `needs_train` any split) and perhaps valid and test: `train.txt`,
-    `ptb.train.txt`, `wiki.train.tokens`, `train.jsonl`, each also as `.gz`. A single file is split by lines, in order: the last 5 % are test, the
-    5 % before them valid (one line at least), the rest train. In `.jsonl` each line is a document, its text
-    under "text"; a newline is added where a document does not end with one.
+    `ptb.train.txt`, `wiki.train.tokens`, `train.jsonl`, each also as `.gz`. A single file is split by lines, in
+    order: the last 5 % are test, the 5 % before them valid (one line at least), the rest train. In `.jsonl` each
+    line is a document, its text under "text"; a newline is added where a document does not end with one.
     UserError for a missing path, DataError for content that cannot be used.
     """
     path = Path(source)
