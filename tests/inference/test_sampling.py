@@ -83,9 +83,7 @@ def test_the_window_of_the_penalty_slides_over_the_text():
         drawn = list(sample_ids(Shifted(), [0, 3, 4], 30, sampling, torch.Generator()))
         text = [3, 4, *drawn]
         assert all(text[i] not in text[max(0, i - window) : i] for i in range(2, len(text)))
-    whole = list(
-        sample_ids(Shifted(), [0, 3], 6, Sampling(repetition_penalty=100, temperature=0), torch.Generator())
-    )
+    whole = list(sample_ids(Shifted(), [0, 3], 6, Sampling(repetition_penalty=100, temperature=0), torch.Generator()))
     assert sorted([3, *whole]) == list(range(7))  # 0, that the text starts after, is no part of it
     free = list(sample_ids(Shifted(), [0, 3], 5, Sampling(temperature=0), torch.Generator()))
     assert free == [4, 5, 6, 0, 1]

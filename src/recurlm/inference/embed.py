@@ -47,7 +47,7 @@ def _best(scores_V: Tensor, k: int, excluded: set[int]) -> tuple[list[float], li
 
 def principal_plane(rows_NE: Tensor) -> Tensor:
     """xy_N2: the rows in the plane of their two principal components; each axis' longest reach is positive."""
-    centred_NE = (rows_NE - rows_NE.mean(0)).double()
+    centred_NE = rows_NE.double() - rows_NE.double().mean(0)
     u_NK, s_K, _ = torch.linalg.svd(centred_NE, full_matrices=False)
     xy_N2 = torch.zeros(len(rows_NE), 2, dtype=torch.double)
     xy_N2[:, : min(2, len(s_K))] = (u_NK * s_K)[:, :2]
