@@ -255,9 +255,8 @@ class LanguageModel:
         prompt_ids = self.tokenizer.encode_prefix(prompt).tolist()
         near = prompt_ids[-8:]
         known = self.tokenizer.decode(near)
-        reach = (
-            max((len(to_bytes(s)) for s in stops), default=0) + 4
-        )  # a stop that the last id completes begins in these
+        # A stop that the last id completes lies in so many ids; one more for the space that joins it to words before.
+        reach = max((len(to_bytes(s)) for s in stops), default=0) + 1
 
         def text_after(ids: Sequence[int]) -> str:
             new = self.tokenizer.decode([*near, *ids])[len(known) :]

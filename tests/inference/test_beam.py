@@ -90,6 +90,32 @@ def test_paths_that_end_are_found_exactly(model, length_penalty):
     assert all(path.ended == (path.ids[-1] == end) for path in found)
 
 
+def plainly(model, count, beams, best, length_penalty, end):
+    """The search as its description has it: every candidate sorted, no early stop, one history a forward pass."""
+    open_, done = [((), 0.0)], []
+    for _ in range(count):
+        candidates = [(ids, log_prob(model, ids)) for path, _ in open_ for ids in [(*path, i) for i in range(V)]]
+        open_ = []
+        for ids, value in sorted(candidates, key=lambda pair: -pair[1]):
+            if len(open_) < beams:
+                (done if ids[-1] == end else open_).append((ids, value))
+    ranked = [(value / ((5 + len(ids)) / 6) ** length_penalty, ids) for ids, value in done + open_]
+    return sorted(ranked, reverse=True)[:best]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.5])
+def test_few_beams_follow_the_description(model, length_penalty):
+    for beams, best, end in itertools.product((1, 2, 3), (1, 2, 3), range(V)):
+        if best <= beams:
+            found = beam_search(
+                model, [START], 5, beams=beams, best=best, length_penalty=length_penalty,
+                ends=lambda ids, end=end: ids[-1] == end,
+            )  # fmt: skip
+            expected = plainly(model, 5, beams, best, length_penalty, end)
+            assert [path.ids for path in found] == [ids for _, ids in expected]
+            assert [path.score for path in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
 def test_the_search_stops_when_nothing_better_can_come(model):
     steps = 0
 

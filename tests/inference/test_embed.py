@@ -4,6 +4,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from recurlm.inference.embed import analogy, neighbour_map, neighbours, principal_plane, unit_rows
 from recurlm.inference.picture import draw
@@ -94,24 +96,15 @@ def test_the_picture_keeps_its_text(recwarn):
     assert not recwarn.list
 
 
-def test_labels_do_not_cover_each_other(generator):
+def test_labels_do_not_cover_each_other(generator, monkeypatch):
     """Even when all points are nearly one."""
-    from recurlm.inference import picture
-
-    placed = []
-    real = picture._covers
-
-    def watched(box, boxes):
-        placed[:] = [*boxes.tolist()]
-        return real(box, boxes)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picture, "_covers", watched)
-        draw([f"word{i}" for i in range(80)], (0.01 * torch.randn(80, 2, generator=generator)).tolist(), "")
-    assert len(placed) == 79
-    for i, (left, low, right, high) in enumerate(placed):
-        for other in placed[:i]:
-            assert right <= other[0] or left >= other[2] or high <= other[1] or low >= other[3]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw([f"word{i}" for i in range(80)], (0.01 * torch.randn(80, 2, generator=generator)).tolist(), "")
+    renderer = FigureCanvasAgg(figures[0]).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figures[0].axes[0].texts]
+    assert len(boxes) == 80
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.shrunk(0.98, 0.98).overlaps(b)]
 
 
 def test_a_picture_of_one_point_or_of_equal_points():

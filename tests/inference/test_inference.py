@@ -186,7 +186,7 @@ def test_beam_search_in_text(model):
 
 
 def test_beams_stop_before_the_stop_string(model):
-    for stop in ("\n", "e", ["it .", "th"]):
+    for stop in ("\n", "e", " ", ["it .", "th"], ["e", "h", "a", "t", "i", "n"]):
         stops = [stop] if isinstance(stop, str) else stop
         for path in model.beam("the king", tokens=30, beams=4, num_return=4, stop=stop):
             new = path.text.removeprefix("the king")

@@ -47,7 +47,7 @@ def beam_search(
     At each step the `beams` most probable open paths go on as the rows of one batch. A path for which `ends` is
     true is set aside, its last id counted. The search is over when no open path can still reach the `best` found.
     With beams >= V^(count - 1) nothing is cut and the result is exact; beams = 1 is greedy. `forbidden` ids are in
-    no path. Fewer paths come back where fewer exist. RequestError for arguments out of range.
+    no path. Fewer paths come back where fewer exist or are left open. RequestError for arguments out of range.
     """
     check_range("beams", beams, 1, MOST_BEAMS)
     check_range("num_return", best, 1, beams, ", the number of beams")

@@ -84,9 +84,7 @@ def _nucleus(weights_V: Tensor, top_p: float) -> Tensor:
     only the others are sorted.
     """
     total = weights_V.sum()
-    floor = (total * ((1 - top_p) / weights_V.shape[-1])).clamp(
-        max=1
-    )  # rounding must not lose the best, which weighs 1
+    floor = total * ((1 - top_p) / weights_V.shape[-1])
     likely_K = (weights_V >= floor).nonzero().squeeze(-1)
     sorted_K, order_K = weights_V[likely_K].sort(descending=True, stable=True)
     needed_K = sorted_K.cumsum(-1) - sorted_K < top_p * total
