@@ -185,17 +185,21 @@ def test_beam_search_in_text(model):
     assert found[0].log_prob == pytest.approx(-nll[len(scored.ids) :].double().sum().item(), abs=1e-3)
 
 
-def test_beams_stop_before_the_stop_string(model):
-    for stop in ("\n", "e", " ", ["it .", "th"], ["e", "h", "a", "t", "i", "n"]):
-        stops = [stop] if isinstance(stop, str) else stop
-        for path in model.beam("the king", tokens=30, beams=4, num_return=4, stop=stop):
-            new = path.text.removeprefix("the king")
-            assert not any(s in new for s in stops)
-            whole = model.tokenizer.decode([*model.tokenizer.encode_prefix("the king"), *path.ids])
-            assert path.ended == any(s in whole[len("the king") :] for s in stops)
-    (line,) = model.beam("the king", tokens=500, beams=2, stop="\n")
-    if line.ended:
-        assert line.ids[-1] == model.tokenizer.boundary_id or "\n" in model.tokenizer.decode(line.ids[-1:])
+@pytest.mark.parametrize("prompt", ["the king", ""])
+@pytest.mark.parametrize("stop", ["\n", "e", " ", ["it .", "th"], ["e", "h", "a", "t", "i", "n"]])
+def test_beams_stop_before_the_stop_string(model, prompt, stop):
+    stops = [stop] if isinstance(stop, str) else stop
+    prompt_ids = model.tokenizer.encode_prefix(prompt).tolist()
+    ended = 0
+    for path in model.beam(prompt, tokens=30, beams=4, num_return=4, stop=stop):
+        whole, before = (
+            model.tokenizer.decode([*prompt_ids, *ids])[len(prompt) :] for ids in (path.ids, path.ids[:-1])
+        )
+        assert not any(s in before for s in stops)
+        assert path.ended == any(s in whole for s in stops)
+        assert not any(s in path.text[len(prompt) :] for s in stops)
+        ended += path.ended
+    assert ended or "\n" in stops or "it ." in stops
 
 
 def test_neighbours_analogies_and_the_map(model):
