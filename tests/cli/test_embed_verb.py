@@ -32,6 +32,7 @@ def test_near_gives_rows_a_word(trained):
     found = json.loads(embed(str(trained), "near", "king", "--k", "3", "--json"))["king"]
     assert [row["token"] for row in found] == [row[1] for row in rows[1:4]]
     assert found == [vars(row) for row in api.load(trained).neighbours("king", k=3)]
+    assert json.loads(embed(str(trained), "near", r"\n", "--k", "1", "--json"))["\\n"]  # the end of a line
     assert "king" not in embed(str(trained), "near", "tea", "--among", "3").splitlines()[1:]
 
 

@@ -70,3 +70,11 @@ def program() -> str:
         return "recurlm"
     path = Path(sys.argv[0])
     return os.path.relpath(path) if path.name == "recurlm" else f"{sys.executable} -m recurlm"
+
+
+_ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+
+
+def unescape(text: str) -> str:
+    """The text with \\n, \\t and \\\\ as newline, tab and backslash; any other backslash is itself."""
+    return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recurlm.cli.common import Json, note, print_json
+from recurlm.cli.common import Json, note, print_json, unescape
 from recurlm.cli.use import Run
 from recurlm.errors import UserError
 
@@ -21,7 +21,8 @@ Among = Annotated[int, typer.Option("--among", help="Look only among the N most 
 def embed(context: typer.Context, run: Run) -> None:
     """What the input embeddings learned: recurlm embed runs/book near king
 
-    A word is one token of the model. With bpe most words begin with a space (' king'), which is tried too.
+    A word is one token of the model. With bpe most words begin with a space (' king'), which is tried too. In words
+    \\n, \\t and \\\\ are newline, tab and backslash.
     """
     context.obj = run
 
@@ -42,7 +43,7 @@ def near(
 ) -> None:
     """The tokens whose embeddings have the largest cosine with a word's: recurlm embed runs/book near king queen"""
     model = _load(context)
-    found = {word: model.neighbours(word, k=k, among=among) for word in words}
+    found = {word: model.neighbours(unescape(word), k=k, among=among) for word in words}
     if as_json:
         return print_json({word: [asdict(row) for row in rows] for word, rows in found.items()})
     print("word\tneighbour\tcosine")
@@ -64,7 +65,7 @@ def analogy(
     as_json: Json = False,
 ) -> None:
     """A is to B as C is to what: recurlm embed runs/book analogy man king woman"""
-    rows = _load(context).analogy(a, b, c, k=k, among=among, method=method)
+    rows = _load(context).analogy(unescape(a), unescape(b), unescape(c), k=k, among=among, method=method)
     if as_json:
         return print_json({"a": a, "b": b, "c": c, "method": method, "answers": [asdict(row) for row in rows]})
     print("answer\tscore")

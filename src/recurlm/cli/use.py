@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from recurlm.cli.common import Device, Dtype, Json, Threads, note, print_json, print_table, set_threads
+from recurlm.cli.common import Device, Dtype, Json, Threads, note, print_json, print_table, set_threads, unescape
 from recurlm.errors import DataError, RequestError, UserError
 
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
@@ -134,14 +133,6 @@ def _print_scores(model, batch: list[str], first: int, level: str, unit: str, en
                 print(f"{number}\t{position}\t{token}\t{value:.6f}")
 
 
-_ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
-
-
-def _unescape(text: str) -> str:
-    """The text with \\n, \\t and \\\\ as newline, tab and backslash; any other backslash is itself."""
-    return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)
-
-
 def generate(
     run: Run,
     prompt: Annotated[
@@ -228,7 +219,7 @@ def generate(
     from recurlm import api
 
     model = api.load(run, device=device, dtype=dtype)
-    prompt, stops = _unescape(prompt), [_unescape(s) for s in stop or []]
+    prompt, stops = unescape(prompt), [unescape(s) for s in stop or []]
     if beams:
         found = model.beam(
             prompt, tokens=tokens, beams=beams, num_return=num_return, length_penalty=length_penalty, stop=stops
