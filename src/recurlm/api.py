@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import torch
 
 from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
-from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError
+from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError, nearest
 from recurlm.evaluation.perplexity import evaluate_ids
+from recurlm.inference import embed
+from recurlm.inference.beam import beam_search
 from recurlm.inference.engine import score_sequences
-from recurlm.inference.generate import Sampling, sample_ids
+from recurlm.inference.generate import MOST_TOKENS, Sampling, check_range, sample_ids
+from recurlm.inference.picture import draw
 from recurlm.model import directory, precision
+from recurlm.model.neural import NeuralModel
 from recurlm.protocol import StatefulModel
 from recurlm.text.batches import reading_order
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
@@ -48,6 +53,42 @@ class Score:
     def total(self) -> float:
         """The whole text's surprisal."""
         return math.fsum(self.surprisals)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A continuation that beam search found: the text with its prompt, the ids after the prompt, log P of these ids in
+    nats, the score it is ranked by, and whether a stop string ended it."""
+
+    text: str
+    ids: tuple[int, ...]
+    log_prob: float
+    score: float
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A token with its id and its score: the cosine, or what the analogy was ranked by."""
+
+    token: str
+    id: int
+    score: float
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """Tokens in the order of their ids, and a point (x, y) in the plane for each."""
+
+    tokens: tuple[str, ...]
+    points: tuple[tuple[float, float], ...]
+
+    def svg(self, title: str = "") -> bytes:
+        """The map as an SVG picture; its text is text, a space in a token is shown as U+2423."""
+        return draw([token.replace(" ", "\u2423") for token in self.tokens], self.points, title)
+
+
+MAPS = {"tsne": embed.neighbour_map, "pca": embed.principal_plane}
 
 
 class LanguageModel:
@@ -115,23 +156,31 @@ class LanguageModel:
         prompt: str = "",
         *,
         tokens: int = 100,
+        repetition_penalty: float = 1.0,
+        repetition_window: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Pieces of generated text as they become certain; together they equal `generate`, prompt left out."""
-        if not 0 <= tokens <= 10**7:
-            raise RequestError(f"tokens = {tokens}: expected 0 to 10,000,000.")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise RequestError(f"seed = {seed}: expected 0 to 2^63 - 1.")
-        stops = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        check_range("tokens", tokens, 0, MOST_TOKENS)
+        if seed is not None:
+            check_range("seed", seed, 0, 2**63 - 1)
+        sampling = Sampling(
+            repetition_penalty=repetition_penalty,
+            repetition_window=repetition_window,
+            temperature=temperature,
+            top_k=top_k,
+            min_p=min_p,
+            top_p=top_p,
+        )
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         prompt_ids = self.tokenizer.encode_prefix(prompt).tolist()
-        return self._stream(prompt, prompt_ids, tokens, sampling, generator, stops)
+        return self._stream(prompt, prompt_ids, tokens, sampling, generator, _strings(stop))
 
     def _stream(
         self,
@@ -143,11 +192,10 @@ class LanguageModel:
         stops: list[str],
     ) -> Iterator[str]:
         start = [self.tokenizer.boundary_id, *prompt_ids]
-        forbidden = [self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else []
         held = max((len(s) for s in stops), default=1) - 1  # characters that may yet turn out to begin a stop
         drawn, text, shown = list(prompt_ids), "", 0
         anchor, read = max(0, len(drawn) - 8), len(drawn)
-        for token in sample_ids(self.model, start, tokens, sampling, generator, forbidden):
+        for token in sample_ids(self.model, start, tokens, sampling, generator, self._forbidden):
             drawn.append(token)
             known, longer = self.tokenizer.decode(drawn[anchor:read]), self.tokenizer.decode(drawn[anchor:])
             if longer.endswith("\ufffd") and len(drawn) - read < 4:
@@ -171,21 +219,151 @@ class LanguageModel:
         prompt: str = "",
         *,
         tokens: int = 100,
+        repetition_penalty: float = 1.0,
+        repetition_window: int = 0,
         temperature: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> str:
         """Prompt and continuation of up to `tokens` tokens, ended before the first `stop` string.
 
-        p^(1/temperature) over the top_k most probable tokens, then the smallest set holding top_p; 0 and 1 cut
-        nothing; temperature 0 is greedy. `<unk>` is never drawn. A `seed` makes the text repeatable.
+        What the numbers do, and in which order: `recurlm.inference.generate.Sampling`. temperature 0 is greedy.
+        `<unk>` is never drawn. A `seed` makes the text repeatable.
         """
         pieces = self.stream(
-            prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+            prompt,
+            tokens=tokens,
+            repetition_penalty=repetition_penalty,
+            repetition_window=repetition_window,
+            temperature=temperature,
+            top_k=top_k,
+            min_p=min_p,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
         )
         return prompt + "".join(pieces)
+
+    @property
+    def _forbidden(self) -> list[int]:
+        return [self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else []
+
+    def beam(
+        self,
+        prompt: str = "",
+        *,
+        tokens: int = 100,
+        beams: int = 5,
+        num_return: int = 1,
+        length_penalty: float = 0.0,
+        stop: str | Sequence[str] = (),
+    ) -> list[Hypothesis]:
+        """The `num_return` most probable continuations of up to `tokens` tokens that `beams` beams find, best first.
+
+        A hypothesis ends before the first `stop` string (stop="\\n": at its line's end); the ids up to the one that
+        completed it count in log P. Ranked by log P / ((5 + length) / 6)^length_penalty. `<unk>` is in none.
+        """
+        stops = _strings(stop)
+        prompt_ids = self.tokenizer.encode_prefix(prompt).tolist()
+        near = prompt_ids[-8:]
+        known = self.tokenizer.decode(near)
+        # A stop that the last id completes lies in so many ids; one more for the space that joins it to words before.
+        reach = max((len(to_bytes(s)) for s in stops), default=0) + 1
+
+        def text_after(ids: Sequence[int]) -> str:
+            new = self.tokenizer.decode([*near, *ids])[len(known) :]
+            return new.removeprefix(" ") if prompt[-1:].isspace() and not known[-1:].isspace() else new
+
+        def ends(ids: tuple[int, ...]) -> bool:
+            text = text_after(ids) if len(ids) <= reach else self.tokenizer.decode(ids[-reach:])
+            return any(s in text for s in stops)
+
+        found = beam_search(
+            self.model,
+            [self.tokenizer.boundary_id, *prompt_ids],
+            tokens,
+            beams=beams,
+            best=num_return,
+            length_penalty=length_penalty,
+            forbidden=self._forbidden,
+            ends=ends,
+        )
+        out = []
+        for path in found:
+            text = text_after(path.ids)
+            cut = min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))
+            out.append(Hypothesis(prompt + text[:cut], path.ids, path.log_prob, path.score, path.ended))
+        return out
+
+    def neighbours(self, word: str, *, k: int = 10, among: int = 0) -> list[Neighbour]:
+        """The k tokens whose input embeddings have the largest cosine with that of `word`, best first.
+
+        `among` keeps to that many of the most frequent tokens (0: all), for rare ones have learned little. `word` is one
+        token: as written, or else with a space before it, as bpe has most words. RequestError when it is several
+        tokens or not in the vocabulary.
+        """
+        return self._ranked(embed.neighbours(self._unit_rows, self._one_id(word), *self._limits(k, among)))
+
+    def analogy(self, a: str, b: str, c: str, *, k: int = 10, among: int = 0, method: str = "add") -> list[Neighbour]:
+        """The k best answers to "a is to b as c is to ...", the three words left out: man king woman.
+
+        method "add" is 3CosAdd (Mikolov et al. 2013), "mul" 3CosMul (Levy & Goldberg 2014). Words, among: see `neighbours`.
+        """
+        if method not in ("add", "mul"):
+            raise RequestError(f"method {method!r} is not known; expected add or mul.")
+        ids = self._one_id(a), self._one_id(b), self._one_id(c)
+        return self._ranked(embed.analogy(self._unit_rows, *ids, *self._limits(k, among), method == "mul"))
+
+    def embedding_map(self, top: int = 300, *, method: str = "tsne") -> EmbeddingMap:
+        """The `top` most frequent tokens (2 to 2,000) in a plane, by the directions of their input embeddings.
+
+        method "tsne" keeps near tokens near (half a minute for 2,000), "pca" is the plane of the principal components.
+        """
+        check_range("top", top, 2, 2000)
+        if method not in MAPS:
+            raise RequestError(f"method {method!r} is not known; expected {' or '.join(MAPS)}.")
+        xy_N2 = MAPS[method](self._unit_rows[:top])
+        return EmbeddingMap(
+            tuple(map(self.tokenizer.token, range(len(xy_N2)))), tuple((x, y) for x, y in xy_N2.tolist())
+        )
+
+    @cached_property
+    def _unit_rows(self) -> torch.Tensor:
+        if not isinstance(self.model, NeuralModel):
+            raise RequestError("This model has no embeddings; take a neural one.")
+        return embed.unit_rows(self.model.embedding)
+
+    def _one_id(self, word: str) -> int:
+        """The id of a word that is one token; RequestError otherwise."""
+        pieces = self.tokenizer.pieces
+        for spelling in (to_bytes(word), to_bytes(f" {word}")):
+            if word and spelling in pieces:
+                return pieces.index(spelling)
+        ids = self.tokenizer.encode_prefix(word).tolist()
+        if len(ids) == 1 and ids[0] != self.tokenizer.unk_id:
+            return ids[0]
+        if len(ids) > 1:
+            parts = ", ".join(repr(self.tokenizer.token(i)) for i in ids[:8]) + ", ..." * (len(ids) > 8)
+            raise RequestError(f"{word!r} is {len(ids)} tokens of this model ({parts}); name one of them.")
+        if not ids:
+            raise RequestError(f"{word!r} is no token of this model; name a word that it read in training.")
+        known = (piece.decode("utf-8", "replace") for piece in pieces)
+        raise RequestError(f"{word!r} is not in the vocabulary.{nearest(word, known)}")
+
+    def _limits(self, k: int, among: int) -> tuple[int, int]:
+        check_range("k", k, 1, 2**31 - 1)
+        check_range("among", among, 0, 2**31 - 1, " (0: all tokens)")
+        return k, among or self.tokenizer.vocab_size
+
+    def _ranked(self, best: tuple[list[float], list[int]]) -> list[Neighbour]:
+        return [Neighbour(self.tokenizer.token(i), i, score) for score, i in zip(*best, strict=True)]
+
+
+def _strings(stop: str | Sequence[str]) -> list[str]:
+    return [s for s in ([stop] if isinstance(stop, str) else stop) if s]
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
@@ -343,7 +521,7 @@ def _evaluation_store(
         return store, _known_split(split or "test", store.splits, data)
     if Path(data).is_file() and not split:
         return write_store(open_whole(data), model.tokenizer, scratch / "store"), WHOLE
-    corpus = open_corpus(data)
+    corpus = open_corpus(data, needs_train=False)
     split = _known_split(split or "test", corpus.splits, data)
     return write_store(corpus, model.tokenizer, scratch / "store", splits=(split,)), split
 

@@ -43,11 +43,11 @@ class RunError(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say after an unknown name: the nearest known one if any is close, and all of them if they are few."""
+    """What to say after an unknown name: the nearest known one if any is close; all of them if few, or if none is."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    return guess + (f" Known: {', '.join(known)}." if len(known) <= 12 or not guess else "")
+    return guess + (f" Known: {', '.join(known)}." if len(known) <= (12 if guess else 100) else "")
 
 
 def lookup(registry: Mapping[str, T], name: str, setting: str) -> T:

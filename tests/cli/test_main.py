@@ -1,12 +1,14 @@
 """The command line as a stranger meets it: light start, one sentence for a mistake, the right exit code."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from recurlm.cli.common import print_table
 from support import TINY, small_text
 
 HEAVY = ("torch", "numpy", "tokenizers", "numba", "safetensors", "matplotlib", "tensorboard")
@@ -28,7 +30,7 @@ def test_nothing_heavy_is_imported_before_it_is_used(code):
 
 def test_help_names_every_verb():
     text = run("--help").stdout
-    for verb in ("demo", "data", "train", "eval", "score", "generate"):
+    for verb in ("demo", "data", "train", "eval", "score", "generate", "embed"):
         assert f" {verb} " in text
     assert run("--version").stdout.startswith("recurlm 0.")
 
@@ -115,6 +117,61 @@ def test_generate_repeats(trained):
     assert json.loads(run("generate", str(trained), "--seed", "4", "--tokens", "3", "--json").stdout)["seed"] == 4
 
 
+def test_prompt_and_stop_read_the_same_escapes(trained):
+    def text(*options):
+        return json.loads(run("generate", str(trained), "--json", "--tokens", "300", "--seed", "2", *options).stdout)
+
+    free = text("--prompt", r"the\nking\t\\n \x")
+    assert free["prompt"] == "the\nking\t\\n \\x"
+    stopped = text("--prompt", r"the\nking\t\\n \x", "--stop", r"\n")
+    new = free["text"].removeprefix(free["prompt"])
+    assert "\n" in new and stopped["text"] == free["prompt"] + new.partition("\n")[0]
+
+
+def test_beams_give_rows_or_a_text(trained):
+    arguments = ("generate", str(trained), "--prompt", "the king", "--tokens", "6", "--beams", "4")
+    rows = [line.split("\t") for line in run(*arguments, "--num-return", "3").stdout.splitlines()]
+    assert rows[0] == ["rank", "score", "log_prob", "text"] and [row[0] for row in rows[1:]] == ["1", "2", "3"]
+    assert float(rows[1][1]) >= float(rows[2][1]) >= float(rows[3][1])
+    kept = json.loads(run(*arguments, "--json").stdout)["hypotheses"]
+    assert len(kept) == 1 and run(*arguments).stdout == kept[0]["text"] + "\n"
+    assert rows[1][3] == kept[0]["text"].replace("\n", "\\n")
+
+
+def test_eval_reads_a_folder_with_the_split_asked_for_only(trained, tmp_path):
+    (tmp_path / "test.txt").write_text(small_text(40, seed=9))
+    assert json.loads(run("eval", str(trained), "--json", "--data", str(tmp_path)).stdout)["targets"] == 40 * 12
+    done = run("eval", str(trained), "--data", str(tmp_path), "--split", "valid")
+    assert done.returncode == 2 and "it has test" in done.stderr
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    done = run("train", "--data", str(tmp_path), "-o", str(tmp_path / "run"), *settings)
+    assert done.returncode == 2 and "no train text" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_control_c_costs_one_line(trained, verb):
+    """Interrupted in the middle of its output, the verb says so, without a traceback, and exits 130."""
+    options = ["--tokens", "1000000"] if verb == "generate" else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recurlm", verb, str(trained), *options],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    process.stdout.read(1)
+    if verb == "generate":
+        process.stdout.read(200)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode().strip() == "recurlm: Interrupted."
+
+
+def test_huge_figures_are_printed_in_scientific_notation(capsys):
+    print_table({"ppl": 1.0142320547350045e304, "loss": 700.5, "tokens": 12_345_678, "big": 1e11})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["ppl     1.0142e+304", "loss    700.5000", "tokens  12,345,678", "big     100,000,000,000.0000"]
+
+
 def test_dry_run_writes_nothing(text_file, tmp_path):
     settings = [part for setting in TINY for part in ("--set", setting)]
     done = run("train", "--data", str(text_file), "--dry-run", "--json", "-o", str(tmp_path / "run"), *settings)
@@ -195,6 +252,23 @@ MISTAKES = [
     (["generate", "{run}", "--top-p", "2"], 2, "top_p"),
     (["generate", "{run}", "--top-k", "-5"], 2, "top_k"),
     (["generate", "{run}", "--tokens", "-5"], 2, "tokens"),
+    (["generate", "{run}", "--min-p", "1.5"], 2, "min_p"),
+    (["generate", "{run}", "--repetition-penalty", "nan"], 2, "repetition_penalty"),
+    (["generate", "{run}", "--beams", "4", "--top-k", "3"], 2, "none of the sampling options"),
+    (["generate", "{run}", "--beams", "4", "--seed", "3"], 2, "none of the sampling options"),
+    (["generate", "{run}", "--beams", "-1"], 2, "beams"),
+    (["generate", "{run}", "--beams", "2", "--num-return", "3"], 2, "num_return"),
+    (["generate", "{run}", "--num-return", "3"], 2, "give --beams"),
+    (["embed", "{run}", "near", "kingg"], 2, "Did you mean 'king'"),
+    (["embed", "{run}", "near", "king", "--k", "0"], 2, "k = 0"),
+    (["embed", "{run}", "analogy", "king", "tea", "queeeen"], 2, "not in the vocabulary"),
+    (["embed", "{run}", "analogy", "king", "tea", "bird", "--method", "div"], 2, "add or mul"),
+    (["embed", "{run}", "map", "-o", "{tmp}/map.png"], 2, ".svg"),
+    (["embed", "{run}", "map", "-o", "{tmp}/there.svg"], 2, "exists already"),
+    (["embed", "{run}", "map", "-o", "{tmp}/no/map.svg"], 2, "cannot be written"),
+    (["embed", "{run}", "map", "--top", "1"], 2, "top = 1"),
+    (["embed", "{tmp}/nothing", "near", "king"], 2, "no such folder"),
+    (["embed", "{run}"], 2, "Missing command"),
     (["generate"], 2, "run"),
     (["trian"], 2, "trian"),
     (["train", "--no-such-option"], 2, "--no-such-option"),
@@ -210,6 +284,7 @@ def test_a_mistake_costs_one_sentence(arguments, code, words, trained, text_file
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1") * 50)
     (tmp_path / "bad.toml").write_text("[model\nlayer = ")
+    (tmp_path / "there.svg").write_text("")
     places = {"{tmp}": tmp_path, "{text}": text_file, "{run}": trained}
     for name, path in places.items():
         arguments = [a.replace(name, str(path)) for a in arguments]
@@ -219,7 +294,7 @@ def test_a_mistake_costs_one_sentence(arguments, code, words, trained, text_file
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("recurlm: ") == (
-        arguments[0] in ("train", "eval", "score", "generate") and "Usage" not in done.stderr
+        arguments[0] in ("train", "eval", "score", "generate", "embed") and "Usage" not in done.stderr
     )
     assert sorted(p.name for p in trained.rglob("*")) == before
 

@@ -122,6 +122,9 @@ def test_the_unknown_word_is_never_drawn(model):
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.5},
+        {"repetition_window": -1},
         {"tokens": -1},
         {"seed": 2**70},
     ],
@@ -165,3 +168,68 @@ def test_what_cannot_be_measured_is_refused(model):
             call()
     with pytest.raises(DataError, match="empty"):
         model.perplexity("")
+
+
+def test_beam_search_in_text(model):
+    greedy = model.generate("the king", tokens=12, temperature=0)
+    (one,) = model.beam("the king", tokens=12, beams=1)
+    assert one.text == greedy
+    found = model.beam("the king", tokens=12, beams=6, num_return=6)
+    assert len(found) == 6 and len({path.ids for path in found}) == 6
+    assert [path.score for path in found] == sorted((path.score for path in found), reverse=True)
+    assert found[0].log_prob >= one.log_prob - 1e-4
+    assert all(path.text.startswith("the king") and len(path.ids) == 12 for path in found)
+    scored = model.score("the king", unit="nats", end=False)
+    ids = [*scored.ids, *found[0].ids]
+    (nll,) = score_sequences(model.model, [ids], model.tokenizer.boundary_id)
+    assert found[0].log_prob == pytest.approx(-nll[len(scored.ids) :].double().sum().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("prompt", ["the king", ""])
+@pytest.mark.parametrize("stop", ["\n", "e", " ", ["it .", "th"], ["e", "h", "a", "t", "i", "n"]])
+def test_beams_stop_before_the_stop_string(model, prompt, stop):
+    stops = [stop] if isinstance(stop, str) else stop
+    prompt_ids = model.tokenizer.encode_prefix(prompt).tolist()
+    for path in model.beam(prompt, tokens=30, beams=4, num_return=4, stop=stop):
+        whole, before = (
+            model.tokenizer.decode([*prompt_ids, *ids])[len(prompt) :] for ids in (path.ids, path.ids[:-1])
+        )
+        assert not any(s in before for s in stops)
+        assert path.ended == any(s in whole for s in stops)
+        assert not any(s in path.text[len(prompt) :] for s in stops)
+
+
+def test_neighbours_analogies_and_the_map(model):
+    tokenizer = model.tokenizer
+    words = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    known = [w for w in words if "\ufffd" not in w and w.strip() and words.index(w) != tokenizer.boundary_id][:3]
+    word = known[0]
+    found = model.neighbours(word, k=4)
+    assert len(found) == 4 and word not in [tokenizer.decode([row.id]) for row in found]
+    cosines = torch.nn.functional.cosine_similarity(model.model.embedding, model.model.embedding[[words.index(word)]])
+    assert found[0].score == pytest.approx(cosines.sort(descending=True).values[1].item(), abs=1e-5)
+    assert all(row.id < 10 for row in model.neighbours(word, k=4, among=10))
+    for method in ("add", "mul"):
+        answers = model.analogy(*known, k=3, method=method)
+        assert len(answers) == 3 and not {row.id for row in answers} & {words.index(w) for w in known}
+    for method in api.MAPS:
+        picture = model.embedding_map(20, method=method)
+        assert picture.tokens == tuple(map(tokenizer.token, range(20)))
+        assert len(picture.points) == 20 and b"<svg" in picture.svg()
+
+
+def test_a_word_that_is_not_one_token_is_refused(model):
+    with pytest.raises(RequestError, match=r"tokens of this model|not in the vocabulary") as error:
+        model.neighbours("kingg sees")
+    assert len(str(error.value)) < 400
+    with pytest.raises(RequestError, match="no token"):
+        model.neighbours("")
+    for bad in ({"k": 0}, {"among": -1}):
+        with pytest.raises(RequestError, match=next(iter(bad))):
+            model.neighbours("\n", **bad)
+    for call in (lambda: model.analogy("e", "e", "e", method="div"), lambda: model.embedding_map(5, method="som")):
+        with pytest.raises(RequestError, match="method"):
+            call()
+    for top in (1, 2001):
+        with pytest.raises(RequestError, match="top"):
+            model.embedding_map(top)

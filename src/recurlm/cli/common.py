@@ -52,7 +52,10 @@ def print_table(rows: dict[str, Any]) -> None:
     """Names and values, aligned, on stdout."""
     width = max(map(len, rows), default=0)
     for name, value in rows.items():
-        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        if isinstance(value, float):
+            shown = f"{value:,.4f}" if abs(value) < 1e12 else f"{value:.4e}"
+        else:
+            shown = f"{value:,}" if type(value) is int else str(value)
         print(f"{name:<{width}}  {shown}")
 
 
@@ -67,3 +70,11 @@ def program() -> str:
         return "recurlm"
     path = Path(sys.argv[0])
     return os.path.relpath(path) if path.name == "recurlm" else f"{sys.executable} -m recurlm"
+
+
+_ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+
+
+def unescape(text: str) -> str:
+    """The text with \\n, \\t and \\\\ as newline, tab and backslash; any other backslash is itself."""
+    return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)

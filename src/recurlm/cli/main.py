@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from recurlm import __version__
-from recurlm.cli import data, demo, train, use
+from recurlm.cli import data, demo, embed, train, use
 from recurlm.errors import UserError
 
 app = typer.Typer(
@@ -46,10 +47,20 @@ app.command()(train.train)
 app.command("eval")(use.eval_)
 app.command()(use.score)
 app.command()(use.generate)
+app.add_typer(embed.app, name="embed")
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt, which typer swallows."""
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise _Interrupted
 
 
 def run() -> None:
     """The console script: runs the command line and exits with the code of its outcome."""
+    signal.signal(signal.SIGINT, _interrupt)  # training has a way of its own, which saves first
     # Idle OpenMP threads spin for long by default: with one other busy process here that made small steps up to 60
     # times slower. A short spin costs about 15 % on an idle machine (docs/log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -60,6 +71,8 @@ def run() -> None:
         app(args=[a for a in arguments if a != "--debug"], prog_name="recurlm")
     except UserError as error:
         _fail(str(error), error.exit_code, debug)
+    except _Interrupted:
+        _fail("Interrupted.", 128 + signal.SIGINT, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing to say
         sys.exit(0)

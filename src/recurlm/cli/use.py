@@ -10,11 +10,12 @@ from typing import Annotated
 
 import typer
 
-from recurlm.cli.common import Device, Dtype, Json, Threads, note, print_json, print_table, set_threads
-from recurlm.errors import DataError, UserError
+from recurlm.cli.common import Device, Dtype, Json, Threads, note, print_json, print_table, set_threads, unescape
+from recurlm.errors import DataError, RequestError, UserError
 
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
 BATCH_LINES = 1024
+SAMPLING, BEAM = "Sampling, in this order", "Beam search"
 
 
 def eval_(
@@ -141,36 +142,130 @@ def _print_scores(model, batch: list[str], first: int, level: str, unit: str, en
 
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")] = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", help=r"Text to go on from; \n, \t and \\ are newline, tab and backslash.")
+    ] = "",
     tokens: Annotated[int, typer.Option("--tokens", help="Most tokens to generate.")] = 200,
-    temperature: Annotated[float, typer.Option("--temperature", help="Below 1 safer, above 1 bolder, 0 greedy.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Draw among the k most probable tokens; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", help="Draw among the most probable tokens that hold this mass.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="Makes the text repeatable.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="End before this string; may be given again.")
+        list[str] | None, typer.Option("--stop", help=r"End before this string (\n: a line's end); may be given again.")
     ] = None,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option("--repetition-penalty", help="p^r for tokens used already; 1: none.", rich_help_panel=SAMPLING),
+    ] = 1.0,
+    repetition_window: Annotated[
+        int,
+        typer.Option(
+            "--repetition-window", help="Tokens that it looks back; 0: the whole text.", rich_help_panel=SAMPLING
+        ),
+    ] = 0,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", help="Below 1 safer, above 1 bolder, 0 greedy.", rich_help_panel=SAMPLING),
+    ] = 1.0,
+    top_k: Annotated[
+        int,
+        typer.Option("--top-k", help="Draw among the k most probable tokens; 0: all.", rich_help_panel=SAMPLING),
+    ] = 0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            "--min-p", help="Draw tokens of at least this share of the best's probability.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", help="Draw among the most probable tokens that hold this mass.", rich_help_panel=SAMPLING
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Makes the text repeatable.", rich_help_panel=SAMPLING)
+    ] = None,
+    beams: Annotated[
+        int,
+        typer.Option(
+            "--beams", help="Search for the most probable text with N beams; no chance.", rich_help_panel=BEAM
+        ),
+    ] = 0,
+    num_return: Annotated[
+        int,
+        typer.Option(
+            "--num-return", help="Texts to return: rows of rank, score, log_prob, text.", rich_help_panel=BEAM
+        ),
+    ] = 1,
+    length_penalty: Annotated[
+        float,
+        typer.Option(
+            "--length-penalty", help="Above 0 favours longer texts (1: about log P a token).", rich_help_panel=BEAM
+        ),
+    ] = 0.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = "auto",
     as_json: Json = False,
 ) -> None:
-    """Go on with a text: recurlm generate runs/book --prompt 'Once upon' --temperature 0.8"""
+    """Go on with a text: recurlm generate runs/book --prompt 'Once upon' --temperature 0.8
+
+    The sampling options act in the order in which they are listed.
+    """
+    sampled = (repetition_penalty, repetition_window, temperature, top_k, min_p, top_p, seed) != (
+        1,
+        0,
+        1,
+        0,
+        0,
+        1,
+        None,
+    )
+    if beams and sampled:
+        raise RequestError("--beams searches without chance and takes none of the sampling options; leave one out.")
+    if not beams and (num_return != 1 or length_penalty):
+        raise RequestError("--num-return and --length-penalty belong to a beam search; give --beams too.")
     set_threads(threads)
     from recurlm import api
 
     model = api.load(run, device=device, dtype=dtype)
-    stops = [s.encode().decode("unicode_escape") if s in ("\\n", "\\t") else s for s in stop or []]
+    prompt, stops = unescape(prompt), [unescape(s) for s in stop or []]
+    if beams:
+        found = model.beam(
+            prompt, tokens=tokens, beams=beams, num_return=num_return, length_penalty=length_penalty, stop=stops
+        )
+        _print_hypotheses(prompt, found, num_return, as_json)
+        return
     pieces = model.stream(
-        prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stops
+        prompt,
+        tokens=tokens,
+        repetition_penalty=repetition_penalty,
+        repetition_window=repetition_window,
+        temperature=temperature,
+        top_k=top_k,
+        min_p=min_p,
+        top_p=top_p,
+        seed=seed,
+        stop=stops,
     )
     if as_json:
         print_json({"prompt": prompt, "text": prompt + "".join(pieces), "seed": seed})
         return
-    sys.stdout.write(prompt)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    try:
+        sys.stdout.write(prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+
+
+def _print_hypotheses(prompt: str, found: list, num_return: int, as_json: bool) -> None:
+    from recurlm.text.tokenizers.base import display
+
+    if as_json:
+        rows = [{"text": h.text, "log_prob": h.log_prob, "score": h.score, "ended": h.ended} for h in found]
+        print_json({"prompt": prompt, "hypotheses": rows})
+    elif num_return == 1:
+        print(found[0].text)
+    else:
+        print("rank\tscore\tlog_prob\ttext")
+        for rank, h in enumerate(found, 1):
+            print(f"{rank}\t{h.score:.6f}\t{h.log_prob:.6f}\t{display(h.text.encode())}")

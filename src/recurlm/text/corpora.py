@@ -56,13 +56,13 @@ class Corpus:
         return _line_blocks(self.readers[split]())
 
 
-def open_corpus(source: str | Path) -> Corpus:
+def open_corpus(source: str | Path, *, needs_train: bool = True) -> Corpus:
     """The Corpus at a path, or of a named data set when there is no such path.
 
-    A folder holds train and perhaps valid and test: `train.txt`, `ptb.train.txt`, `wiki.train.tokens`,
-    `train.jsonl`, each also as `.gz`. A single file is split by lines, in order: the last 5 % are test, the
-    5 % before them valid (one line at least), the rest train. In `.jsonl` each line is a document, its text
-    under "text"; a newline is added where a document does not end with one.
+    A folder holds train (or without `needs_train` any split) and perhaps valid and test: `train.txt`,
+    `ptb.train.txt`, `wiki.train.tokens`, `train.jsonl`, each also as `.gz`. A single file is split by lines, in
+    order: the last 5 % are test, the 5 % before them valid (one line at least), the rest train. In `.jsonl` each
+    line is a document, its text under "text"; a newline is added where a document does not end with one.
     UserError for a missing path, DataError for content that cannot be used.
     """
     path = Path(source)
@@ -71,7 +71,7 @@ def open_corpus(source: str | Path) -> Corpus:
     except (OSError, ValueError):
         raise UserError(f"{str(source)[:80]!r} is not a possible path.") from None
     if exists:
-        return _open_folder(path) if path.is_dir() else _open_single(path)
+        return _open_folder(path, needs_train=needs_train) if path.is_dir() else _open_single(path)
     name = str(source)
     if name not in NAMED_SETS:
         raise UserError(
@@ -88,9 +88,9 @@ def open_corpus(source: str | Path) -> Corpus:
     return Corpus(name, {s: lambda t=t: iter([t]) for s, t in texts.items()}, {s: f"{name} {s}" for s in texts})
 
 
-def _open_folder(folder: Path, name: str = "") -> Corpus:
+def _open_folder(folder: Path, name: str = "", needs_train: bool = True) -> Corpus:
     files = split_files(folder)
-    if "train" not in files:
+    if not files or (needs_train and "train" not in files):
         raise UserError(f"{folder}: this folder has no train text; expected train.txt (and valid.txt, test.txt).")
     readers = {split: _reader(path, 0, None) for split, path in files.items()}
     return Corpus(name or folder.resolve().name, readers, {split: str(path) for split, path in files.items()})
