@@ -85,12 +85,14 @@ def train(
     values["train"] = {key: value for key, value in named.items() if value is not None}
     config = build_config(recipe, out, resume == "auto", settings or [], values)
     seconds = parse_duration(max_time)
+    if dry_run and max_time:
+        raise ConfigError("--max-time says when training stops, but --dry-run does not train; leave one of them out.")
     if out is None and not dry_run:
         raise ConfigError("No run directory was named: give -o, such as -o runs/first.")
     set_threads(threads)
     from recurlm import api
 
-    if dry_run:
+    if out is None or dry_run:
         facts = api.plan(config)
         if as_json:
             print_json({**facts, "config": to_dict(config)})
@@ -100,7 +102,6 @@ def train(
             print(to_toml(config))
             print_table(facts)
         return
-    assert out is not None
     result = api.train(config, out, resume=resume == "auto", max_seconds=seconds)
     import math
 

@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recurlm import files
 from recurlm.errors import CheckpointError, RunError
+from recurlm.tensors import read
 
 FORMAT = 1
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
+MAX_TENSORS = 1 << 14  # a model's 4,096 at most, with their moments and means
 
 
 class Checkpoint(NamedTuple):
@@ -35,7 +37,7 @@ class Checkpoint(NamedTuple):
 
 
 def _is_step(path: Path) -> bool:
-    return re.fullmatch(r"step-\d{1,12}", path.name) is not None and path.is_dir()
+    return re.fullmatch(r"step-\d{1,12}", path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def steps(folder: Path) -> list[Path]:
@@ -93,16 +95,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint at `path`, verified; CheckpointError naming file and fault otherwise."""
-    manifest = files.read_manifest(path / MANIFEST, FORMAT)
-    if path.name != f"step-{manifest['step']}":
-        raise CheckpointError(f"{path}: the folder's name and its manifest's step {manifest['step']} differ.")
-    file = path / TENSORS
-    if reason := files.fault(file, manifest["files"][TENSORS]):
-        raise CheckpointError(f"{file}: {reason}.")
-    try:
-        return Checkpoint(manifest["step"], load_file(file), manifest["values"])
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: not a safetensors file ({error}).") from None
+    manifest = files.read_manifest(path / MANIFEST, FORMAT, limit=64 << 20)
+    step, values = manifest.get("step"), manifest.get("values")
+    if type(step) is not int or not isinstance(values, dict):
+        raise CheckpointError(f"{path / MANIFEST}: not the manifest of a checkpoint.")
+    if path.name != f"step-{step}":
+        raise CheckpointError(f"{path}: the folder's name and its manifest's step {step} differ.")
+    return Checkpoint(step, read(path / TENSORS, manifest["files"].get(TENSORS), most=MAX_TENSORS), values)
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -129,10 +128,25 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items() if value is not None}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts tensors of `flatten_optimizer` back."""
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], shapes: list[dict[str, torch.Size]]
+) -> None:
+    """Puts tensors of `flatten_optimizer` back; ValueError unless they have the `shapes` that each parameter's state has.
+
+    A fused optimiser trusts the sizes of its state, so a wrong one would be read past its end. What the optimiser
+    does not keep with its present settings (a momentum that is now 0) is left out.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        number, name = key.split(".", 1)
+        index = int(number)
+        if not 0 <= index < len(shapes):
+            raise ValueError(f"optimizer state of a parameter {index}")
+        if name in shapes[index]:
+            if value.shape != shapes[index][name] or value.dtype != torch.float32:
+                raise ValueError(f"optimizer.{key} is {tuple(value.shape)}, expected {tuple(shapes[index][name])}")
+            state.setdefault(index, {})[name] = value
+    for index, entry in state.items():
+        if entry.keys() != shapes[index].keys():
+            raise ValueError(f"optimizer state of parameter {index} is incomplete")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

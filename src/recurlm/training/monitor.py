@@ -24,7 +24,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                record = json.loads(line)
+                record = files.parse_json(line.encode())
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     records.append(record)
     return records

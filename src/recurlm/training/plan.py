@@ -30,6 +30,7 @@ def plan(config: Config, store: Store) -> dict[str, Any]:
                 seconds.append(time.perf_counter() - start)
         data, cuda = config.data, trainer.device.type == "cuda"
         mean = data.bptt * (data.bptt_full_share + (1 - data.bptt_full_share) / 2)
+        mean = min(mean, trainer.streams.train_length)
         steps = math.ceil(trainer.streams.train_length / mean)
         total = int(min(steps * config.train.epochs, config.train.max_steps or math.inf))
         step_seconds = sum(seconds) / sum(tokens) * mean * data.batch_size
