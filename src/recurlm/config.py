@@ -7,6 +7,7 @@ Every field carries its help text and bounds, from which `docs/configuration.md`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import tomllib
@@ -216,12 +217,18 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a section's fields."""
+    return get_type_hints(cls)
+
+
 def section_from_dict(section: str, values: Any, base: Any = None) -> Any:
     """A section's dataclass: `values` over `base` (or the defaults). ConfigError for unknown keys and bad values."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"[{section}] must be a table of settings, found {type(values).__name__}.")
     cls = SECTIONS[section]
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     clean: dict[str, Any] = {}
     for key, value in values.items():

@@ -190,7 +190,7 @@ def open_store(path: str | Path) -> Store:
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(f"{file}: cannot be read as a store's description; {_PREPARE}.") from None
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise DataError(f"{file}: found format {shown(version)}, this recurlm reads format {FORMAT}; {_PREPARE}.")
     if hash != _hash(content) or not _possible(store):
         raise DataError(f"{file}: changed since it was written; {_PREPARE}.")

@@ -60,7 +60,7 @@ def unpack(
         before = from_dict(saved.values["config"])
         model.load_state_dict(part("model."))
         if before.optimizer.name == config.optimizer.name:
-            checkpoint.restore_optimizer(optimizer, part("optimizer."), state_shapes(config, parameters))
+            checkpoint.restore_optimizer(optimizer, _fitting(part("optimizer."), state_shapes(config, parameters)))
         if before.averaging.name == config.averaging.name:
             averaging.restore(part("averaging."), saved.values["averaging"])
             mean = averaging.weights()
@@ -82,6 +82,31 @@ def state_shapes(config: Config, parameters: list[nn.Parameter]) -> list[dict[st
     optimizer.step()
     kept = {name: t.shape for name, t in optimizer.state[probe].items() if isinstance(t, Tensor)}
     return [{name: p.shape if size == probe.shape else size for name, size in kept.items()} for p in parameters]
+
+
+def _fitting(tensors: dict[str, Tensor], shapes: list[dict[str, torch.Size]]) -> dict[str, Tensor]:
+    """The optimiser's tensors, all with the shape that they must have; ValueError otherwise.
+
+    A fused optimiser trusts the sizes of its state, so a wrong one would be read past its end. What the optimiser
+    does not keep with its present settings (a momentum that is now 0) is left out.
+    """
+    names: dict[int, set[str]] = {}
+    for key in tensors:
+        index, _, name = key.partition(".")
+        if not index.isdecimal() or int(index) >= len(shapes):
+            raise ValueError(f"there is no parameter for optimizer.{key}")
+        names.setdefault(int(index), set()).add(name)
+    fitting = {}
+    for index, found in names.items():
+        for name, shape in shapes[index].items():
+            value = tensors.get(f"{index}.{name}") if name in found else None
+            if value is None and found & shapes[index].keys():
+                raise ValueError(f"optimizer.{index}.{name} is missing")
+            if value is not None and (value.shape != shape or value.dtype != torch.float32):
+                raise ValueError(f"optimizer.{index}.{name} is {tuple(value.shape)}, expected {tuple(shape)}")
+            if value is not None:
+                fitting[f"{index}.{name}"] = value
+    return fitting
 
 
 def _same_shape(saved: Tensor, old: Tensor) -> Tensor:
