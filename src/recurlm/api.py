@@ -209,19 +209,20 @@ def train(
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        empty = not any(folder.iterdir())
+        there = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise UserError(f"{folder}: cannot be made the run directory: {error.strerror}.") from None
     with files.locked(folder):
         try:
             trainer = _trainer(config, folder, resume, quiet)
         except BaseException:
-            if empty:  # a start that failed leaves nothing behind
-                shutil.rmtree(folder / OWN_STORE, ignore_errors=True)
-                (folder / files.LOCK).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    for path in made:
-                        path.rmdir()
+            with contextlib.suppress(OSError):  # a start that failed leaves nothing behind
+                if not there:
+                    shutil.rmtree(folder / OWN_STORE, ignore_errors=True)
+                if files.LOCK not in there:
+                    (folder / files.LOCK).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
             raise
         return trainer.run(max_seconds)
 
@@ -298,7 +299,7 @@ def _place(source: str) -> Path:
         raise UserError(f"{shown(source)} is not a possible path.") from None
     if directory.exists(path):
         own = path / OWN_STORE
-        hint = f" Its own tokens are in {own}" if is_store(own) else ""
+        hint = f" Its own tokens are in {own}." if is_store(own) else ""
         raise UserError(f"{path}: a run directory; expected a text file, a folder of text, or a store.{hint}")
     return path
 
@@ -350,9 +351,10 @@ def _evaluation_store(
 ) -> tuple[Store, str]:
     """(store, split) to measure: the named text tokenized for the model, or the run's own."""
     if not data and not isinstance(run, LanguageModel):
-        toml = Path(run) / "config.toml"
-        data = str(Path(run) / OWN_STORE)
-        if not is_store(data) and toml.is_file():
+        toml, own = Path(run) / "config.toml", Path(run) / OWN_STORE
+        if own.exists():
+            data = str(own)
+        elif toml.is_file():
             data = from_toml(read_text_file(toml, "configuration"), str(toml)).data.path
     if not data:
         raise ConfigError(

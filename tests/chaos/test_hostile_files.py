@@ -374,8 +374,9 @@ def test_weights_that_are_not_finite_are_refused(run, tmp_path):
 
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     weights = load_file(folder / "model.safetensors")
-    weights["head.bias"][1] = float("inf")
+    name = sorted(weights)[-1]
+    weights[name].view(-1)[0] = float("inf")
     save_file(weights, folder / "model.safetensors")
     seal(folder)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: head\.bias holds a number that is not finite"):
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {name} holds a number that is not finite"):
         api.load(folder)

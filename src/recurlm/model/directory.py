@@ -71,6 +71,8 @@ def read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralMode
     if not exists(folder):
         raise UserError(_no_model(folder))
     manifest = files.read_manifest(folder / MANIFEST, FORMAT)
+    if "values" in manifest:
+        raise UserError(f"{folder}: a checkpoint; give the run directory that it belongs to.")
     listed, pending = manifest["files"], manifest.get("pending")
     if manifest.get("kind") != "neural" or not isinstance(manifest.get("facts"), dict) or CONFIG not in listed:
         raise CheckpointError(f"{folder / MANIFEST}: not the manifest of a model.")
@@ -108,5 +110,5 @@ def _no_model(folder: Path) -> str:
     elif (folder / "store.json").is_file():
         hint = " It is a store of tokens: train on it with `recurlm train --data`."
     elif folder.name == "checkpoints" and exists(folder.parent):
-        hint = f" Give the run directory itself: {folder.parent}"
+        hint = f" Give the run directory itself, {folder.parent}."
     return f"{folder}: not a run directory, for it has no {MANIFEST}.{hint}"

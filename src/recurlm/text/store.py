@@ -131,7 +131,10 @@ def write_store(
     """
     path = Path(path)
     _check_target(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}.") from None
     _remove_litter(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
