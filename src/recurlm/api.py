@@ -210,6 +210,8 @@ def train(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         there = {path.name for path in folder.iterdir()}
+    except FileExistsError:
+        raise UserError(f"{folder}: a file; choose a folder for the run with -o.") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be made the run directory: {error.strerror}.") from None
     with files.locked(folder):
@@ -235,7 +237,9 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
     if not resume and (directory.exists(folder) or checkpoint.steps(checkpoints)):
         raise ConfigError(f"{folder} already holds a run; go on with it by --resume auto, or choose another -o.")
     if saved is None and skipped:
-        raise CheckpointError(f"{folder}: no checkpoint is usable: {' '.join(skipped)}")
+        raise CheckpointError(
+            f"{folder}: no checkpoint is usable; choose another -o to start anew. Why: {' '.join(skipped)}"
+        )
     there = [name for name in OURS if (folder / name).exists()]
     if there and not checkpoints.is_dir():
         raise ConfigError(

@@ -6,6 +6,7 @@ Every field carries its help text and bounds, from which `docs/configuration.md`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -193,12 +194,14 @@ def _check(kind: Any, value: Any, meta: Mapping[str, Any], name: str) -> Any:
         except OverflowError:
             raise ConfigError(f"{name}: the number is too large.") from None
     if type(value) is not kind:
-        raise ConfigError(f"{name} = {shown(value)}: expected {_TYPES[kind]}, found {type(value).__name__}.")
+        raise ConfigError(
+            f"{name} = {shown(value)}: expected {_TYPES[kind]}, found {_TYPES.get(type(value), 'no such')}."
+        )
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{name} = {value}: expected a finite number.")
     low, high = meta["low"], meta["high"]
     if kind in (int, float) and ((low is not None and value < low) or (high is not None and value > high)):
-        raise ConfigError(f"{name} = {shown(value)}: expected a value from {low:,} to {high:,}.")
+        raise ConfigError(f"{name} = {shown(value)}: expected a value from {_bound(low)} to {_bound(high)}.")
     if isinstance(value, str) and not _is_utf8(value):
         raise ConfigError(f"{name} = {shown(value)}: holds something that is no character in UTF-8.")
     if meta["choices"] and value not in meta["choices"]:
@@ -206,7 +209,13 @@ def _check(kind: Any, value: Any, meta: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-_TYPES = {int: "int (a whole number)", float: "float (a number)", str: "str (a text)", bool: "bool (true or false)"}
+_TYPES = {
+    int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a table",
+}  # fmt: skip
+
+
+def _bound(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def _is_utf8(text: str) -> bool:
@@ -313,8 +322,16 @@ def load_recipe(name: str, base: Config | None = None) -> Config:
     if name.endswith(".toml"):
         return from_toml(read_text_file(Path(name), "configuration"), name, base)
     if name not in recipe_names():
+        there = False
+        with contextlib.suppress(OSError, ValueError):  # a name too long for one, or with a NUL
+            there = Path(name).exists()
+        if there:
+            raise ConfigError(
+                f"{name} is no recipe and no .toml file; if it is the text to learn from, give it by --data."
+            )
         raise ConfigError(
-            f"There is no recipe {shown(name)}; a file of your own ends with .toml.{nearest(name, recipe_names())}"
+            f"There is no recipe {shown(name)}; settings of your own go into a file that ends with .toml."
+            f"{nearest(name, recipe_names())}"
         )
     text = (resources.files("recurlm") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     return from_toml(text, f"recipe {name}", base)

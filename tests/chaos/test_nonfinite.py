@@ -72,10 +72,12 @@ def inject(where: str, trainer: Trainer, value: float, draw: random.Random, patc
     return f"'{term}' is {value}"
 
 
-CASES = [(w, layer, optimizer) for w in ("input", "weight", "state", "gradient", "term") for layer in LAYERS for optimizer in OPTIMIZERS]  # fmt: skip
+PLACES = ("input", "weight", "state", "gradient", "term")
 
 
-@pytest.mark.parametrize(("where", "layer", "optimizer"), CASES)
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_no_weight_moves_and_the_message_says_where(where, layer, optimizer, store, tmp_path, monkeypatch):
     draw = random.Random(f"{where} {layer} {optimizer}")
     for number in range(counts(1, 6)):

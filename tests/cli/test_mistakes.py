@@ -48,7 +48,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train --data text.txt -o mine", 2, "README.md"),
     ("train --data text.txt -o modelonly --resume auto", 2, "no checkpoints folder"),
     ("train --data text.txt -o text.txt/new", 2, "run directory"),
-    ("train --data text.txt -o text.txt", 2, "run directory"),
+    ("train --data text.txt -o text.txt", 2, "a file; choose a folder"),
     ("train -o run --resume auto --set model.hidden_size=99", 2, "model.hidden_size is 99"),
     ("train -o run --resume auto --set data.bptt=99", 2, "data.bptt is 99"),
     ("train -o run --resume auto --data other.txt", 2, "data.path is"),
@@ -74,7 +74,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train --data caf\udce9.txt -o new", 2, "UTF-8"),
     # train: recipes and settings
     ("train awd-lstm-pbt --data text.txt -o new", 2, "Did you mean 'awd-lstm-ptb'"),
-    ("train text.txt -o new", 2, "recipe"),
+    ("train text.txt -o new", 2, "give it by --data"),
+    ("train no-such -o new", 2, "ends with .toml"),
     ("train no.toml --data text.txt -o new", 2, "no.toml"),
     ("train bad.toml --data text.txt -o new", 2, "bad.toml"),
     ("train unknown.toml --data text.txt -o new", 2, "Did you mean 'layer'"),
@@ -204,9 +205,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     api.train(config, run, quiet=True)
     prepare(here / "text.txt", config.tokenizer, here / "store")
     prepare(here / "text.txt", tiny_config("tokenizer.kind=char").tokenizer, here / "charstore")
-    for name, damaged in {
-        "badweights": "model.safetensors", "badtokenizer": "tokenizer.json", "badmanifest": "manifest.json", "badtoml": "config.toml",
-    }.items():  # fmt: skip
+    damages = {"badweights": "model.safetensors", "badtokenizer": "tokenizer.json", "badmanifest": "manifest.json"}
+    for name, damaged in (damages | {"badtoml": "config.toml"}).items():
         shutil.copytree(run, here / name)
         data = bytearray((here / name / damaged).read_bytes())
         data[len(data) // 2] = 0
@@ -244,7 +244,7 @@ def check(done: tuple[int, str, str], arguments: str, code: int, words: str) -> 
     assert out == ""
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), MISTAKES, ids=lambda value: ascii(value)[1:61] if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(("arguments", "code", "words"), MISTAKES, ids=[ascii(row[0])[1:61] for row in MISTAKES])
 def test_a_mistake_costs_one_sentence(arguments, code, words, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv("RECURLM_DATA", str(place / "data"))

@@ -312,7 +312,9 @@ def _write_split(corpus: Corpus, split: str, tokenizer: Tokenizer, dtype: np.dty
             file.write(data)
             tokens += ids.size
     if not tokens:
-        raise DataError(f"{corpus.places[split]}: the {split} text is empty; expected at least one line.")
+        raise DataError(
+            f"{corpus.places[split]}: the {split + ' ' if split != WHOLE else ''}text is empty; expected at least one line."
+        )
     return SplitInfo(tokens, counter.words, counter.lines, counter.characters, counter.bytes, digest.hexdigest())
 
 
