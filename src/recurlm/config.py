@@ -214,7 +214,9 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _bound(value: float) -> str:
+def _bound(value: float | None) -> str:
+    if value is None:
+        return "any"
     return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 

@@ -32,10 +32,10 @@ pytestmark = pytest.mark.chaos
 
 VALUES = [
     0, -1, 1, 2, 7, 65_536, 65_537, 2**31, 2**63, 10**12, 10**30, 10**4000, -(10**4000), 0.0, -0.0, 0.5, 1e308, -1e308, 1e-320,
-    math.nan, math.inf, -math.inf, True, False, None, "", "1", "1e400", "nan", "lstm", "os.system", "../../etc/passwd",
-    "a" * 100_000, "\0", "\ud800", "\n\nrecurlm: ok", "'; import os", [], {}, [[]], [1], [1, "2"], [1.5, True], [0.9, 0.999], [10**12] * 3,
-    [9] * 300, [1] * 200_000, {"a": 1}, b"bytes", object(), print, Config, [None] * 5, "auto", "cuda:99", "cuda:-1", "cpu:7",
-    "meta", "mps",
+    math.nan, math.inf, -math.inf, True, False, None, "", "1", "1e400", "nan", "lstm", "os.system",
+    "../../etc/passwd", "a" * 100_000, "\0", "\ud800", "\n\nrecurlm: ok", "'; import os", [], {}, [[]], [1], [1, "2"], [1.5, True],
+    [0.9, 0.999], [10**12] * 3, [9] * 300, [1] * 200_000, {"a": 1}, b"bytes", object(), print, Config, [None] * 5,
+    "auto", "cuda:99", "cuda:-1", "cpu:7", "meta", "mps",
 ]  # fmt: skip
 DEEP: list = []
 for _ in range(20_000):

@@ -39,7 +39,7 @@ def everything(trainer: Trainer) -> list[torch.Tensor]:
 
 
 def put(tensor: torch.Tensor, value: float, draw: random.Random) -> None:
-    tensor.detach().view(-1)[draw.randrange(tensor.numel())] = value
+    tensor.detach()[tuple(draw.randrange(size) for size in tensor.shape)] = value
 
 
 def inject(where: str, trainer: Trainer, value: float, draw: random.Random, patch: pytest.MonkeyPatch) -> str:

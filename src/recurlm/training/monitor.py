@@ -25,7 +25,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 record = files.parse_json(line.encode())
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                known = isinstance(record, dict) and isinstance(record.get("event"), str)
+                if known and type(record.get("step")) is int:
                     records.append(record)
     return records
 
