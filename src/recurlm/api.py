@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 
 from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
-from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError, nearest
+from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError, nearest, shown
 from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.inference import embed
 from recurlm.inference.beam import beam_search
@@ -30,7 +32,7 @@ from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import Tokenizer, load_tokenizer
 from recurlm.text.tokenizers.base import to_bytes
-from recurlm.training import checkpoint, range_test
+from recurlm.training import checkpoint, memory, range_test, snapshot
 from recurlm.training import plan as training_plan
 from recurlm.training.cursor import Result
 from recurlm.training.range_test import RangeTest
@@ -396,39 +398,72 @@ def train(
     nothing is overwritten.
     """
     config = _settled(config)
-    folder, checkpoints = Path(run), Path(run) / CHECKPOINTS
+    folder = Path(run)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        there = {path.name for path in folder.iterdir()}
+    except FileExistsError:
+        raise UserError(f"{folder}: a file; choose a folder for the run with -o.") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be made the run directory: {error.strerror}.") from None
     with files.locked(folder):
-        checkpoint.clean(checkpoints)
-        saved, skipped = checkpoint.newest(checkpoints) if resume else (None, [])
-        if not resume and (directory.exists(folder) or checkpoint.steps(checkpoints)):
-            raise ConfigError(f"{folder} already holds a run; go on with it by --resume auto, or choose another -o.")
-        if saved is None and skipped:
-            raise CheckpointError(f"{folder}: no checkpoint is usable: {' '.join(skipped)}")
-        there = [name for name in OURS if (folder / name).exists()]
-        if there and not checkpoints.is_dir():
-            raise ConfigError(
-                f"{folder} holds {', '.join(there)} but no {CHECKPOINTS} folder, so it is no run that could go on; "
-                "nothing was touched. Choose another -o."
-            )
-        store, notes = _store(config, folder, keep=saved is not None)
-        if is_store(config.data.path):  # a prepared store brings its own tokenizer
-            config = dataclasses.replace(
-                config, tokenizer=dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind)
-            )
-        trainer = Trainer(config, store, folder, quiet)
-        if resume and saved is None:
-            notes = [*notes, f"No checkpoint in {folder}: starting from the beginning."]
-        if saved is not None:
-            trainer.resume(saved)
-            checkpoint.set_aside(checkpoints, saved.step)
-            notes = [*notes, *(f"Skipped a checkpoint: {reason}" for reason in skipped)]
-            notes.append(f"Resumed {folder} at step {saved.step:,}.")
-        trainer.notes += notes
+        try:
+            trainer = _trainer(config, folder, resume, quiet)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a start that failed leaves nothing behind
+                if not there:
+                    shutil.rmtree(folder / OWN_STORE, ignore_errors=True)
+                if files.LOCK not in there:
+                    (folder / files.LOCK).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+            raise
         return trainer.run(max_seconds)
+
+
+def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer:
+    """The Trainer of a locked run directory, at its newest valid checkpoint with `resume`."""
+    checkpoints = folder / CHECKPOINTS
+    checkpoint.clean(checkpoints)
+    saved, skipped = checkpoint.newest(checkpoints) if resume else (None, [])
+    if not resume and (directory.exists(folder) or checkpoint.steps(checkpoints)):
+        raise ConfigError(f"{folder} already holds a run; go on with it by --resume auto, or choose another -o.")
+    if saved is None and skipped:
+        raise CheckpointError(
+            f"{folder}: no checkpoint is usable; choose another -o to start anew. Why: {' '.join(skipped)}"
+        )
+    there = [name for name in OURS if (folder / name).exists()]
+    if there and not checkpoints.is_dir():
+        raise ConfigError(
+            f"{folder} holds {', '.join(there)} but no {CHECKPOINTS} folder, so it is no run that could go on; "
+            "nothing was touched. Choose another -o."
+        )
+    if folders := [name for name in OURS if (folder / name).is_dir()]:
+        raise ConfigError(f"{folder / folders[0]}: a folder, where a run keeps a file; move it away.")
+    store, notes = _store(config, folder, keep=saved is not None)
+    if is_store(config.data.path):  # a prepared store brings its own tokenizer
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind))
+    if saved is not None:
+        snapshot.check(saved, config, store)
+    memory.check(config, store.vocab_size)
+    trainer = Trainer(config, store, folder, quiet)
+    sizes = ", ".join(f"{split} {info.tokens:,}" for split, info in store.info.items())
+    notes.append(
+        f"{sizes} tokens; {store.tokenizer_kind} vocabulary of {store.vocab_size:,}; "
+        f"{sum(p.numel() for p in trainer.parameters):,} parameters"
+    )
+    if resume and saved is None:
+        notes.append(f"No checkpoint in {folder}: starting from the beginning.")
+    if saved is not None:
+        trainer.resume(saved)
+        checkpoint.set_aside(checkpoints, saved.step)
+        notes += [f"Skipped a checkpoint: {reason}" for reason in skipped]
+        if differences := snapshot.changed(saved, config):
+            notes.append(f"Settings that differ from the checkpoint's: {', '.join(differences)}")
+        notes.append(f"Resumed {folder} at step {saved.step:,}.")
+    trainer.notes += notes
+    return trainer
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -436,6 +471,7 @@ def plan(config: Config) -> dict[str, Any]:
     config = _settled(config)
     with tempfile.TemporaryDirectory() as scratch:
         store, _ = _store(config, Path(scratch), keep=False)
+        memory.check(config, store.vocab_size)
         return training_plan.plan(config, store)
 
 
@@ -453,10 +489,24 @@ def _settled(config: Config) -> Config:
     check_settings(config)
     if not config.data.path:
         raise ConfigError("No training text was named: give --data with a text file, a folder, a store or a data set.")
-    path = Path(config.data.path)
+    path = _place(config.data.path)
     if path.exists():
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path.resolve())))
     return config
+
+
+def _place(source: str) -> Path:
+    """The path of a text; UserError for what is no possible path, or is a run directory."""
+    path = Path(source)
+    try:
+        path.exists()
+    except (OSError, ValueError):
+        raise UserError(f"{shown(source)} is not a possible path.") from None
+    if directory.exists(path):
+        own = path / OWN_STORE
+        hint = f" Its own tokens are in {own}." if is_store(own) else ""
+        raise UserError(f"{path}: a run directory; expected a text file, a folder of text, or a store.{hint}")
+    return path
 
 
 def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
@@ -468,6 +518,11 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
         store = open_store(own)
         store.verify()
         return store, []
+    elif keep and own.exists():
+        raise DataError(
+            f"{own}: the run's own tokens are damaged (no {own / 'store.json'}); remove this folder to have them made "
+            f"again from {config.data.path}."
+        )
     else:
         return prepare(config.data.path, config.tokenizer, own, overwrite=True), []
     store.verify()
@@ -503,15 +558,16 @@ def _evaluation_store(
 ) -> tuple[Store, str]:
     """(store, split) to measure: the named text tokenized for the model, or the run's own."""
     if not data and not isinstance(run, LanguageModel):
-        toml = Path(run) / "config.toml"
-        data = str(Path(run) / OWN_STORE)
-        if not is_store(data) and toml.is_file():
+        toml, own = Path(run) / "config.toml", Path(run) / OWN_STORE
+        if own.exists():
+            data = str(own)
+        elif toml.is_file():
             data = from_toml(read_text_file(toml, "configuration"), str(toml)).data.path
     if not data:
         raise ConfigError(
             "No text to measure was named: give --data with a text file, a folder, a store or a data set."
         )
-    if is_store(data):
+    if is_store(_place(data)):
         store = open_store(data)
         store.verify()
         if store.tokenizer_hash != model.tokenizer.hash:

@@ -6,7 +6,9 @@ Every field carries its help text and bounds, from which `docs/configuration.md`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import tomllib
@@ -16,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from recurlm.errors import ConfigError, nearest
+from recurlm.errors import ConfigError, nearest, shown
 
 
 def _opt(
@@ -216,11 +218,16 @@ class Config:
 SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
 
 
+MAX_LIST = 256
+
+
 def _check(kind: Any, value: Any, meta: Mapping[str, Any], name: str) -> Any:
     """The value as its field's type; ConfigError with the expected type, bounds or choices otherwise."""
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} = {value!r}: expected a list, such as [1, 2].")
+            raise ConfigError(f"{name} = {shown(value)}: expected a list, such as [1, 2].")
+        if len(value) > MAX_LIST:
+            raise ConfigError(f"{name}: found a list of {len(value):,} values, expected at most {MAX_LIST}.")
         return tuple(_check(get_args(kind)[0], v, meta, f"{name}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
@@ -228,15 +235,44 @@ def _check(kind: Any, value: Any, meta: Mapping[str, Any], name: str) -> Any:
         except OverflowError:
             raise ConfigError(f"{name}: the number is too large.") from None
     if type(value) is not kind:
-        raise ConfigError(f"{name} = {value!r}: expected {kind.__name__}, found {type(value).__name__}.")
+        raise ConfigError(
+            f"{name} = {shown(value)}: expected {_TYPES[kind]}, found {_TYPES.get(type(value), 'no such')}."
+        )
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{name} = {value}: expected a finite number.")
     low, high = meta["low"], meta["high"]
     if kind in (int, float) and ((low is not None and value < low) or (high is not None and value > high)):
-        raise ConfigError(f"{name} = {value}: expected a value from {low:g} to {high:g}.")
+        raise ConfigError(f"{name} = {shown(value)}: expected a value from {_bound(low)} to {_bound(high)}.")
+    if isinstance(value, str) and not _is_utf8(value):
+        raise ConfigError(f"{name} = {shown(value)}: holds something that is no character in UTF-8.")
     if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{name} = {value!r} is not known.{nearest(str(value), meta['choices'])}")
+        raise ConfigError(f"{name} = {shown(value)} is not known.{nearest(value, meta['choices'])}")
     return value
+
+
+_TYPES = {
+    int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a table",
+}  # fmt: skip
+
+
+def _bound(value: float | None) -> str:
+    if value is None:
+        return "any"
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a section's fields."""
+    return get_type_hints(cls)
 
 
 def section_from_dict(section: str, values: Any, base: Any = None) -> Any:
@@ -244,23 +280,25 @@ def section_from_dict(section: str, values: Any, base: Any = None) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"[{section}] must be a table of settings, found {type(values).__name__}.")
     cls = SECTIONS[section]
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     clean: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"[{section}] has no setting {key!r}.{nearest(key, fields)}")
+            raise ConfigError(f"[{section}] has no setting {shown(key)}.{nearest(key, fields)}")
         clean[key] = _check(hints[key], value, fields[key].metadata, f"{section}.{key}")
     return dataclasses.replace(base if base is not None else cls(), **clean)
 
 
 def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
     """A Config: `values` (nested by section) over `base` (or the defaults)."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"Expected a table of sections, found {type(values).__name__}.")
     base = base or Config()
     clean: dict[str, Any] = {}
     for section, table in values.items():
         if section not in SECTIONS:
-            raise ConfigError(f"There is no section [{section}].{nearest(section, SECTIONS)}")
+            raise ConfigError(f"There is no section [{shown(section)[1:-1]}].{nearest(section, SECTIONS)}")
         clean[section] = section_from_dict(section, table, getattr(base, section))
     return dataclasses.replace(base, **clean)
 
@@ -289,20 +327,31 @@ def from_toml(text: str, source: str, base: Config | None = None) -> Config:
     try:
         values = tomllib.loads(text)
         return from_dict(values, base)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid TOML: {error or 'nested too deeply'}.") from None
+    except ValueError as error:  # a number of thousands of digits is none that tomllib names itself
+        raise ConfigError(f"{source}: not valid TOML: {error}.") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid TOML: nested too deeply.") from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+MAX_TEXT = 1 << 20
 
 
 def read_text_file(path: Path, what: str) -> str:
     """The file's text; ConfigError in one sentence when it cannot be read."""
     try:
+        if not path.is_file() and path.exists():
+            raise ConfigError(f"{path}: cannot read this {what}: not a regular file.")
+        if path.stat().st_size > MAX_TEXT:
+            raise ConfigError(f"{path}: this {what} is longer than {MAX_TEXT:,} bytes.")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: this {what} is not UTF-8 text.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this {what}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r}: cannot read this {what}: {error}.") from None
 
 
 def recipe_names() -> list[str]:
@@ -316,7 +365,17 @@ def load_recipe(name: str, base: Config | None = None) -> Config:
     if name.endswith(".toml"):
         return from_toml(read_text_file(Path(name), "configuration"), name, base)
     if name not in recipe_names():
-        raise ConfigError(f"There is no recipe {name!r}.{nearest(name, recipe_names())}")
+        there = False
+        with contextlib.suppress(OSError, ValueError):  # a name too long for one, or with a NUL
+            there = Path(name).exists()
+        if there:
+            raise ConfigError(
+                f"{name} is no recipe and no .toml file; if it is the text to learn from, give it by --data."
+            )
+        raise ConfigError(
+            f"There is no recipe {shown(name)}; settings of your own go into a file that ends with .toml."
+            f"{nearest(name, recipe_names())}"
+        )
     text = (resources.files("recurlm") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     return from_toml(text, f"recipe {name}", base)
 
@@ -326,11 +385,11 @@ def parse_assignment(text: str) -> tuple[str, str, Any]:
     name, equals, raw = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
-        raise ConfigError(f"--set {text!r}: expected section.key=value, such as optimizer.lr=30.")
+        raise ConfigError(f"--set {shown(text)}: expected section.key=value, such as optimizer.lr=30.")
     try:
         parsed = tomllib.loads(f"value = {raw}")
         value = parsed["value"] if len(parsed) == 1 else raw
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = raw.strip()
     return section, key, value
 

@@ -42,9 +42,20 @@ class RunError(UserError):
     exit_code = 1
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def shown(value: object, most: int = 60) -> str:
+    """The value as Python writes it, cut to about `most` characters: what a message quotes of bad input."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = f"a {type(value).__name__} of very many digits"
+    except RecursionError:
+        text = f"a {type(value).__name__} nested very deeply"
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
     """What to say after an unknown name: the nearest known one if any is close; all of them if few, or if none is."""
-    known = sorted(known)
+    name, known = str(name)[:100], sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return guess + (f" Known: {', '.join(known)}." if len(known) <= (12 if guess else 100) else "")
@@ -53,5 +64,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def lookup(registry: Mapping[str, T], name: str, setting: str) -> T:
     """The entry of a literal registry; ConfigError naming the setting and the nearest entry otherwise."""
     if name not in registry:
-        raise ConfigError(f"{setting} = {name!r} is not known.{nearest(name, registry)}")
+        raise ConfigError(f"{setting} = {shown(name)} is not known.{nearest(name, registry)}")
     return registry[name]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from recurlm.errors import CheckpointError, UserError
+from recurlm.errors import CheckpointError, UserError, shown
+
+LOCK = ".lock"
 
 
 def sha256(path: Path) -> str:
@@ -51,6 +57,54 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """The file, open for reading; OSError unless it is a regular file that lies in its own folder.
+
+    A pipe would wait for ever, and a link in a stranger's folder could lead anywhere.
+    """
+    if path.is_symlink():
+        try:
+            target = path.resolve(strict=True)
+        except RuntimeError:
+            raise OSError(errno.ELOOP, "it is a link that leads to itself") from None
+        if not target.is_relative_to(path.parent.resolve()):
+            raise OSError(errno.EPERM, "it is a link that leads out of its folder")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file; OSError as `open_regular`, ValueError when it is longer than `limit` bytes."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise ValueError(f"it is longer than {limit:,} bytes")
+        return file.read(limit)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError("a key is there twice")
+    return out
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of strict JSON: no key twice, no NaN or infinity; ValueError otherwise, for whatever the bytes are."""
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def describe(path: Path) -> dict[str, Any]:
     """What a manifest says of a file: {size, sha256}."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -58,13 +112,18 @@ def describe(path: Path) -> dict[str, Any]:
 
 def fault(path: Path, *accepted: Any) -> str | None:
     """What is wrong with a file that must match one of the `accepted` descriptions; None when nothing is."""
-    if not path.is_file():
-        return "it is missing"
-    size = path.stat().st_size
     known = [entry for entry in accepted if isinstance(entry, dict)]
-    if size not in [entry.get("size") for entry in known]:
-        return f"it is {size:,} bytes long, not as its manifest says"
-    if sha256(path) not in [entry.get("sha256") for entry in known]:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size not in [entry.get("size") for entry in known]:
+                return f"it is {size:,} bytes long, not as its manifest says"
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if found not in [entry.get("sha256") for entry in known]:
         return "its checksum does not match its manifest; it is damaged or belongs to another model"
     return None
 
@@ -79,23 +138,27 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     write_atomic(path, to_json({**manifest, "sha256": _seal_of(manifest)}))
 
 
-def read_manifest(path: Path, known_format: int) -> dict[str, Any]:
+def read_manifest(path: Path, known_format: int, limit: int = 1 << 20) -> dict[str, Any]:
     """The manifest, its own checksum and format checked; CheckpointError naming the file otherwise."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = parse_json(read_regular(path, limit))
+    except OSError as error:
+        raise CheckpointError(f"{path}: not a readable manifest ({error.strerror}).") from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error}).") from None
     if not isinstance(manifest, dict) or manifest.get("sha256") != _seal_of(manifest):
         raise CheckpointError(f"{path}: its own checksum does not match; the file is damaged or was edited.")
-    if manifest.get("format") != known_format:
-        raise CheckpointError(f"{path}: format {manifest.get('format')!r}, but this recurlm reads {known_format}.")
+    if type(manifest.get("format")) is not int or manifest["format"] != known_format:
+        raise CheckpointError(f"{path}: format {shown(manifest.get('format'))}, but this recurlm reads {known_format}.")
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path}: it lists no files.")
     return manifest
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder's `.lock`, which dies with the process; UserError when another process holds it."""
-    with (folder / ".lock").open("a") as file:
+    with (folder / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -203,7 +203,7 @@ def test_damage_is_found(kind: str, folder: Path, tmp_path: Path):
         (ids, good[ids][:-1], r"valid.bin: found \d+ bytes, expected"),
         (ids, None, r"valid.bin: found no file, expected"),
         (saved, good[saved].replace(b"1.0", b"1.1"), "not the tokenizer that this store was made with"),
-        (saved, None, "not the tokenizer"),
+        (saved, None, "tokenizer.json: it is missing"),
         (
             description,
             good[description].replace(b'"tokens": ', b'"tokens": 1'),

@@ -71,7 +71,7 @@ def interrupt_at(run: Path, data: Path, settings: tuple[str, ...], step: int, nu
     return process.returncode
 
 
-@pytest.mark.parametrize("layer", ["lstm", "qrnn"])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_kill_9_in_an_epoch_and_resume_is_bit_for_bit(layer, text_file, tmp_path):
     settings = (*LONG, f"model.layer={layer}", "model.zoneout=0.1")
     run_to_the_end(tmp_path / "whole", text_file, *settings)
@@ -121,35 +121,6 @@ def make(store, folder: Path, *settings: str) -> Trainer:
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-@pytest.mark.parametrize("where", ["weight", "state", "gradient", "term"])
-def test_numbers_that_are_not_finite_stop_before_the_weights_move(where, store, tmp_path, monkeypatch):
-    trainer = make(store, tmp_path / "run")
-    for _ in range(3):
-        trainer.step()
-    named = dict(trainer.model.named_parameters())
-    if where == "weight":
-        named["layers.1.weight_hh"].data[0, 0] = float("inf")
-        words = "weight layers.1.weight_hh"
-    elif where == "state":
-        trainer.state[0][1][0, 0] = float("nan")
-        words = "carried state 1"
-    elif where == "gradient":
-        named["head.bias"].register_hook(lambda grad: grad * float("nan"))
-        words = "gradient of head.bias"
-    else:
-        real = objective.terms
-        monkeypatch.setattr(objective, "terms", lambda *a: {**real(*a), "ar": torch.tensor(float("nan"))})
-        words = "'ar' is nan"
-    before = weights(trainer)
-    with pytest.raises(RunError) as caught:
-        trainer.step()
-    assert "Step 4" in str(caught.value)
-    assert words in str(caught.value)
-    for name, value in weights(trainer).items():
-        assert torch.equal(value, before[name]) or where == "weight"
-    assert trainer.cursor.step == 3
 
 
 def test_a_run_with_a_bad_number_keeps_its_steps(store, tmp_path, monkeypatch):
@@ -447,7 +418,10 @@ def test_a_piece_left_out_of_the_checkpoint_is_noticed(mutant, store, tmp_path):
             saved.values["cursor"][drop] = zeros[drop]
         for name in [name for name in saved.tensors if drop and name.startswith(drop)]:
             saved.tensors[name].zero_()
-        again.resume(saved)
+        try:
+            again.resume(saved)
+        except CheckpointError:
+            return ["refused"]
         monitor = Monitor(folder, 37, False, True)
         while not again.done() and again.cursor.step < 60:
             again.step_and_dues(monitor, time.monotonic())

@@ -103,6 +103,8 @@ def demo(
 ) -> None:
     """Train a small character model on Shakespeare, on the CPU, and show what it can do (about 80 s)."""
     started = time.perf_counter()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: a file; choose a folder with -o.")
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise UserError(f"{out} holds something else than a demo; choose another folder with -o.")
     note("Reading Shakespeare's 38 plays; four of them are kept for the test, two to watch.")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from recurlm import __version__
 from recurlm.cli import data, demo, embed, train, use
 from recurlm.errors import UserError
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # typer names no common class of its usage errors
+OUT_OF_MEMORY = "Out of memory; lower data.batch_size, data.bptt or the model's sizes."
 
 app = typer.Typer(
     name="recurlm",
@@ -65,34 +69,49 @@ def run() -> None:
     # times slower. A short spin costs about 15 % on an idle machine (docs/log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app(args=[a for a in arguments if a != "--debug"], prog_name="recurlm")
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="recurlm", standalone_mode=False)
+        sys.exit(code if type(code) is int else 0)
     except UserError as error:
         _fail(str(error), error.exit_code, debug)
     except _Interrupted:
         _fail("Interrupted.", 128 + signal.SIGINT, debug)
+    except USAGE_ERROR as error:
+        _usage(error, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing to say
         sys.exit(0)
     except MemoryError:
-        _fail("Out of memory; lower data.batch_size, data.bptt or the model's sizes.", 1, debug)
+        _fail(OUT_OF_MEMORY, 1, debug)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}.", 1, debug)
     except RuntimeError as error:
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
             raise
-        _fail("Out of memory; lower data.batch_size, data.bptt or the model's sizes.", 1, debug)
+        _fail(OUT_OF_MEMORY, 1, debug)
 
 
-def _fail(sentence: str, code: int, debug: bool) -> None:
+def _usage(error: Any, debug: bool) -> NoReturn:
+    """Exits with a usage error of typer as one sentence, or with the help when a verb was called without arguments."""
+    verb = error.ctx.command_path if error.ctx else "recurlm"
+    if "NoArgs" in type(error).__name__:
+        error.show()
+        sys.exit(2)
+    sentence = error.format_message()
+    _fail(f"{sentence if sentence.endswith('?') else sentence.rstrip('.') + '.'} See `{verb} --help`.", 2, debug)
+
+
+def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(f"recurlm: {sentence}", file=sys.stderr)
+    print("recurlm: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence), file=sys.stderr)
     sys.exit(code)
 
 

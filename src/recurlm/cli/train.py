@@ -91,6 +91,10 @@ def train(
     values["train"] = {key: value for key, value in named.items() if value is not None}
     config = build_config(recipe, out, resume == "auto", settings or [], values)
     seconds = parse_duration(max_time)
+    if dry_run and max_time:
+        raise ConfigError("--max-time says when training stops, but --dry-run does not train; leave one of them out.")
+    if lr_find and (dry_run or max_time or resume == "auto"):
+        raise ConfigError("--lr-find trains nothing that is kept; leave out --dry-run, --max-time and --resume.")
     if lr_find:
         return _lr_find(config, out or Path("lr-find.svg"), threads, as_json)
     if out is None and not dry_run:
@@ -98,7 +102,7 @@ def train(
     set_threads(threads)
     from recurlm import api
 
-    if dry_run:
+    if out is None or dry_run:
         facts = api.plan(config)
         if as_json:
             print_json({**facts, "config": to_dict(config)})

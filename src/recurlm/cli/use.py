@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -71,21 +72,26 @@ def eval_(
 
 def _lines(path: str) -> Iterator[str]:
     """The lines of a file, '-' for stdin, without their ends."""
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{path}: expected text with one sentence a line, not jsonl.")
     try:
-        if path.endswith((".jsonl", ".jsonl.gz")):
-            raise UserError(f"{path}: expected text with one sentence a line, not jsonl.")
         open_file = gzip.open if path.endswith(".gz") else open
-        source = sys.stdin.buffer if path == "-" else open_file(path, "rb")
+        with sys.stdin.buffer if path == "-" else open_file(path, "rb") as source:
+            for number, line in enumerate(source, 1):
+                try:
+                    text = line.decode("utf-8").removesuffix("\n")
+                except UnicodeDecodeError as error:
+                    place = "standard input" if path == "-" else path
+                    raise DataError(
+                        f"{place}, line {number}: not UTF-8 text at byte {error.start} of the line."
+                    ) from None
+                yield text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark is no text
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise DataError(f"{path}: this gzip file is damaged or cut short.") from None
+    except ValueError as error:
+        raise UserError(f"{path!r}: cannot be read: {error}.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
-    with source:
-        for number, line in enumerate(source, 1):
-            try:
-                text = line.decode("utf-8").removesuffix("\n")
-                yield text.removeprefix("\ufeff") if number == 1 else text  # a byte order mark is no text
-            except UnicodeDecodeError as error:
-                place = "standard input" if path == "-" else path
-                raise DataError(f"{place}, line {number}: not UTF-8 text at byte {error.start} of the line.") from None
 
 
 def score(
@@ -106,12 +112,6 @@ def score(
     from recurlm import api
 
     model = api.load(run, device=device, dtype=dtype)
-    if not as_json:
-        print(
-            "sentence_id\ttoken_id\ttoken\tsurprisal"
-            if level == "token"
-            else "sentence_id\ttokens\tsurprisal\tsentence"
-        )
     batch: list[str] = []
     done = 0
     for line in _lines(text):
@@ -119,15 +119,22 @@ def score(
         if len(batch) == BATCH_LINES:
             _print_scores(model, batch, done, level, unit, end, as_json)
             done, batch = done + len(batch), []
-    _print_scores(model, batch, done, level, unit, end, as_json)
+    if batch or not done:
+        _print_scores(model, batch, done, level, unit, end, as_json)
 
 
 def _print_scores(model, batch: list[str], first: int, level: str, unit: str, end: bool, as_json: bool) -> None:
+    """Prints the rows of a batch; before the first one the header, once nothing can be wrong with it any more."""
     from recurlm.text.tokenizers.base import display
 
-    for number, (line, scored) in enumerate(
-        zip(batch, model.score_all(batch, unit=unit, end=end), strict=True), first + 1
-    ):
+    scores = model.score_all(batch, unit=unit, end=end)
+    if not as_json and first == 0:
+        print(
+            "sentence_id\ttoken_id\ttoken\tsurprisal"
+            if level == "token"
+            else "sentence_id\ttokens\tsurprisal\tsentence"
+        )
+    for number, (line, scored) in enumerate(zip(batch, scores, strict=True), first + 1):
         if as_json:
             row: dict = {"sentence_id": number, "text": line, "unit": unit, "total": scored.total}
             if level == "token":

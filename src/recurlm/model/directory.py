@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from recurlm import files
+from recurlm import files, tensors
 from recurlm.config import ModelConfig, section_from_dict
-from recurlm.errors import CheckpointError, ConfigError, UserError
+from recurlm.errors import CheckpointError, ConfigError, UserError, shown
 from recurlm.model.neural import NeuralModel
 from recurlm.model.precision import Precision
 
@@ -70,44 +68,47 @@ def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 def read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralModel, dict[str, Any]]:
     """(model, manifest) of the folder, every listed file verified; CheckpointError naming the file otherwise."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a run directory, as `recurlm train -o` makes it.")
     if not exists(folder):
-        hint = " It has checkpoints only: let training reach a validation." if (folder / "checkpoints").is_dir() else ""
-        raise UserError(f"{folder}: not a run directory, for it has no {MANIFEST}.{hint}")
+        raise UserError(_no_model(folder))
     manifest = files.read_manifest(folder / MANIFEST, FORMAT)
-    for name in (CONFIG, TOKENIZER, WEIGHTS):
-        pending = manifest.get("pending") if name == WEIGHTS else None
-        if reason := files.fault(folder / name, manifest["files"].get(name), pending):
+    if "values" in manifest:
+        raise UserError(f"{folder}: a checkpoint; give the run directory that it belongs to.")
+    listed, pending = manifest["files"], manifest.get("pending")
+    if manifest.get("kind") != "neural" or not isinstance(manifest.get("facts"), dict) or CONFIG not in listed:
+        raise CheckpointError(f"{folder / MANIFEST}: not the manifest of a model.")
+    for name in (CONFIG, TOKENIZER):
+        if reason := files.fault(folder / name, listed.get(name)):
             raise CheckpointError(f"{folder / name}: {reason}.")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = files.parse_json(files.read_regular(folder / CONFIG, 1 << 20))
         settings: ModelConfig = section_from_dict("model", config["model"])
         vocab_size = config["vocab_size"]
         if type(vocab_size) is not int or not 1 <= vocab_size < 2**31:
-            raise ConfigError(f"vocab_size = {vocab_size!r}: expected a positive whole number.")
-    except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+            raise ConfigError(f"vocab_size = {shown(vocab_size)}: expected a positive whole number.")
+        with torch.device("meta"):  # nothing of the model's size is allocated before the weights are known to fit
+            model = NeuralModel(settings, vocab_size, torch.Generator("cpu"), how)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a model's configuration ({error}).") from None
-    return _with_weights(folder / WEIGHTS, settings, vocab_size, device, how), manifest
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    weights = tensors.read(folder / WEIGHTS, listed.get(WEIGHTS), pending, expected=shapes)
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{folder / WEIGHTS}: {name} holds a number that is not finite.")
+    model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
+    return model.requires_grad_(False).eval(), manifest
 
 
-def _with_weights(
-    path: Path, config: ModelConfig, vocab_size: int, device: torch.device, how: Precision
-) -> NeuralModel:
-    """The model with the file's weights; shapes are compared before anything of the model's size is allocated."""
-    try:
-        with torch.device("meta"):
-            model = NeuralModel(config, vocab_size, torch.Generator("cpu"), how)
-    except ConfigError as error:
-        raise CheckpointError(f"{path.with_name(CONFIG)}: {error}") from None
-    try:
-        weights = load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}).") from None
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(t.shape) for name, t in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise CheckpointError(f"{path}: {name} is {found.get(name)}, but {CONFIG} asks for {expected.get(name)}.")
-    model.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
-    return model.requires_grad_(False).eval()
+def _no_model(folder: Path) -> str:
+    """What to say of a path that holds no published model: the nearest guess at what it is instead."""
+    if not folder.exists():
+        return f"{folder}: no such folder; expected a run directory, as `recurlm train -o` makes it."
+    if not folder.is_dir():
+        return f"{folder}: a file; expected a run directory, as `recurlm train -o` makes it."
+    hint = ""
+    if (folder / "checkpoints").is_dir():
+        hint = " It has checkpoints only: let training reach a validation."
+    elif (folder / "store.json").is_file():
+        hint = " It is a store of tokens: train on it with `recurlm train --data`."
+    elif folder.name == "checkpoints" and exists(folder.parent):
+        hint = f" Give the run directory itself, {folder.parent}."
+    return f"{folder}: not a run directory, for it has no {MANIFEST}.{hint}"

@@ -82,6 +82,7 @@ class Streams(Batches):
 
     def steps_per_epoch(self, config: DataConfig) -> int:
         mean = config.bptt * (config.bptt_full_share + (1 - config.bptt_full_share) / 2)
+        mean = min(mean, self.train_length)
         return math.ceil(self.train_length / mean)
 
     def window(self, position: int, steps: int, epoch: int = 0) -> Window:

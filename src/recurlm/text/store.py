@@ -11,20 +11,23 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, final
 
 import numpy as np
 
+from recurlm import files
 from recurlm.config import TokenizerConfig
-from recurlm.errors import DataError, UserError, lookup
-from recurlm.files import sha256, sync, to_json
+from recurlm.errors import DataError, UserError, lookup, shown
+from recurlm.files import sync, to_json
 from recurlm.text.corpora import SPLITS, WHOLE, Corpus, open_corpus
 from recurlm.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT = 1
 MAX_WORD = 64 << 20
+_VERIFIED = 4 << 20  # bytes hashed at once
 _PREPARE = "prepare the text again with `recurlm data prepare`"
 
 
@@ -69,11 +72,20 @@ class Store:
         return load_tokenizer(self.path / "tokenizer.json")
 
     def verify(self) -> None:
-        """None when every file has its sha256; DataError naming the first that has not."""
+        """None when every file has its sha256 and every id is one of the tokenizer's; DataError naming the first that has not."""
+        tokenizer = self.tokenizer()
+        if (tokenizer.kind, tokenizer.vocab_size) != (self.tokenizer_kind, self.vocab_size):
+            raise DataError(f"{self.path / 'tokenizer.json'}: not the tokenizer that store.json describes; {_PREPARE}.")
         for split, info in self.info.items():
-            file = self.path / f"{split}.bin"
-            if sha256(file) != info.sha256:
+            file, digest, largest = self.path / f"{split}.bin", hashlib.sha256(), 0
+            with _reading(file), files.open_regular(file) as source:
+                while block := source.read(_VERIFIED):
+                    digest.update(block)
+                    largest = max(largest, int(np.frombuffer(block, self.dtype).max()))
+            if digest.hexdigest() != info.sha256:
                 raise DataError(f"{file}: its content has changed since it was written; {_PREPARE}.")
+            if largest >= self.vocab_size:
+                raise DataError(f"{file}: holds the id {largest}, but its tokenizer has {self.vocab_size}; {_PREPARE}.")
 
 
 def is_store(path: str | Path) -> bool:
@@ -119,7 +131,10 @@ def write_store(
     """
     path = Path(path)
     _check_target(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}.") from None
     _remove_litter(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
@@ -162,8 +177,10 @@ def open_store(path: str | Path) -> Store:
         raise UserError(
             f"{path}: no store here (no store.json); make one with `recurlm data prepare SOURCE -o {path}`."
         )
+    with _reading(file):
+        description = files.read_regular(file, 1 << 20)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = files.parse_json(description)
         hash, version, tokenizer = content.pop("hash"), content["format"], content["tokenizer"]
         store = Store(
             path,
@@ -174,11 +191,11 @@ def open_store(path: str | Path) -> Store:
             tokenizer["vocab_size"],
             content["dtype"],
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(f"{file}: cannot be read as a store's description; {_PREPARE}.") from None
-    if version != FORMAT:
-        raise DataError(f"{file}: found format {version!r}, this recurlm reads format {FORMAT}; {_PREPARE}.")
-    if hash != _hash(content) or not set(store.info) <= {*SPLITS, WHOLE} or store.dtype not in ("<u2", "<u4"):
+    if type(version) is not int or version != FORMAT:
+        raise DataError(f"{file}: found format {shown(version)}, this recurlm reads format {FORMAT}; {_PREPARE}.")
+    if hash != _hash(content) or not _possible(store):
         raise DataError(f"{file}: changed since it was written; {_PREPARE}.")
     for split, info in store.info.items():
         ids = path / f"{split}.bin"
@@ -188,9 +205,37 @@ def open_store(path: str | Path) -> Store:
             seen = "no file" if found is None else f"{found} bytes"
             raise DataError(f"{ids}: found {seen}, expected {expected} bytes; {_PREPARE}.")
     saved = path / "tokenizer.json"
-    if not saved.is_file() or sha256(saved) != store.tokenizer_hash:
-        raise DataError(f"{saved}: not the tokenizer that this store was made with; {_PREPARE}.")
+    with _reading(saved), files.open_regular(saved) as source:
+        if hashlib.file_digest(source, "sha256").hexdigest() != store.tokenizer_hash:
+            raise DataError(f"{saved}: not the tokenizer that this store was made with; {_PREPARE}.")
     return store
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turns what is wrong with a store's file itself into a DataError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{file}: it is missing; {_PREPARE}.") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}; {_PREPARE}.") from None
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; {_PREPARE}.") from None
+
+
+def _possible(store: Store) -> bool:
+    """Whether a description's names and numbers are such as `write_store` could have written."""
+    counts = [asdict(info) for info in store.info.values()]
+    numbers = [n for entry in counts for key, n in entry.items() if key != "sha256"]
+    return (
+        set(store.info) <= {*SPLITS, WHOLE}
+        and store.dtype in ("<u2", "<u4")
+        and type(store.vocab_size) is int
+        and 1 <= store.vocab_size < 2**31
+        and all(type(n) is int and 0 <= n < 2**62 for n in numbers)
+        and all(entry["tokens"] for entry in counts)
+    )
 
 
 def texts(blocks: Iterable[bytes], tokenizer: type[Tokenizer], place: str) -> Iterator[str]:
@@ -258,13 +303,18 @@ def _write_split(corpus: Corpus, split: str, tokenizer: Tokenizer, dtype: np.dty
     for part in parts:
         ids = tokenizer.encode_prefix(part)  # type: ignore[arg-type]
         if ids.size:
-            assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size, "an id outside the vocabulary"
+            if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+                raise DataError(
+                    f"{corpus.places[split]}: the {tokenizer.kind} tokenizer gave an id that it does not have."
+                )
             data = ids.astype(dtype).data
             digest.update(data)
             file.write(data)
             tokens += ids.size
     if not tokens:
-        raise DataError(f"{corpus.places[split]}: the {split} text is empty; expected at least one line.")
+        raise DataError(
+            f"{corpus.places[split]}: the {split + ' ' if split != WHOLE else ''}text is empty; expected at least one line."
+        )
     return SplitInfo(tokens, counter.words, counter.lines, counter.characters, counter.bytes, digest.hexdigest())
 
 

@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recurlm import files
 from recurlm.errors import CheckpointError, RunError
+from recurlm.tensors import read
 
 FORMAT = 1
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
+MAX_TENSORS = 1 << 14  # a model's 4,096 at most, with their moments and means
 
 
 class Checkpoint(NamedTuple):
@@ -35,7 +37,7 @@ class Checkpoint(NamedTuple):
 
 
 def _is_step(path: Path) -> bool:
-    return re.fullmatch(r"step-\d{1,12}", path.name) is not None and path.is_dir()
+    return re.fullmatch(r"step-\d{1,12}", path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def steps(folder: Path) -> list[Path]:
@@ -93,16 +95,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint at `path`, verified; CheckpointError naming file and fault otherwise."""
-    manifest = files.read_manifest(path / MANIFEST, FORMAT)
-    if path.name != f"step-{manifest['step']}":
-        raise CheckpointError(f"{path}: the folder's name and its manifest's step {manifest['step']} differ.")
-    file = path / TENSORS
-    if reason := files.fault(file, manifest["files"][TENSORS]):
-        raise CheckpointError(f"{file}: {reason}.")
-    try:
-        return Checkpoint(manifest["step"], load_file(file), manifest["values"])
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: not a safetensors file ({error}).") from None
+    manifest = files.read_manifest(path / MANIFEST, FORMAT, limit=64 << 20)
+    step, values = manifest.get("step"), manifest.get("values")
+    if type(step) is not int or not isinstance(values, dict):
+        raise CheckpointError(f"{path / MANIFEST}: not the manifest of a checkpoint.")
+    if path.name != f"step-{step}":
+        raise CheckpointError(f"{path}: the folder's name and its manifest's step {step} differ.")
+    return Checkpoint(step, read(path / TENSORS, manifest["files"].get(TENSORS), most=MAX_TENSORS), values)
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -130,7 +129,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts tensors of `flatten_optimizer` back."""
+    """Puts tensors of `flatten_optimizer` back. Their shapes must be right: a fused optimiser trusts them."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)

@@ -24,8 +24,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                record = files.parse_json(line.encode())
+                known = isinstance(record, dict) and isinstance(record.get("event"), str)
+                if known and type(record.get("step")) is int:
                     records.append(record)
     return records
 

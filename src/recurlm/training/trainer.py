@@ -195,6 +195,8 @@ class Trainer:
         if self.best is None:
             return
         loss, step, weights = self.best
+        if bad := objective.first_nonfinite(weights):
+            raise RunError(f"Step {step}: the weight {bad} is not finite, so no model was saved; resume from before.")
         facts = {
             "parameters": sum(p.numel() for p in self.parameters), "step": step,
             "loss_nats": loss if math.isfinite(loss) else None, "loss_split": self.valid_split,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from recurlm import files
 from recurlm.config import TokenizerConfig
 from recurlm.errors import DataError, UserError, lookup
 from recurlm.text.tokenizers.base import Tokenizer
@@ -15,6 +16,8 @@ from recurlm.text.tokenizers.char import CharTokenizer
 from recurlm.text.tokenizers.word import WordTokenizer
 
 __all__ = ["TOKENIZERS", "Tokenizer", "load_tokenizer", "train_tokenizer"]
+
+MAX_FILE = 1 << 30
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "word": WordTokenizer,
@@ -35,21 +38,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     The kind is that whose tokenizer.json, made anew from the file's model, has the content of the file.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text)
+        content = files.parse_json(files.read_regular(Path(path), MAX_FILE))
         model = content["model"]
     except OSError as error:
         raise UserError(f"{path}: cannot read this tokenizer: {error.strerror}.") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         raise DataError(f"{path}: not a tokenizer.json (expected JSON with a `model` table).") from None
     for cls in TOKENIZERS.values():
-        try:
-            tokenizer = cls.from_model(model)
-        except Exception:  # the file is a stranger's: whatever fails, it is not of this kind
-            continue
-        if tokenizer.to_dict() == content:
+        if (tokenizer := _of_kind(cls, model)) is not None and tokenizer.to_dict() == content:
             return tokenizer
     raise DataError(
         f"{path}: this tokenizer.json is damaged or not one that recurlm writes ({', '.join(TOKENIZERS)}); "
         "train a tokenizer with `recurlm data prepare`."
     )
+
+
+def _of_kind(cls: type[Tokenizer], model: Any) -> Tokenizer | None:
+    """The tokenizer of that kind with the model; None when the model is of another kind or cannot work."""
+    try:
+        return cls.from_model(model)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except (
+        BaseException
+    ):  # the file is a stranger's: whatever fails (a panic of the library too), it is not of this kind
+        return None
