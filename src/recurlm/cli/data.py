@@ -76,7 +76,7 @@ def get_set(
 def prepare(
     source: Annotated[str, typer.Argument(help="Text file, folder with train/valid/test, or name of a data set.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="STORE", help="Store to make.")],
-    tokenizer: Annotated[str, typer.Option(help="word, char, byte or bpe.")] = TokenizerConfig.kind,
+    tokenizer: Annotated[str, typer.Option(help="word, char, byte, bpe or unigram.")] = TokenizerConfig.kind,
     vocab_size: Annotated[int, typer.Option(help="Largest vocabulary; 0 = default.")] = 0,
     min_count: Annotated[int, typer.Option(help="word, char: rarer types become unknown.")] = 1,
     vocab_splits: Annotated[str, typer.Option(help="Text of the vocabulary: train or all.")] = "train",

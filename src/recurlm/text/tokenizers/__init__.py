@@ -12,6 +12,7 @@ from recurlm.text.tokenizers.base import Tokenizer
 from recurlm.text.tokenizers.bpe import BpeTokenizer
 from recurlm.text.tokenizers.byte import ByteTokenizer
 from recurlm.text.tokenizers.char import CharTokenizer
+from recurlm.text.tokenizers.unigram import UnigramTokenizer
 from recurlm.text.tokenizers.word import WordTokenizer
 
 __all__ = ["TOKENIZERS", "Tokenizer", "load_tokenizer", "train_tokenizer"]
@@ -21,6 +22,7 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "char": CharTokenizer,
     "byte": ByteTokenizer,
     "bpe": BpeTokenizer,
+    "unigram": UnigramTokenizer,
 }
 
 
