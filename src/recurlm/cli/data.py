@@ -28,6 +28,7 @@ def list_sets(as_json: Json = False) -> None:
             "what": known.what,
             "bytes": dict(known.bytes),
             "licence": known.licence,
+            "checked_by": known.checked_by,
             "where": _where(name),
             "urls": dict(known.urls or {}),
             "url_tried": known.url_tried,
@@ -40,11 +41,13 @@ def list_sets(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "what", "MB", "licence", "present", "URL")
+    table = Table("name", "what", "MB", "licence", "present", "URL", "check")
     for entry in sets:
         size = f"{sum(entry['bytes'].values()) / 1e6:.1f}"
         url = ("tried" if entry["url_tried"] else "not tried") if entry["urls"] else f"from {entry['made_from']}"
-        table.add_row(entry["name"], entry["what"], size, entry["licence"], entry["where"] or "no", url)
+        table.add_row(
+            entry["name"], entry["what"], size, entry["licence"], entry["where"] or "no", url, entry["checked_by"]
+        )
     return Console().print(table)
 
 
@@ -53,7 +56,11 @@ def get_set(
     name: Annotated[str, typer.Argument(help="Name of a data set, as `recurlm data list` shows it.")],
     from_dir: Annotated[
         Path | None,
-        typer.Option("--from", metavar="DIR", help="Take the train, valid and test files from here."),
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="Take the train, valid and test files, or enwik8, text8 or the zip, from here.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -17,6 +17,9 @@ from recurlm.text.tokenizers.byte import SPELLING
 # bytes that the text lacks get the lowest score plus a multiple of 1e-4 that is drawn anew each time.
 _DIGITS = 4
 _UNSEEN = 256.5e-4
+# Of the pieces left, this part survives each round. The library's 0.75 gives 0.3 % fewer tokens on WikiText-2 and
+# takes up to 8 times as long on a text of many words.
+_SHRINKING = 0.5
 
 
 @final
@@ -49,7 +52,11 @@ class UnigramTokenizer(Tokenizer):
                 break
         size = config.vocab_size or byte_level.DEFAULT_SIZE
         trainer = trainers.UnigramTrainer(
-            vocab_size=size, initial_alphabet=SPELLING, special_tokens=[], show_progress=False
+            vocab_size=size,
+            initial_alphabet=SPELLING,
+            special_tokens=[],
+            show_progress=False,
+            shrinking_factor=_SHRINKING,
         )
         scores = dict(byte_level.train(models.Unigram(), trainer, sample)["vocab"])
         lowest = min(scores.values())
