@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def test_a_megabyte_of_the_same(kind: str):
 def measured(work: Callable[[], object]) -> float:
     start = time.process_time()
     work()
-    return round(time.process_time() - start, 4)
+    return max(0.0001, round(time.process_time() - start, 4))
 
 
 ATTACKS = [
@@ -189,14 +190,14 @@ def test_typed_control_tokens_are_text():
 
 
 def child(code: str, *arguments: object) -> tuple[list[str], float]:
-    """(lines printed by the code, peak MB) in a process of its own, started with 512 MB + what the code allows."""
-    code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    """(lines printed by the code, peak MB) in a process of its own."""
+    code += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=3600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     *lines, peak = done.stdout.splitlines()
-    return lines, float(peak)
+    return lines, float(peak) / 1024
 
 
 PREPARE = """
@@ -211,8 +212,8 @@ print(time.process_time() - start, store.vocab_size, store.info["train"].tokens,
 
 @every
 def test_one_line(kind: str, tmp_path: Path):
-    """A line of 1 GB, 10 MB in CI: memory does not grow with it."""
-    megabytes = counts(10, 1000)
+    """A line of 1 GB, 4 MB in CI: memory does not grow with it."""
+    megabytes = counts(4, 1000)
     source = tmp_path / "source"
     source.mkdir()
     with (source / "train.txt").open("w", encoding="utf-8") as file:
@@ -277,7 +278,7 @@ def test_gzip_bombs(name: str, unit: bytes, tmp_path: Path):
             file.write(member)
     (message,), peak = child(READ, path.parent if "/" in name else path)
     assert any(part in message for part in ("unpacks to more than", "is longer than 64 MB", "is not a JSON object"))
-    record("gzip bomb", name=name, unit=ascii(unit), packed_mb=path.stat().st_size / 1e6, peak_mb=peak)
+    record("gzip bomb", file=name, unit=ascii(unit), packed_mb=path.stat().st_size / 1e6, peak_mb=peak)
     assert peak < 300
 
 
@@ -290,7 +291,8 @@ from recurlm.text import corpora, store
 root = sys.argv[1]
 opened = []
 def hook(event, arguments):
-    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink") and isinstance(arguments[0], (str, bytes, Path)):
+    files = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink")
+    if event in files and isinstance(arguments[0], (str, bytes, Path)):
         opened.append(os.path.abspath(os.fsdecode(arguments[0])))
     if event.startswith(("socket.", "subprocess.", "os.exec", "os.system")):
         opened.append(event)
@@ -347,6 +349,7 @@ def test_path_tricks(tmp_path: Path):
     ]
     names = ["../../secret", str(outside.with_suffix("")), "/etc/passwd", "..", "", "a" * 4096]
     names += ["".join(draw.choice(parts) for _ in range(draw.randint(1, 6))) for _ in range(counts(100, 500))]
+    names = [name for name in names if name != "train"]
     (root / "names.json").write_text(json.dumps(names))
     (line,), _ = child(AUDIT, root)
     assert line == f"{3 * len(names)} []"
@@ -374,8 +377,6 @@ def test_a_store_is_there_while_it_is_replaced(tmp_path: Path):
 
 def test_odd_files_in_any_place(tmp_path: Path):
     """A folder, a pipe, a device, a loop, a broken link or nothing in the place of each file."""
-    import os
-
     makers: dict[str, Callable[[Path], object]] = {
         "folder": Path.mkdir,
         "pipe": os.mkfifo,

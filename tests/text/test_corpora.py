@@ -76,7 +76,7 @@ def test_folder_names(tmp_path: Path):
 
 
 def test_folder_mistakes(tmp_path: Path):
-    with pytest.raises(UserError, match="no train text; expected train"):
+    with pytest.raises(UserError, match="no train text; expected a folder with train"):
         open_corpus(tmp_path)
     (tmp_path / "train.txt").write_text("a\n")
     corpus = open_corpus(tmp_path)

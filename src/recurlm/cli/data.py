@@ -39,15 +39,14 @@ def list_sets(as_json: Json = False) -> None:
     if as_json:
         return print_json({"folder": str(corpora.data_folder()), "sets": sets})
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("name", "what", "MB", "licence", "present", "URL", "check")
+    table = Table(Column("name", no_wrap=True), "what", "MB", "licence", "present", "URL, check")
     for entry in sets:
         size = f"{sum(entry['bytes'].values()) / 1e6:.1f}"
         url = ("tried" if entry["url_tried"] else "not tried") if entry["urls"] else f"from {entry['made_from']}"
-        table.add_row(
-            entry["name"], entry["what"], size, entry["licence"], entry["where"] or "no", url, entry["checked_by"]
-        )
+        url += f", {entry['checked_by']}"
+        table.add_row(entry["name"], entry["what"], size, entry["licence"], entry["where"] or "no", url)
     return Console().print(table)
 
 

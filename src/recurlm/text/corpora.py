@@ -263,7 +263,9 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _regular(path: Path) -> Path:
-    if not stat.S_ISREG(path.stat().st_mode):
+    with _reading(path):
+        mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
         raise UserError(f"{path}: not a regular file; expected a text file (save a pipe's or device's text first).")
     return path
 

@@ -73,7 +73,7 @@ class Store:
         """None when every file has its sha256; DataError naming the first that has not."""
         for split, info in self.info.items():
             file = self.path / f"{split}.bin"
-            if sha256(file) != info.sha256:
+            if _sha256(file) != info.sha256:
                 raise DataError(f"{file}: its content has changed since it was written; {_PREPARE}.")
 
 
@@ -187,7 +187,7 @@ def open_store(path: str | Path) -> Store:
             seen = "no file" if found is None else f"{found} bytes"
             raise DataError(f"{ids}: found {seen}, expected {expected} bytes; {_PREPARE}.")
     saved = path / "tokenizer.json"
-    if not saved.is_file() or sha256(saved) != store.tokenizer_hash:
+    if not saved.is_file() or _sha256(saved) != store.tokenizer_hash:
         raise DataError(f"{saved}: not the tokenizer that this store was made with; {_PREPARE}.")
     return store
 
@@ -265,6 +265,13 @@ def _write_split(corpus: Corpus, split: str, tokenizer: Tokenizer, dtype: np.dty
     if not tokens:
         raise DataError(f"{corpus.places[split]}: the {split} text is empty; expected at least one line.")
     return SplitInfo(tokens, counter.words, counter.lines, counter.characters, counter.bytes, digest.hexdigest())
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}; {_PREPARE}.") from None
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
