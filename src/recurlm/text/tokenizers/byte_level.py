@@ -119,10 +119,13 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """The text in chunks that end with a line, the last one excepted."""
+    """The text in chunks that end with a line, or where a long line can be cut."""
     to_bytes(text)
     start = 0
-    while start < len(text):
-        end = text.find("\n", start + _CHUNK) + 1 or len(text)
+    while len(text) - start > 2 * _CHUNK:
+        end = text.find("\n", start + _CHUNK, start + 2 * _CHUNK) + 1
+        end = end or start + cut(text[start : start + _CHUNK])
         yield text[start:end]
         start = end
+    if start < len(text):
+        yield text[start:]

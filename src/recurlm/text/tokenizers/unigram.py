@@ -66,11 +66,12 @@ class UnigramTokenizer(Tokenizer):
         rounded = [[token, round(score, _DIGITS)] for token, score in scores.items()]
         rounded.sort(key=lambda entry: (len(entry[0]) > 1, -entry[1], entry[0]))
         first = cls(rounded[:size])
-        if not config.vocab_size:
-            found = byte_level.counts(first, sample)
-            kept = [len(p) == 1 or n >= byte_level.DEFAULT_COUNT for p, n in zip(first.pieces, found, strict=True)]
+        found = byte_level.counts(first, sample)
+        kept = [len(p) == 1 or n >= byte_level.DEFAULT_COUNT for p, n in zip(first.pieces, found, strict=True)]
+        if not config.vocab_size and not all(kept):
             first = cls([entry for entry, keep in zip(first._vocab, kept, strict=True) if keep])
-        order = np.argsort(-byte_level.counts(first, sample), kind="stable")
+            found = byte_level.counts(first, sample)
+        order = np.argsort(-found, kind="stable")
         return cls([first._vocab[i] for i in order])
 
     @classmethod
