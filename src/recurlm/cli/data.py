@@ -41,7 +41,8 @@ def list_sets(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("name", no_wrap=True), "what", "MB", "licence", "present", "URL, check")
+    caption = "Every file must have its published checksum. Not tried: this URL has not been fetched by us."
+    table = Table(Column("name", no_wrap=True), "what", "MB", "licence", "present", "URL, check", caption=caption)
     for entry in sets:
         size = f"{sum(entry['bytes'].values()) / 1e6:.1f}"
         url = ("tried" if entry["url_tried"] else "not tried") if entry["urls"] else f"from {entry['made_from']}"

