@@ -38,7 +38,7 @@ def main() -> None:
         size = text.stat().st_size
         print(f"{size / 1e6:,.0f} MB of text")
         print("tokenizer  peak RSS MB  MB/s   ids        train tokens")
-        for kind in ("word", "char", "byte", "bpe"):
+        for kind in ("word", "char", "byte", "bpe", "unigram"):
             start = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, "-c", CHILD, str(text), f"{folder}/{kind}", kind],

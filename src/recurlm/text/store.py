@@ -5,6 +5,7 @@ The folder is written under another name, flushed to the disk and then renamed: 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -155,9 +156,7 @@ def write_store(
         for written in (*temporary.iterdir(), temporary):
             sync(written)
         if path.exists():
-            path.rename(old := path.with_name(f".{path.name}.tmp-{os.getpid()}-old"))
-            temporary.rename(path)
-            shutil.rmtree(old)
+            _exchange(temporary, path)
         else:
             temporary.rename(path)
         sync(path.parent)
@@ -258,7 +257,7 @@ def texts(blocks: Iterable[bytes], tokenizer: type[Tokenizer], place: str) -> It
         if len(carry) > MAX_WORD:
             raise DataError(
                 f"{place}: a word of more than {MAX_WORD >> 20} MB before byte {offset}; "
-                "use the char, byte or bpe tokenizer."
+                "use another tokenizer than word."
             )
         if end:
             yield text[:end]
@@ -323,6 +322,19 @@ def _check_target(path: Path, overwrite: bool) -> None:
         what = "a store" if is_store(path) else "something that is not a store"
         remedy = "use --force to replace it, or " if is_store(path) else ""
         raise UserError(f"{path}: {what} exists already; {remedy}choose another path.")
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swaps two folders: on Linux at once (renameat2), elsewhere in three steps with a moment without `old`."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "renameat2"):
+        here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if library.renameat2(here, os.fsencode(new), here, os.fsencode(old), both) == 0:
+            return
+    aside = new.with_name(f"{new.name}-old")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
 
 
 def _remove_litter(path: Path) -> None:

@@ -13,6 +13,7 @@ from recurlm.text.tokenizers.base import Tokenizer
 from recurlm.text.tokenizers.bpe import BpeTokenizer
 from recurlm.text.tokenizers.byte import ByteTokenizer
 from recurlm.text.tokenizers.char import CharTokenizer
+from recurlm.text.tokenizers.unigram import UnigramTokenizer
 from recurlm.text.tokenizers.word import WordTokenizer
 
 __all__ = ["TOKENIZERS", "Tokenizer", "load_tokenizer", "train_tokenizer"]
@@ -24,6 +25,7 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "char": CharTokenizer,
     "byte": ByteTokenizer,
     "bpe": BpeTokenizer,
+    "unigram": UnigramTokenizer,
 }
 
 
