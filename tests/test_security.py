@@ -23,10 +23,10 @@ ALLOWED = {
     ("text/corpora.py", "urllib", "_fetch"): "`recurlm data get`",
     ("text/corpora.py", "http", "_fetch"): "its errors",
     ("text/corpora.py", "json.loads", "_documents"): "a line of a .jsonl text, of which only a string is taken",
-    ("kernels/__init__.py", "importlib.util", "_triton_fo_pool"): "whether triton is installed, by its literal name",
+    ("kernels/__init__.py", "importlib.util", "_triton_pool"): "whether triton is installed, by its literal name",
     ("files.py", "json.loads", "parse_json"): "the strict reader that all other files go through",
     ("config.py", "json.loads", "to_dict"): "what json.dumps has just written",
-    ("text/tokenizers/bpe.py", "json.loads", "BpeTokenizer.train"): "what the tokenizers library has just made",
+    ("text/tokenizers/byte_level.py", "json.loads", "train"): "what the tokenizers library has just made",
 }
 
 

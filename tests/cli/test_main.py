@@ -156,10 +156,11 @@ def test_control_c_costs_one_line(trained, verb):
         [sys.executable, "-m", "recurlm", verb, str(trained), *options],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert process.stdout
-    process.stdout.read(1)
-    if verb == "generate":
-        process.stdout.read(200)
+    assert process.stdout and process.stdin
+    if verb == "score":
+        process.stdin.write(b"the king\n" * 1500)  # more than one batch
+        process.stdin.flush()
+    process.stdout.read(200)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130

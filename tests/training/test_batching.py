@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_run import interrupt_at, run_to_the_end, trace, validations, weights_hash
@@ -18,7 +19,7 @@ from recurlm.model.heads.softmax import SoftmaxHead
 from recurlm.model.layers import LAYERS
 from recurlm.model.layers.base import RecurrentLayer, uniform
 from recurlm.text.tokenizers import TOKENIZERS
-from recurlm.text.tokenizers.byte import ByteTokenizer
+from recurlm.text.tokenizers.base import Tokenizer
 from recurlm.training.optimizers import OPTIMIZERS
 from recurlm.training.schedules import SCHEDULES
 from support import small_text, tiny_config
@@ -156,10 +157,30 @@ class Sharp(SoftmaxHead):
         return super().log_probs(2 * hidden_NH, embedding_VE)
 
 
-class Upper(ByteTokenizer):
-    """Bytes again, under another name."""
+class Mirrored(Tokenizer):
+    """255 less the value of each byte."""
 
     kind = "toy"
+    boundary_id = 255 - ord("\n")
+    pieces = tuple(bytes([255 - i]) for i in range(256))
+
+    @classmethod
+    def train(cls, texts, config):
+        return cls()
+
+    @classmethod
+    def from_model(cls, model):
+        return cls()
+
+    def to_dict(self):
+        return {"model": {"type": "Mirrored", "vocab": {}}}
+
+    def encode_prefix(self, text):
+        return 255 - np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+    @classmethod
+    def cut(cls, text):
+        return len(text)
 
 
 def test_a_toy_of_each_kind_takes_one_class_and_one_entry(text_file, tmp_path, monkeypatch):
@@ -167,7 +188,7 @@ def test_a_toy_of_each_kind_takes_one_class_and_one_entry(text_file, tmp_path, m
     monkeypatch.setitem(HEADS, "toy", Sharp)
     monkeypatch.setitem(OPTIMIZERS, "toy", lambda p, config: torch.optim.Rprop(p, lr=config.lr))
     monkeypatch.setitem(SCHEDULES, "toy", lambda config, progress: 1 / (1 + progress.step))
-    monkeypatch.setitem(TOKENIZERS, "toy", Upper)
+    monkeypatch.setitem(TOKENIZERS, "toy", Mirrored)
     toys = ("model.layer=toy", "model.head=toy", "optimizer.name=toy", "schedule.name=toy", "tokenizer.kind=toy")
     config = apply_assignments(tiny_config(*toys, "train.max_steps=12"), [f'data.path="{text_file}"'])
     assert api.train(config, tmp_path / "run", quiet=True).finished

@@ -63,5 +63,5 @@ def _of_kind(cls: type[Tokenizer], model: Any) -> Tokenizer | None:
         raise
     except (
         BaseException
-    ):  # the file is a stranger's: whatever fails (a panic of the library too), it is not of this kind
+    ):  # the file is a stranger's: whatever fails, a panic of the library too, it is not of this kind
         return None
