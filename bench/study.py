@@ -111,7 +111,7 @@ def jobs() -> list[tuple[str, str, tuple[str, ...]]]:
     return out
 
 
-def one(job: tuple[str, str, tuple[str, ...]], data: str, epochs: int) -> dict:
+def one(job: tuple[str, str, tuple[str, ...]], data: str, epochs: int, more: list[str]) -> dict:
     """The record of one run."""
     from recurlm import api
     from recurlm.config import Config, apply_assignments
@@ -119,7 +119,7 @@ def one(job: tuple[str, str, tuple[str, ...]], data: str, epochs: int) -> dict:
     from recurlm.training.monitor import read_metrics
 
     group, name, settings = job
-    config = apply_assignments(Config(), [*BASE, *settings, f"train.epochs={epochs}", f'data.path="{data}"'])
+    config = apply_assignments(Config(), [*BASE, *settings, *more, f"train.epochs={epochs}", f'data.path="{data}"'])
     folder, start, failed = Path(tempfile.mkdtemp()), time.time(), ""
     try:
         api.train(config, folder / "run", quiet=True)
@@ -131,21 +131,23 @@ def one(job: tuple[str, str, tuple[str, ...]], data: str, epochs: int) -> dict:
         if r["event"] == "valid"
     ]
     shutil.rmtree(folder)
-    return {"group": group, "name": name, "settings": settings, "curve": curve, "failed": failed,
+    return {"group": group, "name": name, "settings": [*settings, *more], "curve": curve, "failed": failed,
             "wall": round(time.time() - start, 1)}  # fmt: skip
 
 
-def run(data: str, out: Path, name: str, epochs: int, workers: int, deadline: float, only: str) -> None:
+def run(
+    data: str, out: Path, name: str, epochs: int, workers: int, deadline: float, only: str, more: list[str]
+) -> None:
     import torch
 
     start, done = time.time(), 0
     todo = [job for job in jobs() if re.search(only, f"{job[0]}: {job[1]}")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    head = {"data": name, "epochs": epochs, "workers": workers, "device": device, "torch": torch.__version__}
+    head = {"data": name, "epochs": epochs, "set": more, "device": device, "torch": torch.__version__}
     with out.open("w", encoding="utf-8") as file:
         file.write(json.dumps(head) + "\n")
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        futures = [pool.submit(one, job, data, epochs) for job in todo]
+        futures = [pool.submit(one, job, data, epochs, more) for job in todo]
         try:
             for future in as_completed(futures, timeout=deadline):
                 record = future.result()
@@ -184,12 +186,14 @@ def main() -> None:
     ran.add_argument("--epochs", type=int, default=10)
     ran.add_argument("--workers", type=int, default=8)
     ran.add_argument("--deadline", type=float, default=1e6)
-    ran.add_argument("--only", default="")
+    ran.add_argument("--only", default="", help="a regular expression over 'group: name'")
+    ran.add_argument("--set", action="append", default=[], help="a setting for every run, after its own")
     given = parser.parse_args()
     if given.verb == "text":
         text(given.out)
     else:
-        run(given.data, given.out, given.name or given.data, given.epochs, given.workers, given.deadline, given.only)
+        rest = (given.epochs, given.workers, given.deadline, given.only, given.set)
+        run(given.data, given.out, given.name or given.data, *rest)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_changed_vocabularies_are_refused(change: Any, tmp_path: Path):
     content = trained(SAMPLE, 256).to_dict()
     content["model"]["vocab"] = change(content["model"]["vocab"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(DataError, match="damaged or not one that recurlm writes|not a tokenizer"):
+    with pytest.raises(DataError, match=r"damaged or not one that recurlm writes|not a tokenizer"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
