@@ -2,7 +2,7 @@
 
     python bench/study.py text OUT.txt                        Shakespeare's words, punctuation apart, as train/valid/test
     python bench/study.py run DATA OUT.jsonl --name ptb       every setting (one GPU, several runs at a time)
-    python bench/study.py report docs PTB.jsonl PLAYS.jsonl   docs/study.md and its pictures
+    python bench/study.py report docs/study FILE.jsonl ...    tables and pictures of the curves
 
 Optimisers, schedules and averaging are compared on a QRNN, whose runs share a GPU well, dropouts on an LSTM (both: tied
 embedding of 400, layers of 650 and 400). Within a group every run has the same model, text and number of epochs. Nothing is
@@ -107,7 +107,7 @@ def jobs() -> list[tuple[str, str, tuple[str, ...]]]:
     out = [(group, name, (*QRNN, *settings)) for group, name, settings in out]
     # The loops over steps take longest: first.
     out += [("dropout", name, (*LSTM, *SGD, *linear, *s)) for name, s in reversed(DROPOUTS.items())]
-    out.append(("dropout", "all, adam 2e-3", (*LSTM, *ADAM, *linear)))
+    out.append(("dropout", "all, adam", (*LSTM, *ADAM, *linear)))
     return out
 
 
@@ -174,6 +174,64 @@ def text(out: Path) -> None:
         (out / f"{split}.txt").write_text("".join(line + "\n" for line in lines if line), encoding="utf-8")
 
 
+def records(path: Path) -> tuple[dict, dict[str, list[dict]]]:
+    """(head, runs by group) of a file that `run` wrote; of each optimiser's rates the best one is kept for the picture."""
+    head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        row["best"] = math.exp(min((c["valid"] for c in row["curve"]), default=math.inf)) if row["curve"] else math.inf
+        row["last"] = math.exp(row["curve"][-1]["valid"]) if row["curve"] else math.inf
+        groups.setdefault(row["group"], []).append(row)
+    return head, {group: sorted(runs, key=lambda run: run["best"]) for group, runs in groups.items()}
+
+
+def picture(title: str, runs: list[dict], path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    styles = ["-", "--", ":", "-."]
+    for n, run in enumerate(runs):
+        steps, values = zip(*((c["step"], math.exp(min(c["valid"], 20))) for c in run["curve"]), strict=True)
+        axes.plot(steps, values, styles[n // 10 % 4], color=f"C{n % 10}", marker=".", label=run["name"])
+    low = min(run["best"] for run in runs)
+    axes.set(xlabel="updates", ylabel="valid perplexity", title=title, yscale="log", ylim=(0.96 * low, 4.5 * low))
+    ticks = [
+        t for t in (50, 60, 70, 80, 90, 100, 120, 150, 200, 250, 300, 400, 600, 800) if 0.96 * low <= t <= 4.5 * low
+    ]
+    axes.set_yticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "study"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def report(folder: Path, paths: list[Path]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "# The study's figures",
+        "",
+        "Written by `bench/study.py report`; best and last valid perplexity of every run.",
+        "",
+    ]
+    for path in paths:
+        head, groups = records(path)
+        lines += [f"## {head['data']}, {path.stem}", ""]
+        budget = (
+            f"{head['epochs']} epochs" if not head.get("set") else f"{head['epochs']} epochs, {', '.join(head['set'])}"
+        )
+        lines += [f"{head['device']}, torch {head['torch']}; {budget}.", ""]
+        for group, runs in groups.items():
+            shown = list({run["name"].split(" | ")[0]: run for run in reversed(runs)}.values())  # the best rate of each
+            name = re.sub(r"\W+", "-", f"{path.stem} {group}").lower()
+            picture(f"{head['data']}: {group}", sorted(shown, key=lambda r: r["best"]), folder / f"{name}.svg")
+            lines += [f"### {group}", "", f"![{group}]({name}.svg)", "", "| run | best | last |", "|---|---|---|"]
+            lines += [f"| {r['name'].replace('|', 'at')} | {r['best']:.1f} | {r['last']:.1f} |" for r in runs] + [""]
+    (folder / "figures.md").write_text("\n".join(lines), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -188,9 +246,14 @@ def main() -> None:
     ran.add_argument("--deadline", type=float, default=1e6)
     ran.add_argument("--only", default="", help="a regular expression over 'group: name'")
     ran.add_argument("--set", action="append", default=[], help="a setting for every run, after its own")
+    told = verbs.add_parser("report")
+    told.add_argument("folder", type=Path)
+    told.add_argument("files", type=Path, nargs="+")
     given = parser.parse_args()
     if given.verb == "text":
         text(given.out)
+    elif given.verb == "report":
+        report(given.folder, given.files)
     else:
         rest = (given.epochs, given.workers, given.deadline, given.only, given.set)
         run(given.data, given.out, given.name or given.data, *rest)

@@ -127,7 +127,7 @@ def test_bad_documents(tmp_path: Path, line: str):
 
 def test_documents(tmp_path: Path):
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(["a", "b\nc\n", "", "\ufeff\u2028"]))
-    assert whole(open_corpus(tmp_path), "train").decode() == "a\nb\nc\n\n\ufeff\u2028\n"
+    assert whole(open_corpus(tmp_path), "train").decode() == "a\n\nb\nc\n\n\n\n\ufeff\u2028\n\n"
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def open_corpus(source: str | Path, *, needs_train: bool = True) -> Corpus:
     A folder holds train (or without `needs_train` any split) and perhaps valid and test: `train.txt`,
     `ptb.train.txt`, `wiki.train.tokens`, `train.jsonl`, each also as `.gz`. A single file is split by lines, in
     order: the last 5 % are test, the 5 % before them valid (one line at least), the rest train. In `.jsonl` each
-    line is a document, its text under "text"; a newline is added where a document does not end with one.
+    line is a document, its text under "text"; an empty line ends it (`data.batching = "document"` parts there).
     UserError for a missing path, DataError for content that cannot be used.
     """
     path = Path(source)
@@ -201,7 +201,7 @@ def _documents(path: Path, start: int, end: int | None) -> Iterator[bytes]:
                     raise DataError(
                         f'{path}: line {_line_at(path, place)} is not a JSON object with text under "text".'
                     ) from None
-                yield text if text.endswith(b"\n") else text + b"\n"
+                yield text.rstrip(b"\n") + b"\n\n"
             place += len(line)
 
 
