@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ import torch
 
 from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
-from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError
+from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, RunError, UserError
 from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.inference.engine import score_sequences
 from recurlm.inference.generate import Sampling, sample_ids
@@ -203,12 +206,23 @@ def train(
     nothing is overwritten.
     """
     config = _settled(config)
-    folder, checkpoints = Path(run), Path(run) / CHECKPOINTS
+    folder = Path(run)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(folder):
+            return _train(config, folder, resume, max_seconds, quiet)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made the run directory: {error.strerror}.") from None
-    with files.locked(folder):
+        more = f"; {shutil.disk_usage(folder).free:,} bytes are free" if error.errno == errno.ENOSPC else ""
+        raise RunError(
+            f"{error.filename or folder}: {error.strerror or error}{more}. What was saved before is intact: "
+            "put that right, then go on with --resume auto."
+        ) from error
+
+
+def _train(config: Config, folder: Path, resume: bool, max_seconds: float, quiet: bool) -> Result:
+    """`train` under the folder's lock. A store that was made for a run that could not start is removed again."""
+    checkpoints, made = folder / CHECKPOINTS, not (folder / OWN_STORE).exists()
+    try:
+        files.clean(folder, "|".join(map(re.escape, (*OURS, directory.MANIFEST, f".{OWN_STORE}"))))
         checkpoint.clean(checkpoints)
         saved, skipped = checkpoint.newest(checkpoints) if resume else (None, [])
         if not resume and (directory.exists(folder) or checkpoint.steps(checkpoints)):
@@ -235,7 +249,11 @@ def train(
             notes = [*notes, *(f"Skipped a checkpoint: {reason}" for reason in skipped)]
             notes.append(f"Resumed {folder} at step {saved.step:,}.")
         trainer.notes += notes
-        return trainer.run(max_seconds)
+    except BaseException:
+        if made:
+            files.remove(folder / OWN_STORE)
+        raise
+    return trainer.run(max_seconds)
 
 
 def plan(config: Config) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,53 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> list[Path]:
+    """The folders that were made for `path` to exist, the deepest first; they survive a power loss."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        with contextlib.suppress(PermissionError):  # a parent that may be entered but not listed
+            sync(folder.parent)
+    return made
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder of our own making; what cannot be removed now is removed at the next start."""
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def clean(folder: Path, names: str) -> None:
+    """Removes what dead writers left of the `names` (a pattern): NAME.tmp-PID, NAME.trash-PID. Call it under the lock.
+
+    Links are left alone: recurlm makes none.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(rf"({names})\.(tmp|trash)-[0-9]+(-old)?", path.name) and not path.is_symlink():
+            remove(path)
+
+
+def space(folder: Path, needed: int) -> str:
+    """How much is needed and free, for a message."""
+    return f"{needed:,} bytes are needed, {shutil.disk_usage(folder).free:,} are free"
+
+
+def reason(error: Exception, folder: Path, needed: int) -> str:
+    """Why something of `needed` bytes could not be written to `folder`."""
+    with contextlib.suppress(OSError):
+        return f"{error}; {space(folder, needed)}"
+    return str(error)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """OSError when the disk has less than `needed` bytes free."""
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Puts a finished file or folder in place: sync, rename, sync the parent folder."""
     sync(temporary)
@@ -37,13 +87,17 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes the file so that a crash leaves the old content or the new, never a part."""
+    """Writes the file so that a crash leaves the old content or the new, never a part; OSError naming the file."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(data)
         publish(temporary, path)
+    except OSError as error:
+        more = f" ({space(path.parent, len(data))})" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(error.errno, f"{error.strerror}{more}", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def to_json(value: Any) -> str:
@@ -94,12 +148,29 @@ def read_manifest(path: Path, known_format: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's `.lock`, which dies with the process; UserError when another process holds it."""
-    with (folder / ".lock").open("a") as file:
+    """Makes the folder and holds its `.lock`, which dies with the process; UserError when another process holds it.
+
+    Folders that were made here and hold nothing in the end are removed again.
+    """
+    lock = folder / ".lock"
+    try:
+        made = make_folder(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made the run directory: {error.strerror}.") from None
+    with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # removed since it was opened
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(
                 f"{folder} is in use by another recurlm process; wait for it or choose another -o."
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == [lock.name]:
+                    lock.unlink()
+                    for path in made:
+                        path.rmdir()

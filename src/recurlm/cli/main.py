@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -54,6 +55,9 @@ def run() -> None:
     # times slower. A short spin costs about 15 % on an idle machine (docs/log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupted)  # training listens itself, and saves
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
@@ -72,6 +76,12 @@ def run() -> None:
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
             raise
         _fail("Out of memory; lower data.batch_size, data.bptt or the model's sizes.", 1, debug)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is half made is cleared away now
+    print(f"recurlm: interrupted ({signal.Signals(number).name}); nothing was half written.", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def _fail(sentence: str, code: int, debug: bool) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from recurlm import files
 from recurlm.config import ModelConfig, section_from_dict
-from recurlm.errors import CheckpointError, ConfigError, UserError
+from recurlm.errors import CheckpointError, ConfigError, RunError, UserError
 from recurlm.model.neural import NeuralModel
 from recurlm.model.precision import Precision
 
 FORMAT = 1
 MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
+FILES = (CONFIG, TOKENIZER, WEIGHTS)
 
 
 def exists(folder: Path) -> bool:
@@ -36,8 +38,8 @@ def write(
 ) -> None:
     """Publishes the weights as the folder's model; at every moment the folder holds the old model or the new.
 
-    While the weights file is exchanged the manifest accepts both. `facts` (step, validation loss, ...) are kept
-    in the manifest for people.
+    While files are exchanged the manifest accepts the old ones and the new. `facts` (step, validation loss, ...) are
+    kept in the manifest for people. RunError when the disk is full or refuses; the old model is intact then.
     """
     config = {
         "model_type": "recurlm",
@@ -45,27 +47,48 @@ def write(
         "vocab_size": model.vocab_size,
         "model": dataclasses.asdict(model.config),
     }
-    listed = {}
-    for name, content in ((CONFIG, files.to_json(config)), (TOKENIZER, tokenizer_json)):
-        if not (folder / name).is_file() or (folder / name).read_bytes() != content.encode():
-            files.write_atomic(folder / name, content)
-        listed[name] = files.describe(folder / name)
-    temporary = folder / f"{WEIGHTS}.tmp-{os.getpid()}"
+    texts = {CONFIG: files.to_json(config), TOKENIZER: tokenizer_json}
+    needed = sum(t.numel() * t.element_size() for t in weights.values()) + sum(map(len, texts.values())) + (1 << 16)
+    temporary = folder / f"{WEIGHTS}.tmp-{os.getpid()}"  # a folder, for safetensors makes a file of its own beside
     try:
-        save_file({name: t.detach().contiguous() for name, t in weights.items()}, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors makes it private
-        new = files.describe(temporary)
-        if (folder / WEIGHTS).is_file():
-            between = {**listed, WEIGHTS: files.describe(folder / WEIGHTS)}
-            _write_manifest(folder, {"facts": facts, "files": between, "pending": new})
-        files.publish(temporary, folder / WEIGHTS)
-        _write_manifest(folder, {"facts": facts, "files": {**listed, WEIGHTS: new}})
+        files.check_space(folder, needed)
+        temporary.mkdir()
+        tensors = {name: t.detach().contiguous() for name, t in weights.items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / WEIGHTS).chmod(0o644)  # safetensors makes it private
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        new = {name: files.describe(temporary / name) for name in FILES}
+        with contextlib.suppress(CheckpointError):  # no sound model is there: nothing to keep loadable meanwhile
+            there = _verified(folder).get("facts", {})
+            old = {name: files.describe(folder / name) for name in FILES}
+            _write_manifest(folder, {"facts": there, "files": old, "pending": new, "pending_facts": facts})
+        for name in FILES:
+            files.publish(temporary / name, folder / name)
+        _write_manifest(folder, {"facts": facts, "files": new})
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{folder}: the model could not be saved ({files.reason(error, folder, needed)}); what was there is intact. "
+            "Free some space or fix the folder, then go on with --resume auto."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        files.remove(temporary)
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
     files.write_manifest(folder / MANIFEST, {"format": FORMAT, "kind": "neural", **content})
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The manifest, every file found to be as it says, old or new; its facts are those of the weights that are there."""
+    manifest = files.read_manifest(folder / MANIFEST, FORMAT)
+    pending = manifest.pop("pending", {})
+    for name in FILES:
+        if reason := files.fault(folder / name, manifest["files"].get(name), pending.get(name)):
+            raise CheckpointError(f"{folder / name}: {reason}.")
+    if pending and files.fault(folder / WEIGHTS, manifest["files"].get(WEIGHTS)):
+        manifest["facts"] = manifest["pending_facts"]
+    return manifest
 
 
 def read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralModel, dict[str, Any]]:
@@ -75,11 +98,27 @@ def read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralMode
     if not exists(folder):
         hint = " It has checkpoints only: let training reach a validation." if (folder / "checkpoints").is_dir() else ""
         raise UserError(f"{folder}: not a run directory, for it has no {MANIFEST}.{hint}")
-    manifest = files.read_manifest(folder / MANIFEST, FORMAT)
-    for name in (CONFIG, TOKENIZER, WEIGHTS):
-        pending = manifest.get("pending") if name == WEIGHTS else None
-        if reason := files.fault(folder / name, manifest["files"].get(name), pending):
-            raise CheckpointError(f"{folder / name}: {reason}.")
+    for _ in range(100):  # a trainer may be exchanging the files just now
+        before = _stamps(folder)
+        try:
+            out = _read(folder, device, how)
+        except (CheckpointError, FileNotFoundError):
+            if _stamps(folder) == before:
+                raise
+        else:
+            if _stamps(folder) == before:
+                return out
+    raise CheckpointError(f"{folder}: its files are exchanged faster than they can be read.")
+
+
+def _stamps(folder: Path) -> list[tuple[int, int] | None]:
+    """What changes when one of the model's files is replaced."""
+    stats = [(folder / name).stat() if (folder / name).exists() else None for name in (MANIFEST, *FILES)]
+    return [s and (s.st_ino, s.st_mtime_ns) for s in stats]
+
+
+def _read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralModel, dict[str, Any]]:
+    manifest = _verified(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         settings: ModelConfig = section_from_dict("model", config["model"])
