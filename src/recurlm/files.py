@@ -137,7 +137,7 @@ def read_manifest(path: Path, known_format: int) -> dict[str, Any]:
     """The manifest, its own checksum and format checked; CheckpointError naming the file otherwise."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error}).") from None
     if not isinstance(manifest, dict) or manifest.get("sha256") != _seal_of(manifest):
         raise CheckpointError(f"{path}: its own checksum does not match; the file is damaged or was edited.")

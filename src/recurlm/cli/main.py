@@ -79,8 +79,9 @@ def run() -> None:
 
 
 def _interrupted(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # what is half made is cleared away now
-    print(f"recurlm: interrupted ({signal.Signals(number).name}); nothing was half written.", file=sys.stderr)
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, lambda number, frame: os._exit(128 + number))
+    print(f"recurlm: interrupted ({signal.Signals(number).name}).", file=sys.stderr)
     raise SystemExit(128 + number)
 
 
