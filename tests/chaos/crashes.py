@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,14 @@ LITTER = re.compile(r".*\.(tmp|trash|old)-.*|\.tmp.*|unusable-.*")
 
 
 class Disk:
-    """Passes on every I/O call below `root`; the `at`-th does `what`: an error, 'short', or the name of a signal.
+    """Passes on every I/O call below `root`; the `at`-th does `what`: an error, 'short', 'hang', or a signal's name.
 
     With `persistent` all later calls fail too. With `record` what changes the disk is kept for `write_record`.
     """
 
     def __init__(self, root: str, at: int = 0, what: str = "", persistent: bool = False, record: str = ""):
         self.root, self.at, self.what, self.persistent, self.path = root, at, what, persistent, record
-        self.count, self.events = 0, list[list]()
+        self.count, self.events, self.numbers = 0, list[list](), list[int]()  # numbers: `count` at each event
 
     def place(self, path: Any, dir_fd: int | None = None) -> str:
         """The absolute path of a path or descriptor."""
@@ -58,6 +59,10 @@ class Disk:
             return False
         self.count += 1
         wrong = self.count == self.at or (self.persistent and 0 < self.at < self.count)
+        if wrong and self.what == "hang":
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                time.sleep(0.01)
         if wrong and self.what.startswith("SIG") and call != "write":
             os.kill(os.getpid(), getattr(signal, self.what))
             return False
@@ -71,6 +76,7 @@ class Disk:
     def event(self, *event: Any) -> None:
         if self.path and any(isinstance(part, str) and part.startswith(self.root) for part in event):
             self.events.append(list(event))
+            self.numbers.append(self.count)
 
     def install(self) -> None:
         """Puts this disk before every call that writing, reading and clearing of files makes."""
@@ -124,7 +130,9 @@ class Disk:
 
         real_open = io.open
 
-        def fake_open(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
+        def fake_open(
+            file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None
+        ):
             if isinstance(file, int) or not disk.place(file).startswith(disk.root):
                 return real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
             place = disk.place(file)
@@ -135,7 +143,9 @@ class Disk:
                 disk.event("create", place)
             if buffering == 0:
                 return raw
-            buffered = (io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter)(raw)
+            buffered = (io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter)(
+                raw
+            )
             return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
 
         io.open = builtins.open = fake_open  # type: ignore[assignment]
@@ -167,7 +177,7 @@ class Disk:
 
     def report(self, path: str) -> None:
         """Writes the number of calls, and the recorded changes."""
-        Path(path).write_text(json.dumps({"count": self.count, "events": self.events}))
+        Path(path).write_text(json.dumps({"count": self.count, "events": self.events, "numbers": self.numbers}))
 
 
 # ---- the warm process -----------------------------------------------------------------------------------------------
@@ -178,6 +188,7 @@ def _life(job: dict[str, Any]) -> None:
     handle = os.open(job["err"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(handle, 1), os.dup2(handle, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = ["recurlm", *job["argv"]]
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     code: Any = 0
     disk = Disk(**job["disk"]) if job["disk"] else None
     try:
@@ -300,7 +311,14 @@ def outcome(run: Path) -> dict[str, Any]:
     return {
         "trace": [tuple(float(r[k]).hex() for k in EXACT) for r in records if r["event"] == "step"],
         "valid": [
-            (r["step"], r["loss_nats"].hex(), r["train_loss_nats"].hex(), r["best"], r["averaged"], r["averaging_starts"])
+            (
+                r["step"],
+                r["loss_nats"].hex(),
+                r["train_loss_nats"].hex(),
+                r["best"],
+                r["averaged"],
+                r["averaging_starts"],
+            )
             for r in records
             if r["event"] == "valid"
         ],

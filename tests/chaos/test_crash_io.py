@@ -33,11 +33,11 @@ def test_failing_io_at_every_call(what, persistent, whole, tmp_path):
     argv, before = whole.argv(run, "train.checkpoint_every=1"), files_of(whole.at_64 / "checkpoints" / "step-64")
     last = whole.calls if what != "short" else 80
     points = sorted(random.Random(f"{what} {persistent}").sample(range(1, last + 1), counts(3, last)))
-    stopped = went_on = 0
+    stopped = went_on = met = 0
     for at in points:
         whole.fresh(run)
         code, life = lives().run(argv, tmp_path / "err", root=str(run), at=at, what=what, persistent=persistent)
-        place = (at, code, life.said)
+        place, met = (at, code, life.said), met + (life.calls["count"] >= at)
         assert code in (0, 1, 2, 3), place
         if code:
             assert one_sentence(life.said) and str(run) in life.said, place
@@ -52,7 +52,8 @@ def test_failing_io_at_every_call(what, persistent, whole, tmp_path):
         code, life = lives().run(argv, tmp_path / "err")
         assert code == 0, (place, life.said)
         assert outcome(run) == whole.outcome and litter(run) == [], place
-    record("failing_io", what=what, persistent=persistent, points=len(points), stopped=stopped, went_on=went_on,
+    assert met
+    record("failing_io", what=what, persistent=persistent, points=len(points), met=met, stopped=stopped, went_on=went_on,
            equal=len(points))  # fmt: skip
 
 

@@ -161,7 +161,9 @@ def test_power_loss(whole, tmp_path):
     assert len(saves) == 4
     known = {path.name: content(path) for path in checkpoint.steps(run / "checkpoints")}
     replay = Replay(run, whole.at_64)
-    replay_hashes = {hashlib.sha256((folder / directory.WEIGHTS).read_bytes()).hexdigest() for folder in (run, whole.at_64)}
+    replay_hashes = {
+        hashlib.sha256((folder / directory.WEIGHTS).read_bytes()).hexdigest() for folder in (run, whole.at_64)
+    }
     for event in events:  # the replayed disk is the real one, when nothing is lost
         replay.happen(*event)
         if event[0] == "write" and Path(event[1]).name == directory.WEIGHTS:
