@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from crashes import outcome
 from recurlm.training import checkpoint
+from recurlm.training.interrupt import Stopped
 from recurlm.training.monitor import Monitor
 from recurlm.training.trainer import Trainer
 from support import record, tiny_config
@@ -18,7 +20,7 @@ AVERAGED = (*COMMON, "averaging.name=nt-asgd", "averaging.nonmono=1", "optimizer
             "optimizer.momentum=0.5", "optimizer.clip=1")  # fmt: skip
 ADAM = (*COMMON, "optimizer.name=adam", "optimizer.lr=0.02", "schedule.name=linear")
 PLATEAU = (*COMMON, "optimizer.name=adamw", "optimizer.lr=0.3", "schedule.name=plateau", "schedule.factor=0.5")
-PATIENCE = (*COMMON, "optimizer.name=adamw", "optimizer.lr=0.3", "schedule.name=constant", "train.patience=5")
+PATIENCE = (*COMMON, "optimizer.lr=0", "schedule.name=constant", "train.patience=8")
 MILESTONES = (*COMMON, "schedule.name=milestones", "schedule.milestones=[1]", "schedule.factor=0.1")
 
 
@@ -104,10 +106,12 @@ def half(store, tmp_path_factory):
             trainer = Trainer(tiny_config(*settings), store, folder, quiet=True)
             go(trainer, 23 if due else 25)
             if due:
-                trainer.step()
-                trainer.cursor.due = True
+                monitor = Monitor(folder, 23, False, True)
+                trainer.wish.signal = 15
+                with pytest.raises(Stopped):
+                    trainer.step_and_dues(monitor, time.monotonic())
+                monitor.close()
                 trainer.save(time.monotonic())
-            (folder / "kept.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
         return done[settings, due]
 
     return make
@@ -115,8 +119,7 @@ def half(store, tmp_path_factory):
 
 def resumed(half: Path, settings: tuple[str, ...], store, folder: Path, change=None) -> dict:
     """What the run gives when it goes on from `half`, a piece of its state changed."""
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_bytes((half / "kept.jsonl").read_bytes())
+    shutil.copytree(half, folder, ignore=shutil.ignore_patterns("checkpoints"))
     saved, _ = checkpoint.newest(half / "checkpoints")
     assert saved is not None
     if change:
