@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from crashes import lives, outcome, train
+
 from support import small_text
 
 SETTINGS = ("train.epochs=3", "train.max_steps=68", "averaging.name=nt-asgd", "averaging.nonmono=1", "train.eval_every=4",

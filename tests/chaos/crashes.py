@@ -49,8 +49,8 @@ class Disk:
         """The absolute path of a path or descriptor."""
         path = path.fileno() if hasattr(path, "fileno") else path
         if isinstance(path, int):
-            return os.readlink(f"/proc/self/fd/{path}")
-        base = os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd is not None else os.getcwd()
+            return str(Path(f"/proc/self/fd/{path}").readlink())
+        base = Path(f"/proc/self/fd/{dir_fd}").readlink() if dir_fd is not None else Path.cwd()
         return os.path.normpath(os.path.join(base, os.fspath(path)))  # noqa: PTH118
 
     def due(self, call: str, place: str) -> bool:
@@ -88,7 +88,7 @@ class Disk:
 
             @functools.wraps(real)
             def call(*arguments, **keys):
-                where = [disk.place(a, keys.get("dir_fd")) for a in arguments[:places]] or [os.getcwd()]
+                where = [disk.place(a, keys.get("dir_fd")) for a in arguments[:places]] or [str(Path.cwd())]
                 disk.gate(name, where[0])
                 out = real(*arguments, **keys)
                 disk.event(name, *where)

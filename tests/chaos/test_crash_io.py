@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from crashes import ERRORS, litter, lives, outcome
+
 from recurlm import api
 from recurlm.training import checkpoint
 from support import counts, record
@@ -73,6 +73,30 @@ def test_failing_io_at_the_very_start(whole, tmp_path):
         assert code == 0 and litter(run) == [], (at, life.said)
         assert outcome(run)["trace"] == whole.outcome["trace"][:2]
     record("failing_start", points=len(points), nothing_left=nothing)
+
+
+@pytest.mark.chaos
+def test_a_limit_on_file_sizes_meets_the_writer_of_tensors_itself(whole, tmp_path):
+    """The limit is the kernel's, so the write fails inside safetensors' own code too, at any byte of a file."""
+    resource = pytest.importorskip("resource")
+    run, draw, stopped, number = tmp_path / "run", random.Random("limit"), 0, counts(6, 60)
+    largest = max(path.stat().st_size for path in whole.at_64.rglob("*.safetensors"))
+    for _ in range(number):
+        whole.fresh(run)
+        argv, limit = whole.argv(run, "train.checkpoint_every=1"), draw.randrange(largest + 2000)
+        life = lives().start(argv, tmp_path / "err")
+        resource.prlimit(life.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        code = life.wait()
+        place = (limit, life.said)
+        if code:
+            stopped += 1
+            assert code == 1 and (one_sentence(life.said) or not life.said), place  # the log has the limit too
+        saved, skipped = checkpoint.newest(run / "checkpoints")
+        assert saved is not None and saved.step >= 64 and not skipped, place
+        api.load(run)
+        code, life = lives().run(argv, tmp_path / "err")
+        assert code == 0 and outcome(run) == whole.outcome and litter(run) == [], (place, life.said)
+    record("file_size_limit", limits=number, stopped=stopped, equal=number)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from crashes import litter, lives, outcome
+
 from recurlm import api
 from recurlm.model import directory
 from recurlm.training import checkpoint

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
 from crashes import lives
+
 from recurlm import api
 from recurlm.errors import CheckpointError
 from recurlm.model import directory

@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-
 from crashes import litter, lives, outcome
+
 from recurlm.training import checkpoint
 from support import counts, record
 

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-
 from crashes import litter, lives, outcome
+
 from recurlm import api
 from recurlm.config import apply_assignments
 from recurlm.errors import DataError

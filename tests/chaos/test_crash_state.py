@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from crashes import outcome
+
 from recurlm.training import checkpoint
 from recurlm.training.interrupt import Stopped
 from recurlm.training.monitor import Monitor

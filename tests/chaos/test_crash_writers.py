@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-
 from crashes import litter, lives, outcome
+
 from recurlm.errors import UserError
 from recurlm.model import directory
 from recurlm.model.precision import FP32

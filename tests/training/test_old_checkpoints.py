@@ -20,7 +20,8 @@ from support import small_text, tiny_config
 GOLDEN = Path(__file__).parents[1] / "golden" / "run"
 SETTINGS = ("data.path=small.txt", "model.layer=qrnn", "model.hidden_size=6", "model.embedding_size=4", "model.zoneout=0.1",
             "data.batch_size=2", "train.epochs=9", "train.max_steps=20", "train.eval_every=4", "averaging.name=nt-asgd",
-            "averaging.nonmono=1", "schedule.name=constant", "optimizer.name=adam", "optimizer.lr=0.1", "train.sample_every=15")  # fmt: skip
+            "averaging.nonmono=1", "schedule.name=constant", "optimizer.name=adam", "optimizer.lr=0.1",
+            "train.sample_every=15")  # fmt: skip
 
 
 def numbers(run: Path) -> list[float]:
