@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -55,9 +56,7 @@ def run() -> None:
     # times slower. A short spin costs about 15 % on an idle machine (docs/log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupted)  # training listens itself, and saves
+    stopped = _listen()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
@@ -76,13 +75,32 @@ def run() -> None:
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
             raise
         _fail("Out of memory; lower data.batch_size, data.bptt or the model's sizes.", 1, debug)
+    finally:
+        if stopped:
+            sys.exit(128 + stopped[0])  # whatever the interruption was turned into on its way
 
 
-def _interrupted(number: int, frame: object) -> None:
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, lambda number, frame: os._exit(128 + number))
-    print(f"recurlm: interrupted ({signal.Signals(number).name}).", file=sys.stderr)
-    raise SystemExit(128 + number)
+def _listen() -> list[int]:
+    """A list that gets the number of the first SIGINT or SIGTERM, which ends the process; training listens itself.
+
+    What is half made is cleared away on the way out. Code that swallows the interruption gets five seconds more.
+    """
+    stopped: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if stopped:
+            os._exit(128 + stopped[0])
+        stopped.append(number)
+        print(f"recurlm: interrupted ({signal.Signals(number).name}).", file=sys.stderr, flush=True)
+        last = threading.Timer(5.0, os._exit, (128 + number,))
+        last.daemon = True
+        last.start()
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+    return stopped
 
 
 def _fail(sentence: str, code: int, debug: bool) -> None:

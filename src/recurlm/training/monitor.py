@@ -30,6 +30,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return records
 
 
+class _Console(Console):
+    """A console that goes silent when nobody reads it any more; rich's own would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Monitor:
     """Progress on stderr; records under the run directory. Records after `step` are dropped: they will come again.
 
@@ -44,7 +51,7 @@ class Monitor:
         files.write_atomic(run / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = (run / METRICS).open("ab", buffering=0)
         self.size, self.waiting, self.broken = self.file.tell(), b"", False  # bytes of whole lines; lines to come
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = _Console(stderr=True, quiet=quiet)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -57,12 +64,12 @@ class Monitor:
 
             self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.smooth, self.last, self.rate, self.tokens = math.nan, time.perf_counter(), 0.0, 0
-        with _harmless():
+        with contextlib.suppress(OSError):
             self.bar.start()
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
-        with _harmless():
+        with contextlib.suppress(OSError):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, epoch: int, share: float, nll: float, tokens: int) -> None:
@@ -73,7 +80,7 @@ class Monitor:
         if now - self.last >= 0.5:
             self.rate, self.tokens, self.last = self.tokens / (now - self.last), 0, now
             numbers = f"loss {self.smooth:.3f}  ppl {math.exp(min(self.smooth, 50)):,.1f}  {self.rate:,.0f} tokens/s"
-            with _harmless():
+            with contextlib.suppress(OSError):
                 self.bar.update(self.task, completed=share, description=f"epoch {epoch + 1}", numbers=numbers)
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
@@ -109,17 +116,12 @@ class Monitor:
         """Closes bar and files."""
         if self.waiting:
             self.write()
-        with _harmless():
+        with contextlib.suppress(OSError):
             self.bar.stop()
-        with _harmless():
+        with contextlib.suppress(OSError):
             self.file.close()
-        with _harmless():
+        with contextlib.suppress(OSError):
             if self.writer is not None:
                 self.writer.close()
-        with _harmless():
+        with contextlib.suppress(OSError):
             sys.stderr.flush()
-
-
-def _harmless() -> contextlib.suppress:
-    """Suppresses what a closed or full terminal, log or disk raises (rich turns a broken pipe into SystemExit)."""
-    return contextlib.suppress(OSError, SystemExit)

@@ -151,6 +151,7 @@ class Trainer:
             ids = self.store.ids(self.valid_split)
             loss = mean_loss(self.model, ids, self.tokenizer.boundary_id, data.eval_batch_size, data.counting)
             if not math.isfinite(loss):
+                c.due = False  # measured it was; a resume goes on with the next step
                 raise RunError(f"Step {c.step}: the validation loss is {loss}; the best weights so far are kept.")
             best = loss < c.best
             if best:
@@ -197,7 +198,8 @@ class Trainer:
             "loss_nats": loss if math.isfinite(loss) else None, "loss_split": self.valid_split,
         }  # fmt: skip
         directory.write(self.folder, self.model, weights, self.tokenizer.to_json(), facts)
-        files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, facts))
+        with contextlib.suppress(OSError):  # for people, and written anew with the next model
+            files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, facts))
         self.best = None
 
     def save(self, started: float) -> None:
@@ -242,7 +244,7 @@ class Trainer:
                 best = min(c.best, self.best[0] if self.best else math.inf)
                 if (c.step, c.due) != first:
                     self.save(started)
-        except RunError:
+        except (RunError, OSError):
             if not (self.folder / CHECKPOINTS / f"step-{c.step}").exists() and (c.step, c.due) != first:
                 with contextlib.suppress(RunError):  # the first error is the one to read
                     self.save(started)
