@@ -279,6 +279,7 @@ class Lives:
 
     def start(self, argv: list[str], err: Path, **disk: Any) -> Life:
         """A life with these arguments of `recurlm`; `disk` are Disk's."""
+        err.write_text("")
         return Life(self, self.ask({"argv": argv, "err": str(err), "disk": disk}), err)
 
     def run(self, argv: list[str], err: Path, **disk: Any) -> tuple[int, Life]:
