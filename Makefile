@@ -39,7 +39,7 @@ bench: $(VENV)/dev.stamp  ## the claims that a CPU can check, each against its p
 	$(BIN)/python bench/store_memory.py
 
 golden: $(VENV)/dev.stamp  ## write the golden loss traces anew: a change of numerics, in its own commit, saying why
-	RECURLM_WRITE_GOLDEN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_run.py -k golden
+	RECURLM_WRITE_GOLDEN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_run.py tests/training/test_old_checkpoints.py -k 'golden or measures'
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

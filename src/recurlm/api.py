@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import torch
 
 from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
-from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, UserError, nearest, shown
+from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, RunError, UserError, nearest, shown
 from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.inference import embed
 from recurlm.inference.beam import beam_search
@@ -36,7 +37,8 @@ from recurlm.training import checkpoint, memory, range_test, snapshot
 from recurlm.training import plan as training_plan
 from recurlm.training.cursor import Result
 from recurlm.training.range_test import RangeTest
-from recurlm.training.trainer import CHECKPOINTS, Trainer, check_settings
+from recurlm.training.settings import check_settings
+from recurlm.training.trainer import CHECKPOINTS, Trainer
 
 OWN_STORE = "store"
 UNITS = {"bits": 1 / math.log(2), "nats": 1.0, "log10": -1 / math.log(10)}
@@ -399,70 +401,68 @@ def train(
     """
     config = _settled(config)
     folder = Path(run)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = {path.name for path in folder.iterdir()}
-    except FileExistsError:
-        raise UserError(f"{folder}: a file; choose a folder for the run with -o.") from None
+        with files.locked(folder):
+            return _trainer(config, folder, resume, quiet).run(max_seconds)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made the run directory: {error.strerror}.") from None
-    with files.locked(folder):
-        try:
-            trainer = _trainer(config, folder, resume, quiet)
-        except BaseException:
-            with contextlib.suppress(OSError):  # a start that failed leaves nothing behind
-                if not there:
-                    shutil.rmtree(folder / OWN_STORE, ignore_errors=True)
-                if files.LOCK not in there:
-                    (folder / files.LOCK).unlink(missing_ok=True)
-                for path in made:
-                    path.rmdir()
-            raise
-        return trainer.run(max_seconds)
+        more = f"; {shutil.disk_usage(folder).free:,} bytes are free" if error.errno == errno.ENOSPC else ""
+        raise RunError(
+            f"{error.filename or folder}: {error.strerror or error}{more}. What was saved before is intact: "
+            "put that right, then go on with --resume auto."
+        ) from error
 
 
 def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer:
-    """The Trainer of a locked run directory, at its newest valid checkpoint with `resume`."""
-    checkpoints = folder / CHECKPOINTS
-    checkpoint.clean(checkpoints)
-    saved, skipped = checkpoint.newest(checkpoints) if resume else (None, [])
-    if not resume and (directory.exists(folder) or checkpoint.steps(checkpoints)):
-        raise ConfigError(f"{folder} already holds a run; go on with it by --resume auto, or choose another -o.")
-    if saved is None and skipped:
-        raise CheckpointError(
-            f"{folder}: no checkpoint is usable; choose another -o to start anew. Why: {' '.join(skipped)}"
+    """The Trainer of a locked run directory, at its newest valid checkpoint with `resume`.
+
+    A store that was made for a run that could not start is removed again.
+    """
+    checkpoints, made = folder / CHECKPOINTS, not (folder / OWN_STORE).exists()
+    try:
+        files.clean(folder, "|".join(map(re.escape, (*OURS, directory.MANIFEST, f".{OWN_STORE}"))))
+        checkpoint.clean(checkpoints)
+        saved, skipped = checkpoint.newest(checkpoints) if resume else (None, [])
+        if not resume and (directory.exists(folder) or checkpoint.steps(checkpoints)):
+            raise ConfigError(f"{folder} already holds a run; go on with it by --resume auto, or choose another -o.")
+        if saved is None and skipped:
+            raise CheckpointError(
+                f"{folder}: no checkpoint is usable; choose another -o to start anew. Why: {' '.join(skipped)}"
+            )
+        there = [name for name in OURS if (folder / name).exists()]
+        if there and not checkpoints.is_dir():
+            raise ConfigError(
+                f"{folder} holds {', '.join(there)} but no {CHECKPOINTS} folder, so it is no run that could go on; "
+                "nothing was touched. Choose another -o."
+            )
+        if folders := [name for name in OURS if (folder / name).is_dir()]:
+            raise ConfigError(f"{folder / folders[0]}: a folder, where a run keeps a file; move it away.")
+        store, notes = _store(config, folder, keep=saved is not None)
+        if is_store(config.data.path):  # a prepared store brings its own tokenizer
+            kind = dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind)
+            config = dataclasses.replace(config, tokenizer=kind)
+        if saved is not None:
+            snapshot.check(saved, config, store)
+        memory.check(config, store.vocab_size)
+        trainer = Trainer(config, store, folder, quiet)
+        sizes = ", ".join(f"{split} {info.tokens:,}" for split, info in store.info.items())
+        notes.append(
+            f"{sizes} tokens; {store.tokenizer_kind} vocabulary of {store.vocab_size:,}; "
+            f"{sum(p.numel() for p in trainer.parameters):,} parameters"
         )
-    there = [name for name in OURS if (folder / name).exists()]
-    if there and not checkpoints.is_dir():
-        raise ConfigError(
-            f"{folder} holds {', '.join(there)} but no {CHECKPOINTS} folder, so it is no run that could go on; "
-            "nothing was touched. Choose another -o."
-        )
-    if folders := [name for name in OURS if (folder / name).is_dir()]:
-        raise ConfigError(f"{folder / folders[0]}: a folder, where a run keeps a file; move it away.")
-    store, notes = _store(config, folder, keep=saved is not None)
-    if is_store(config.data.path):  # a prepared store brings its own tokenizer
-        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind))
-    if saved is not None:
-        snapshot.check(saved, config, store)
-    memory.check(config, store.vocab_size)
-    trainer = Trainer(config, store, folder, quiet)
-    sizes = ", ".join(f"{split} {info.tokens:,}" for split, info in store.info.items())
-    notes.append(
-        f"{sizes} tokens; {store.tokenizer_kind} vocabulary of {store.vocab_size:,}; "
-        f"{sum(p.numel() for p in trainer.parameters):,} parameters"
-    )
-    if resume and saved is None:
-        notes.append(f"No checkpoint in {folder}: starting from the beginning.")
-    if saved is not None:
-        trainer.resume(saved)
-        checkpoint.set_aside(checkpoints, saved.step)
-        notes += [f"Skipped a checkpoint: {reason}" for reason in skipped]
-        if differences := snapshot.changed(saved, config):
-            notes.append(f"Settings that differ from the checkpoint's: {', '.join(differences)}")
-        notes.append(f"Resumed {folder} at step {saved.step:,}.")
-    trainer.notes += notes
+        if resume and saved is None:
+            notes.append(f"No checkpoint in {folder}: starting from the beginning.")
+        if saved is not None:
+            trainer.resume(saved)
+            checkpoint.set_aside(checkpoints, saved.step)
+            notes += [f"Skipped a checkpoint: {reason}" for reason in skipped]
+            if differences := snapshot.changed(saved, config):
+                notes.append(f"Settings that differ from the checkpoint's: {', '.join(differences)}")
+            notes.append(f"Resumed {folder} at step {saved.step:,}.")
+        trainer.notes += notes
+    except BaseException:
+        if made:
+            files.remove(folder / OWN_STORE)
+        raise
     return trainer
 
 

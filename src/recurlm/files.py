@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
@@ -18,6 +20,8 @@ from typing import Any
 from recurlm.errors import CheckpointError, UserError, shown
 
 LOCK = ".lock"
+# Errors that tell what a path is, not that the disk fails: a file that is missing, no file, or a link that leads astray.
+_NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EPERM, errno.ELOOP, errno.ENXIO)
 
 
 def sha256(path: Path) -> str:
@@ -35,6 +39,53 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> list[Path]:
+    """The folders that were made for `path` to exist, the deepest first; they survive a power loss."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        with contextlib.suppress(PermissionError):  # a parent that may be entered but not listed
+            sync(folder.parent)
+    return made
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder of our own making; what cannot be removed now is removed at the next start."""
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def clean(folder: Path, names: str) -> None:
+    """Removes what dead writers left of the `names` (a pattern): NAME.tmp-PID, NAME.trash-PID. Call it under the lock.
+
+    Links are left alone: recurlm makes none.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(rf"({names})\.(tmp|trash)-[0-9]+(-old)?", path.name) and not path.is_symlink():
+            remove(path)
+
+
+def space(folder: Path, needed: int) -> str:
+    """How much is needed and free, for a message."""
+    return f"{needed:,} bytes are needed, {shutil.disk_usage(folder).free:,} are free"
+
+
+def reason(error: Exception, folder: Path, needed: int) -> str:
+    """Why something of `needed` bytes could not be written to `folder`."""
+    with contextlib.suppress(OSError):
+        return f"{error}; {space(folder, needed)}"
+    return str(error)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """OSError when the disk has less than `needed` bytes free."""
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Puts a finished file or folder in place: sync, rename, sync the parent folder."""
     sync(temporary)
@@ -43,13 +94,17 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes the file so that a crash leaves the old content or the new, never a part."""
+    """Writes the file so that a crash leaves the old content or the new, never a part; OSError naming the file."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(data)
         publish(temporary, path)
+    except OSError as error:
+        more = f" ({space(path.parent, len(data))})" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(error.errno, f"{error.strerror}{more}", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def to_json(value: Any) -> str:
@@ -143,6 +198,8 @@ def read_manifest(path: Path, known_format: int, limit: int = 1 << 20) -> dict[s
     try:
         manifest = parse_json(read_regular(path, limit))
     except OSError as error:
+        if error.errno not in _NO_FILE:  # a disk that fails or refuses says nothing of the content
+            raise
         raise CheckpointError(f"{path}: not a readable manifest ({error.strerror}).") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error}).") from None
@@ -157,12 +214,31 @@ def read_manifest(path: Path, known_format: int, limit: int = 1 << 20) -> dict[s
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's `.lock`, which dies with the process; UserError when another process holds it."""
-    with (folder / LOCK).open("a") as file:
+    """Makes the folder and holds its `.lock`, which dies with the process; UserError when another process holds it.
+
+    Folders that were made here and hold nothing in the end are removed again.
+    """
+    lock = folder / LOCK
+    try:
+        made = make_folder(folder)
+    except FileExistsError:
+        raise UserError(f"{folder}: a file; choose a folder for the run with -o.") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made the run directory: {error.strerror}.") from None
+    with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # removed since it was opened
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(
                 f"{folder} is in use by another recurlm process; wait for it or choose another -o."
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == [lock.name]:
+                    lock.unlink()
+                    for path in made:
+                        path.rmdir()

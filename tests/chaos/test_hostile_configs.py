@@ -25,7 +25,7 @@ from recurlm.errors import ConfigError, RunError, UserError
 from recurlm.model.neural import NeuralModel
 from recurlm.training import memory
 from recurlm.training.optimizers import OPTIMIZERS
-from recurlm.training.trainer import check_settings
+from recurlm.training.settings import check_settings
 from support import counts, record, tiny_config
 
 pytestmark = pytest.mark.chaos

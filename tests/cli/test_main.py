@@ -164,7 +164,7 @@ def test_control_c_costs_one_line(trained, verb):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error.decode().strip() == "recurlm: Interrupted."
+    assert error.decode().strip() == "recurlm: interrupted (SIGINT)."
 
 
 def test_huge_figures_are_printed_in_scientific_notation(capsys):

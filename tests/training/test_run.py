@@ -282,6 +282,10 @@ def test_a_validation_that_is_not_finite_stops_and_can_be_resumed(text_file, tmp
         patch.setattr("recurlm.training.trainer.mean_loss", lambda *a: float("inf"))
         with pytest.raises(RunError, match="the validation loss is inf"):
             api.train(config, tmp_path / "run", quiet=True)
+        saved, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+        assert (
+            saved is not None and not saved.values["cursor"]["due"]
+        )  # it goes on with the next step, not with this loss
     result = api.train(config, tmp_path / "run", resume=True, quiet=True)
     assert result.finished and result.epoch == 2
 

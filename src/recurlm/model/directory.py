@@ -5,23 +5,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from recurlm import files, tensors
 from recurlm.config import ModelConfig, section_from_dict
-from recurlm.errors import CheckpointError, ConfigError, UserError, shown
+from recurlm.errors import CheckpointError, ConfigError, RunError, UserError, shown
 from recurlm.model.neural import NeuralModel
 from recurlm.model.precision import Precision
 
 FORMAT = 1
 MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
+FILES = (CONFIG, TOKENIZER, WEIGHTS)
 
 
 def exists(folder: Path) -> bool:
@@ -34,8 +37,8 @@ def write(
 ) -> None:
     """Publishes the weights as the folder's model; at every moment the folder holds the old model or the new.
 
-    While the weights file is exchanged the manifest accepts both. `facts` (step, validation loss, ...) are kept
-    in the manifest for people.
+    While files are exchanged the manifest accepts the old ones and the new. `facts` (step, validation loss, ...) are
+    kept in the manifest for people. RunError when the disk is full or refuses; the old model is intact then.
     """
     config = {
         "model_type": "recurlm",
@@ -43,41 +46,92 @@ def write(
         "vocab_size": model.vocab_size,
         "model": dataclasses.asdict(model.config),
     }
-    listed = {}
-    for name, content in ((CONFIG, files.to_json(config)), (TOKENIZER, tokenizer_json)):
-        if not (folder / name).is_file() or (folder / name).read_bytes() != content.encode():
-            files.write_atomic(folder / name, content)
-        listed[name] = files.describe(folder / name)
-    temporary = folder / f"{WEIGHTS}.tmp-{os.getpid()}"
+    texts = {CONFIG: files.to_json(config), TOKENIZER: tokenizer_json}
+    needed = sum(t.numel() * t.element_size() for t in weights.values()) + sum(map(len, texts.values())) + (1 << 16)
+    temporary = folder / f"{WEIGHTS}.tmp-{os.getpid()}"  # a folder, for safetensors makes a file of its own beside
     try:
-        save_file({name: t.detach().contiguous() for name, t in weights.items()}, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors makes it private
-        new = files.describe(temporary)
-        if (folder / WEIGHTS).is_file():
-            between = {**listed, WEIGHTS: files.describe(folder / WEIGHTS)}
-            _write_manifest(folder, {"facts": facts, "files": between, "pending": new})
-        files.publish(temporary, folder / WEIGHTS)
-        _write_manifest(folder, {"facts": facts, "files": {**listed, WEIGHTS: new}})
+        files.check_space(folder, needed)
+        temporary.mkdir()
+        tensors = {name: t.detach().contiguous() for name, t in weights.items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / WEIGHTS).chmod(0o644)  # safetensors makes it private
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        new = {name: files.describe(temporary / name) for name in FILES}
+        with contextlib.suppress(
+            CheckpointError, UserError
+        ):  # no sound model is there: nothing to keep loadable meanwhile
+            there = _verified(folder).get("facts", {})
+            old = {name: files.describe(folder / name) for name in FILES}
+            _write_manifest(folder, {"facts": there, "files": old, "pending": new, "pending_facts": facts})
+        for name in FILES:
+            files.publish(temporary / name, folder / name)
+        _write_manifest(folder, {"facts": facts, "files": new})
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{folder}: the model could not be saved ({files.reason(error, folder, needed)}); what was there is intact. "
+            "Free some space or fix the folder, then go on with --resume auto."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        files.remove(temporary)
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
     files.write_manifest(folder / MANIFEST, {"format": FORMAT, "kind": "neural", **content})
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest; while files are exchanged, its facts are those of the weights that are there."""
+    manifest = files.read_manifest(folder / MANIFEST, FORMAT)
+    if "values" in manifest:
+        raise UserError(f"{folder}: a checkpoint; give the run directory that it belongs to.")
+    listed, pending = manifest["files"], manifest.get("pending", {})
+    if manifest.get("kind") != "neural" or not isinstance(pending, dict) or CONFIG not in listed:
+        raise CheckpointError(f"{folder / MANIFEST}: not the manifest of a model.")
+    if pending and files.fault(folder / WEIGHTS, listed.get(WEIGHTS)):
+        manifest["facts"] = manifest.get("pending_facts")
+    if not isinstance(manifest.get("facts"), dict):
+        raise CheckpointError(f"{folder / MANIFEST}: not the manifest of a model.")
+    return manifest
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The manifest, every file found to be as it says, old or new."""
+    manifest = _manifest(folder)
+    for name in FILES:
+        if reason := files.fault(folder / name, manifest["files"].get(name), manifest.get("pending", {}).get(name)):
+            raise CheckpointError(f"{folder / name}: {reason}.")
+    return manifest
+
+
 def read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralModel, dict[str, Any]]:
     """(model, manifest) of the folder, every listed file verified; CheckpointError naming the file otherwise."""
     if not exists(folder):
         raise UserError(_no_model(folder))
-    manifest = files.read_manifest(folder / MANIFEST, FORMAT)
-    if "values" in manifest:
-        raise UserError(f"{folder}: a checkpoint; give the run directory that it belongs to.")
-    listed, pending = manifest["files"], manifest.get("pending")
-    if manifest.get("kind") != "neural" or not isinstance(manifest.get("facts"), dict) or CONFIG not in listed:
-        raise CheckpointError(f"{folder / MANIFEST}: not the manifest of a model.")
+    for _ in range(100):  # a trainer may be exchanging the files just now
+        before = _stamps(folder)
+        try:
+            out = _read(folder, device, how)
+        except (CheckpointError, FileNotFoundError):
+            if _stamps(folder) == before:
+                raise
+        else:
+            if _stamps(folder) == before:
+                return out
+    raise CheckpointError(f"{folder}: its files are exchanged faster than they can be read.")
+
+
+def _stamps(folder: Path) -> list[tuple[int, int] | None]:
+    """What changes when one of the model's files is replaced."""
+    stats = [(folder / name).stat() if (folder / name).exists() else None for name in (MANIFEST, *FILES)]
+    return [s and (s.st_ino, s.st_mtime_ns) for s in stats]
+
+
+def _read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralModel, dict[str, Any]]:
+    manifest = _manifest(folder)
+    listed, pending = manifest["files"], manifest.get("pending", {})
     for name in (CONFIG, TOKENIZER):
-        if reason := files.fault(folder / name, listed.get(name)):
+        if reason := files.fault(folder / name, listed.get(name), pending.get(name)):
             raise CheckpointError(f"{folder / name}: {reason}.")
     try:
         config = files.parse_json(files.read_regular(folder / CONFIG, 1 << 20))
@@ -90,7 +144,7 @@ def read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralMode
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a model's configuration ({error}).") from None
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    weights = tensors.read(folder / WEIGHTS, listed.get(WEIGHTS), pending, expected=shapes)
+    weights = tensors.read(folder / WEIGHTS, listed.get(WEIGHTS), pending.get(WEIGHTS), expected=shapes)
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{folder / WEIGHTS}: {name} holds a number that is not finite.")

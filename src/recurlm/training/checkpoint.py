@@ -1,15 +1,15 @@
 """Checkpoints that a crash cannot break: tensors and plain values in, the same out, every byte verified.
 
 step-N.tmp-PID/ -> tensors.safetensors, synced -> manifest.json last -> rename to step-N -> sync the parent.
-`newest` takes the newest valid one and says why it skipped another. Nothing is changed in place.
+`newest` takes the newest valid one and says why it skipped another. Nothing is changed in place; what is in the
+folder and not ours is left as it is.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +36,11 @@ class Checkpoint(NamedTuple):
     values: dict[str, Any]
 
 
+STEP = r"step-(0|[1-9][0-9]{0,11})"
+
+
 def _is_step(path: Path) -> bool:
-    return re.fullmatch(r"step-\d{1,12}", path.name) is not None and path.is_dir() and not path.is_symlink()
+    return re.fullmatch(STEP, path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def steps(folder: Path) -> list[Path]:
@@ -48,10 +51,11 @@ def steps(folder: Path) -> list[Path]:
 
 def clean(folder: Path) -> None:
     """Removes what a dead writer or pruner left behind. Call it only while holding the run's lock."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if re.fullmatch(r"step-\d{1,12}\.(tmp|trash)-\d+", path.name):
-                shutil.rmtree(path, ignore_errors=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(rf"{STEP}\.old-[0-9]+", path.name) and not path.is_symlink():  # it was being replaced
+            final = path.with_name(path.name.partition(".")[0])
+            _dispose(path) if os.path.lexists(final) else path.rename(final)
+    files.clean(folder, STEP)
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> None:
@@ -59,13 +63,11 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
 
     RunError when the disk is full or refuses; earlier checkpoints are intact then.
     """
-    final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp-{os.getpid()}"
+    final, temporary, old = (folder / f"step-{step}{end}" for end in ("", f".tmp-{os.getpid()}", f".old-{os.getpid()}"))
+    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 16)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        needed = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 16)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"needs {needed:,} bytes, {free:,} are free")
+        files.make_folder(folder)
+        files.check_space(folder, needed)
         temporary.mkdir()
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
         files.sync(temporary / TENSORS)
@@ -78,19 +80,57 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
                 "files": {TENSORS: files.describe(temporary / TENSORS)},
             },
         )
-        if final.exists():  # the same step saved again, or an invalid one in the way
-            final.rename(folder / f"step-{step}.trash-{os.getpid()}")
+        if os.path.lexists(final):  # the same step saved again, or something in the way
+            final.rename(old)
         files.publish(temporary, final)
-        for path in [path for path in steps(folder) if path != final][keep - 1 :]:
-            path.rename(path.with_name(f"{path.name}.trash-{os.getpid()}"))
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            if os.path.lexists(old) and not os.path.lexists(final):
+                old.rename(final)
         raise RunError(
-            f"{final}: the checkpoint could not be saved ({error}); earlier checkpoints are intact. "
-            "Free some space or fix the folder, then go on with --resume auto."
+            f"{final}: the checkpoint could not be saved ({files.reason(error, folder, needed)}); earlier checkpoints "
+            "are intact. Free some space or fix the folder, then go on with --resume auto."
         ) from error
     finally:
-        for path in folder.glob(f"step-*.*-{os.getpid()}"):
-            shutil.rmtree(path, ignore_errors=True)
+        files.remove(temporary)
+    with contextlib.suppress(OSError):  # the next save tries again
+        if os.path.lexists(old):
+            _dispose(old)
+        prune(folder, final, keep)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the folder was written by `save`; its tensors are not looked at."""
+    if path.is_symlink():
+        return False
+    try:
+        files.read_manifest(path / MANIFEST, FORMAT)
+        return True
+    except CheckpointError:
+        return False
+
+
+def _dispose(old: Path) -> None:
+    """Deletes a checkpoint that was replaced; anything else is kept under another name."""
+    if _is_ours(old):
+        files.remove(old)
+    else:
+        _put_aside(old, old.name.partition(".")[0])
+
+
+def _put_aside(path: Path, name: str) -> None:
+    number = 0
+    while os.path.lexists(aside := path.with_name(f"unusable-{name}-{number}")):
+        number += 1
+    path.rename(aside)
+
+
+def prune(folder: Path, newest: Path, keep: int) -> None:
+    """Deletes all but the `keep` newest checkpoints, `newest` counted and never deleted; foreign folders stay."""
+    for path in [path for path in steps(folder) if path != newest and _is_ours(path)][keep - 1 :]:
+        trash = path.with_name(f"{path.name}.trash-{os.getpid()}")
+        path.rename(trash)
+        files.remove(trash)
 
 
 def load(path: Path) -> Checkpoint:
@@ -119,7 +159,7 @@ def set_aside(folder: Path, step: int) -> None:
     """Renames checkpoints newer than `step`, which could not be used, so that they count no longer as checkpoints."""
     for path in steps(folder):
         if int(path.name[5:]) > step:
-            path.rename(path.with_name(f"unusable-{path.name}-{os.getpid()}"))
+            _put_aside(path, path.name)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ class Cursor:
     losses: list[float] = field(default_factory=list)  # of all validations
     best: float = math.inf
     seconds: float = 0.0
+    due: bool = False  # a validation of this step is due, and a signal came before or during it
 
 
 @dataclass(frozen=True)

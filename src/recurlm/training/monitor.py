@@ -31,14 +31,28 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-class Monitor:
-    """Progress on stderr; records under the run directory. Records after `step` are dropped: they will come again."""
+class _Console(Console):
+    """A console that goes silent when nobody reads it any more; rich's own would end the process."""
 
-    def __init__(self, run: Path, step: int, tensorboard: bool, quiet: bool):
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+class Monitor:
+    """Progress on stderr; records under the run directory. Records after `step` are dropped: they will come again.
+
+    With `due` the validation of `step` will come again too. What cannot be written or shown never stops the training:
+    records wait in memory and are tried again with the next one.
+    """
+
+    def __init__(self, run: Path, step: int, tensorboard: bool, quiet: bool, due: bool = False):
         kept = [record for record in read_metrics(run) if record["step"] <= step] if step else []
+        if due:
+            kept = [record for record in kept if (record["step"], record.get("event")) != (step, "valid")]
         files.write_atomic(run / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = (run / METRICS).open("a", encoding="utf-8")
-        self.console = Console(stderr=True, quiet=quiet)
+        self.file = (run / METRICS).open("ab", buffering=0)
+        self.size, self.waiting, self.broken = self.file.tell(), b"", False  # bytes of whole lines; lines to come
+        self.console = _Console(stderr=True, quiet=quiet)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -51,11 +65,13 @@ class Monitor:
 
             self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.smooth, self.last, self.rate, self.tokens = math.nan, time.perf_counter(), 0.0, 0
-        self.bar.start()
+        with contextlib.suppress(OSError):
+            self.bar.start()
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, epoch: int, share: float, nll: float, tokens: int) -> None:
         """Moves the bar; the shown loss is a running mean over about 50 steps."""
@@ -65,23 +81,48 @@ class Monitor:
         if now - self.last >= 0.5:
             self.rate, self.tokens, self.last = self.tokens / (now - self.last), 0, now
             numbers = f"loss {self.smooth:.3f}  ppl {math.exp(min(self.smooth, 50)):,.1f}  {self.rate:,.0f} tokens/s"
-            self.bar.update(self.task, completed=share, description=f"epoch {epoch + 1}", numbers=numbers)
+            with contextlib.suppress(OSError):
+                self.bar.update(self.task, completed=share, description=f"epoch {epoch + 1}", numbers=numbers)
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the numbers among `values` as TensorBoard scalars."""
-        self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        self.file.flush()
+        self.waiting += json.dumps({"event": event, "step": step, **values}).encode() + b"\n"
+        self.write()
         if self.writer is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    self.writer.add_scalar(f"{event}/{name}", value, step)
-                elif name == "text":
-                    self.writer.add_text(event, str(value), step)
+            try:
+                for name, value in values.items():
+                    if isinstance(value, int | float) and not isinstance(value, bool):
+                        self.writer.add_scalar(f"{event}/{name}", value, step)
+                    elif name == "text":
+                        self.writer.add_text(event, str(value), step)
+            except OSError as error:
+                self.writer = None
+                self.say(f"TensorBoard's events cannot be written ({error}); training goes on without them.")
+
+    def write(self) -> None:
+        """Writes the waiting records; what fails waits for the next call, and the first failure of a row is told."""
+        try:
+            if self.broken:
+                self.file.truncate(self.size)  # a part of a line may be there
+            done = 0
+            while done < len(self.waiting):
+                done += self.file.write(self.waiting[done:])
+            self.size, self.waiting, self.broken = self.size + done, b"", False
+        except OSError as error:
+            if not self.broken:
+                self.say(f"{self.file.name}: {error.strerror}; training goes on, and the records wait in memory.")
+            self.broken = True
 
     def close(self) -> None:
         """Closes bar and files."""
-        self.bar.stop()
-        self.file.close()
-        if self.writer is not None:
-            self.writer.close()
-        sys.stderr.flush()
+        if self.waiting:
+            self.write()
+        with contextlib.suppress(OSError):
+            self.bar.stop()
+        with contextlib.suppress(OSError):
+            self.file.close()
+        with contextlib.suppress(OSError):
+            if self.writer is not None:
+                self.writer.close()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()

@@ -144,7 +144,7 @@ def check(saved: checkpoint.Checkpoint, config: Config, store: Store) -> None:
             "that the run was started with, or start a new run with another -o."
         )
     for section in ("data", "tokenizer", "model"):
-        for key, value in before[section].items():
+        for key, value in {**to_dict(Config())[section], **before[section]}.items():  # a newer setting had its default
             moved = prepared and (section, key) == ("data", "path")  # a prepared store may move: its hash was compared
             if now[section].get(key) != value and not moved:
                 raise ConfigError(

@@ -5,32 +5,30 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from recurlm import files
 from recurlm.config import Config, to_dict, to_toml
-from recurlm.errors import ConfigError, DataError, RunError, lookup
+from recurlm.errors import DataError, RunError, lookup
 from recurlm.evaluation.perplexity import mean_loss
 from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
-from recurlm.model.layers import LAYERS
 from recurlm.model.neural import NeuralModel
 from recurlm.protocol import State, detach
 from recurlm.text.batches import reading_order, training_batches, window_length
 from recurlm.text.store import Store
-from recurlm.text.tokenizers import TOKENIZERS
 from recurlm.training import checkpoint, interrupt, objective, snapshot
 from recurlm.training.averaging import AVERAGING, applied
 from recurlm.training.card import model_card
 from recurlm.training.cursor import Cursor, Result, seed_for_step
-from recurlm.training.monitor import Monitor
+from recurlm.training.monitor import METRICS, Monitor
 from recurlm.training.optimizers import OPTIMIZERS
 from recurlm.training.schedules import SCHEDULES, Progress, warm_up
 
@@ -69,6 +67,7 @@ class Trainer:
         self.state: State = self.model.initial_state(config.data.batch_size)
         self.best: tuple[float, int, dict[str, Tensor]] | None = None  # loss, step and weights, not yet published
         self.saved_at, self.saved = time.monotonic(), False
+        self.wish = interrupt.Wish()
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
 
     def ids(self, split: str) -> np.ndarray:
@@ -92,6 +91,8 @@ class Trainer:
     def done(self) -> bool:
         """Whether epochs, steps or patience are used up."""
         c, train = self.cursor, self.config.train
+        if c.due:
+            return False
         stale = len(c.losses) - 1 - c.losses.index(min(c.losses)) if c.losses else 0
         spent = bool(train.max_steps) and c.step >= train.max_steps
         return c.epoch + self.epoch_ended() >= train.epochs or spent or (train.patience > 0 and stale >= train.patience)
@@ -157,12 +158,14 @@ class Trainer:
         """Measures the (averaged) weights on the valid split, keeps them if best, and starts averaging if due.
 
         Without `keep` nothing that decides how the run goes on changes, so a resumed run equals an unbroken one.
+        A signal gives it up between two windows (interrupt.Stopped), with nothing changed; it is done after the resume.
         """
         c, data = self.cursor, self.config.data
-        with applied(self.averaging, self.parameters):
+        with applied(self.averaging, self.parameters), self.heeding():
             ids, rule = self.ids(self.valid_split), (data.counting, data.batching)
             loss = mean_loss(self.model, ids, self.boundary, data.eval_batch_size, *rule)
             if not math.isfinite(loss):
+                c.due = False  # measured it was; a resume goes on with the next step
                 raise RunError(f"Step {c.step}: the validation loss is {loss}; the best weights so far are kept.")
             best = loss < c.best
             if best:
@@ -171,7 +174,7 @@ class Trainer:
         if keep:
             c.best = min(c.best, loss)
             c.losses.append(loss)
-            fired = self.averaging.observe(c.losses)
+            fired, c.due = self.averaging.observe(c.losses), False
         train_loss = c.epoch_nats / max(1, c.epoch_targets)
         values = {
             "epoch": c.epoch + 1, "loss_nats": loss, "ppl": math.exp(min(loss, 700)), "train_loss_nats": train_loss,
@@ -185,6 +188,15 @@ class Trainer:
             f"ppl {values['ppl']:,.2f}  {loss / math.log(2):.3f} bits/token  {values['seconds']:.0f} s"
             + (f"  ({notes})" if notes else "")
         )
+
+    @contextlib.contextmanager
+    def heeding(self) -> Iterator[None]:
+        """Lets a signal end what the model is asked to do, before its next forward pass."""
+        hook = self.model.register_forward_pre_hook(lambda *_: self.wish.heed())
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def publish(self) -> None:
         """Writes the best weights so far as the run directory's model."""
@@ -202,20 +214,17 @@ class Trainer:
             "loss_nats": loss if math.isfinite(loss) else None, "loss_split": self.valid_split,
         }  # fmt: skip
         directory.write(self.folder, self.model, weights, self.tokenizer.to_json(), facts)
-        files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, facts))
+        with contextlib.suppress(OSError):  # for people, and written anew with the next model
+            files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, facts))
         self.best = None
 
     def save(self, started: float) -> None:
-        """Saves everything that decides how the run goes on, the model first."""
+        """Saves everything that decides how the run goes on, the model first. RunError when that cannot be written."""
         c = replace(self.cursor, seconds=self.cursor.seconds + time.monotonic() - started)
         tensors, values = snapshot.pack(self.model, self.optimizer, self.averaging, self.state, c)
-        try:
-            self.publish()
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{self.folder}: the model could not be saved ({error}); what was there is intact. "
-                "Free some space or fix the folder, then go on with --resume auto."
-            ) from error
+        self.publish()
+        with contextlib.suppress(OSError):  # the records up to this step survive a power loss too
+            files.sync(self.folder / METRICS)
         values |= {"config": to_dict(self.config), "store": self.store.hash}
         checkpoint.save(self.folder / CHECKPOINTS, c.step, tensors, values, self.config.train.keep_checkpoints)
         self.saved_at, self.saved = time.monotonic(), True
@@ -235,28 +244,31 @@ class Trainer:
         c, train = self.cursor, self.config.train
         (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
         files.write_atomic(self.folder / "config.toml", to_toml(self.config))
-        started, first = time.monotonic(), c.step
-        monitor = Monitor(self.folder, c.step, train.tensorboard, self.quiet)
+        started, first = time.monotonic(), (c.step, c.due)
+        monitor = Monitor(self.folder, c.step, train.tensorboard, self.quiet, c.due)
         for note in self.notes:
             monitor.say(note)
         try:
-            with interrupt.listening() as wish, precision.applied(self.precision):
-                while not self.done() and not wish.signal and time.monotonic() - started < max_seconds:
-                    self.step_and_dues(monitor, started)
-                if not self.done() and not wish.signal:  # out of time: measure what is there, off the record
-                    self.validate(monitor, started, keep=False)
+            with interrupt.listening() as self.wish, precision.applied(self.precision):
+                with contextlib.suppress(interrupt.Stopped):
+                    if c.due:
+                        self.validate(monitor, started)
+                    while not self.done() and not self.wish.signal and time.monotonic() - started < max_seconds:
+                        self.step_and_dues(monitor, started)
+                    if not self.done() and not self.wish.signal:  # out of time: measure what is there, off the record
+                        self.validate(monitor, started, keep=False)
                 best = min(c.best, self.best[0] if self.best else math.inf)
-                if c.step > first:
+                if (c.step, c.due) != first:
                     self.save(started)
-        except RunError:
-            if not (self.folder / CHECKPOINTS / f"step-{c.step}").exists() and c.step > first:
+        except (RunError, OSError):
+            if not (self.folder / CHECKPOINTS / f"step-{c.step}").exists() and (c.step, c.due) != first:
                 with contextlib.suppress(RunError):  # the first error is the one to read
                     self.save(started)
             raise
         finally:
             monitor.close()
         seconds = c.seconds + time.monotonic() - started
-        return Result(c.step, c.epoch + self.epoch_ended(), best, seconds, wish.signal, self.done())
+        return Result(c.step, c.epoch + self.epoch_ended(), best, seconds, self.wish.signal, self.done())
 
     def step_and_dues(self, monitor: Monitor, started: float) -> None:
         """One step and what is due after it: records, sample, validation, checkpoint."""
@@ -271,6 +283,7 @@ class Trainer:
             monitor.say(f"sample at step {c.step}: {text!r}")
         last = c.epoch + self.epoch_ended() >= train.epochs or (train.max_steps and c.step >= train.max_steps)
         if last or (c.step % train.eval_every == 0 if train.eval_every else self.epoch_ended()):
+            c.due = True
             self.validate(monitor, started)
         due = time.monotonic() - self.saved_at >= train.checkpoint_seconds or (bool(c.losses) and not self.saved)
         if not self.done() and (due or (train.checkpoint_every and c.step % train.checkpoint_every == 0)):
@@ -285,22 +298,3 @@ class Trainer:
         with applied(self.averaging, self.parameters):
             drawn = list(sample_ids(self.model, start, count, Sampling(temperature=0.8), generator, forbidden))
         return self.tokenizer.decode(ids + drawn)
-
-
-def check_settings(config: Config) -> None:
-    """None; ConfigError for names and sizes that cannot work, found before any text is read."""
-    precision.resolve_device(config.train.device)
-    lookup(TOKENIZERS, config.tokenizer.kind, "tokenizer.kind")
-    lookup(SCHEDULES, config.schedule.name, "schedule.name")
-    lookup(AVERAGING, config.averaging.name, "averaging.name")
-    lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")([nn.Parameter(torch.zeros(1))], config.optimizer)
-    if config.data.batching != "stream" and config.data.counting != "exact":
-        raise ConfigError("data.counting = 'published' is a rule for one stream; it needs data.batching = 'stream'.")
-    layer = lookup(LAYERS, config.model.layer, "model.layer")
-    if config.dropout.recurrent and not layer.has_recurrent_product:
-        raise ConfigError(
-            f"dropout.recurrent = {config.dropout.recurrent}: a {config.model.layer} layer has no hidden-to-hidden "
-            "product to drop h from; take dropout.weight or model.zoneout."
-        )
-    with torch.device("meta"):
-        NeuralModel(config.model, 1, torch.Generator("cpu"))

@@ -6,7 +6,7 @@ import torch
 from recurlm.config import ModelConfig
 from recurlm.errors import ConfigError
 from recurlm.model.layers import gated, gru, lstm, rnn
-from recurlm.training.trainer import check_settings
+from recurlm.training.settings import check_settings
 from support import tiny_config
 
 CELLS = {"lstm": lstm.cell, "gru": gru.cell, "rnn_tanh": rnn.CELLS["tanh"], "rnn_relu": rnn.CELLS["relu"]}

@@ -1,0 +1,35 @@
+"""What of a configuration can be found wrong before any text is read."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from recurlm.config import Config
+from recurlm.errors import ConfigError, lookup
+from recurlm.model import precision
+from recurlm.model.layers import LAYERS
+from recurlm.model.neural import NeuralModel
+from recurlm.text.tokenizers import TOKENIZERS
+from recurlm.training.averaging import AVERAGING
+from recurlm.training.optimizers import OPTIMIZERS
+from recurlm.training.schedules import SCHEDULES
+
+
+def check_settings(config: Config) -> None:
+    """None; ConfigError for names and sizes that cannot work, found before any text is read."""
+    precision.resolve_device(config.train.device)
+    lookup(TOKENIZERS, config.tokenizer.kind, "tokenizer.kind")
+    lookup(SCHEDULES, config.schedule.name, "schedule.name")
+    lookup(AVERAGING, config.averaging.name, "averaging.name")
+    lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")([nn.Parameter(torch.zeros(1))], config.optimizer)
+    if config.data.batching != "stream" and config.data.counting != "exact":
+        raise ConfigError("data.counting = 'published' is a rule for one stream; it needs data.batching = 'stream'.")
+    layer = lookup(LAYERS, config.model.layer, "model.layer")
+    if config.dropout.recurrent and not layer.has_recurrent_product:
+        raise ConfigError(
+            f"dropout.recurrent = {config.dropout.recurrent}: a {config.model.layer} layer has no hidden-to-hidden "
+            "product to drop h from; take dropout.weight or model.zoneout."
+        )
+    with torch.device("meta"):
+        NeuralModel(config.model, 1, torch.Generator("cpu"))
