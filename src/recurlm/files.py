@@ -216,11 +216,12 @@ def read_manifest(path: Path, known_format: int, limit: int = 1 << 20) -> dict[s
 def locked(folder: Path) -> Iterator[None]:
     """Makes the folder and holds its `.lock`, which dies with the process; UserError when another process holds it.
 
-    Folders that were made here and hold nothing in the end are removed again.
+    Where nothing was added in the end, the lock and the folders that were made here are removed again.
     """
     lock = folder / LOCK
     try:
         made = make_folder(folder)
+        before = {path.name for path in folder.iterdir()}
     except FileExistsError:
         raise UserError(f"{folder}: a file; choose a folder for the run with -o.") from None
     except OSError as error:
@@ -238,7 +239,7 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if [path.name for path in folder.iterdir()] == [lock.name]:
+                if LOCK not in before and {path.name for path in folder.iterdir()} <= {*before, LOCK}:
                     lock.unlink()
-                    for path in made:
-                        path.rmdir()
+                for path in made:
+                    path.rmdir()
