@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from crashes import outcome
 
+from recurlm.errors import CheckpointError
 from recurlm.training import checkpoint
 from recurlm.training.interrupt import Stopped
 from recurlm.training.monitor import Monitor
@@ -19,7 +20,14 @@ COMMON = ("train.max_steps=44", "train.epochs=3", "train.eval_every=4", "data.ba
 AVERAGED = (*COMMON, "averaging.name=nt-asgd", "averaging.nonmono=1", "optimizer.name=sgd", "optimizer.lr=20",
             "optimizer.momentum=0.5", "optimizer.clip=1")  # fmt: skip
 ADAM = (*COMMON, "optimizer.name=adam", "optimizer.lr=0.02", "schedule.name=linear")
-PLATEAU = (*COMMON, "optimizer.name=adamw", "optimizer.lr=0.3", "schedule.name=plateau", "schedule.factor=0.5")
+PLATEAU = (
+    *COMMON,
+    "optimizer.name=adamw",
+    "optimizer.lr=0.3",
+    "schedule.name=plateau",
+    "schedule.warmup_steps=0",
+    "schedule.factor=0.5",
+)
 PATIENCE = (*COMMON, "optimizer.lr=0", "schedule.name=constant", "train.patience=8")
 MILESTONES = (*COMMON, "schedule.name=milestones", "schedule.milestones=[1]", "schedule.factor=0.1")
 
