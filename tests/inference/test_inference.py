@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recurlm import api
+from recurlm import api, language_model
 from recurlm.config import apply_assignments
 from recurlm.errors import DataError, RequestError
 from recurlm.inference.engine import score_sequences
@@ -212,7 +212,7 @@ def test_neighbours_analogies_and_the_map(model):
     for method in ("add", "mul"):
         answers = model.analogy(*known, k=3, method=method)
         assert len(answers) == 3 and not {row.id for row in answers} & {words.index(w) for w in known}
-    for method in api.MAPS:
+    for method in language_model.MAPS:
         picture = model.embedding_map(20, method=method)
         assert picture.tokens == tuple(map(tokenizer.token, range(20)))
         assert len(picture.points) == 20 and b"<svg" in picture.svg()

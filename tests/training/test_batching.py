@@ -78,7 +78,7 @@ def _file(folder: Path, text: str) -> Path:
 
 def test_a_backward_model_reads_each_line_from_its_end(text_file, tmp_path):
     forward = api.load(trained(text_file, tmp_path / "forward"))
-    backward = api.load(trained(text_file, tmp_path / "backward", "model.backward=true"))
+    backward = api.load(trained(text_file, tmp_path / "backward", "model.backward=true", "train.sample_every=40"))
     assert backward.backward and not forward.backward
     line = "the king sees a bird and the child hears it ."
     scored = backward.score(line)
@@ -91,6 +91,12 @@ def test_a_backward_model_reads_each_line_from_its_end(text_file, tmp_path):
     assert scored.total < mirrored.total / 2  # it is no forward model
     measured = api.evaluate(backward, data=_file(tmp_path, small_text(40, seed=4)))
     assert measured["loss_nats"] < 2.0
+    # It writes what comes before: nine words before "it .", begun at the line's start.
+    text = backward.generate("hears it .", tokens=30, temperature=0.3, seed=2, stop="\n")
+    assert text.endswith(" hears it .") and text.startswith("the ") and "\n" not in text
+    assert "".join(backward.stream("hears it .", tokens=30, temperature=0.3, seed=2, stop="\n")) + "hears it ." == text
+    with pytest.raises(RequestError, match="reads backward"):
+        backward.beam("it .")
 
 
 def test_the_direction_of_a_run_cannot_change(text_file, tmp_path):

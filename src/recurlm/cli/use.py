@@ -253,13 +253,14 @@ def generate(
         stop=stops,
     )
     if as_json:
-        print_json({"prompt": prompt, "text": prompt + "".join(pieces), "seed": seed})
+        print_json({"prompt": prompt, "text": model.joined(prompt, "".join(pieces)), "seed": seed})
         return
     try:
-        sys.stdout.write(prompt)
+        sys.stdout.write("" if model.backward else prompt)
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
+        sys.stdout.write(prompt if model.backward else "")
     finally:
         sys.stdout.write("\n")
 

@@ -291,10 +291,11 @@ class Trainer:
 
     def sample(self, count: int = 60) -> str:
         """A short text from the current (averaged) weights."""
-        ids = self.tokenizer.encode_prefix(self.config.train.sample_prompt).tolist()
+        order = -1 if self.model.backward else 1
+        ids = self.tokenizer.encode_prefix(self.config.train.sample_prompt).tolist()[::order]
         generator = torch.Generator().manual_seed(self.config.train.seed)
         forbidden = [] if self.tokenizer.unk_id is None else [self.tokenizer.unk_id]
         start = [self.boundary, *ids]
         with applied(self.averaging, self.parameters):
             drawn = list(sample_ids(self.model, start, count, Sampling(temperature=0.8), generator, forbidden))
-        return self.tokenizer.decode(ids + drawn)
+        return self.tokenizer.decode((ids + drawn)[::order])
