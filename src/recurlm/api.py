@@ -17,7 +17,7 @@ from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, Us
 from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.language_model import LanguageModel, load
 from recurlm.model import directory
-from recurlm.text.batches import reading_order
+from recurlm.text.batches import Sequences, reading_order
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
 from recurlm.training import checkpoint, memory, range_test, snapshot
@@ -97,6 +97,8 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
             f"{sizes} tokens; {store.tokenizer_kind} vocabulary of {store.vocab_size:,}; "
             f"{sum(p.numel() for p in trainer.parameters):,} parameters"
         )
+        if isinstance(trainer.batches, Sequences):
+            notes.append(f"{len(trainer.batches.lengths):,} {config.data.batching}s to train on")
         if resume and saved is None:
             notes.append(f"No checkpoint in {folder}: starting from the beginning.")
         if saved is not None:

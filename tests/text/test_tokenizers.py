@@ -1,4 +1,4 @@
-"""Every tokenizer keeps the contract of base.py; what is special to one comes after."""
+"""Every tokenizer keeps the contract of base.py: nothing here names one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ SAMPLE = (
     + "The cat sat on the mat .\nthe dog's ball <unk> rolled , didn't it ?\n\nnaïve 戦場 🎈 e\u0301 12345\n" * 20
 )
 VARIANTS = {kind: TokenizerConfig(kind=kind) for kind in TOKENIZERS} | {
-    "char without bytes": TokenizerConfig(kind="char", byte_fallback=False),
-    "word, small": TokenizerConfig(kind="word", vocab_size=30, min_count=2),
-    "bpe, small": TokenizerConfig(kind="bpe", vocab_size=300),
-    "unigram, small": TokenizerConfig(kind="unigram", vocab_size=300),
+    f"{kind}, small": TokenizerConfig(kind=kind, vocab_size=300, min_count=2, byte_fallback=False)
+    for kind in TOKENIZERS
 }
 TRAINED = {name: train_tokenizer([SAMPLE], config) for name, config in VARIANTS.items()}
 LIBRARY = {name: tokenizers.Tokenizer.from_str(t.to_json()) for name, t in TRAINED.items()}
-EXACT = {name: t for name, t in TRAINED.items() if t.kind != "word" and t.unk_id is None}
+EXACT = {name: t for name, t in TRAINED.items() if t.exact}
 
 every = pytest.mark.parametrize("tokenizer", TRAINED.values(), ids=list(TRAINED))
 exact = pytest.mark.parametrize("tokenizer", EXACT.values(), ids=list(EXACT))
@@ -107,18 +105,6 @@ def test_every_scalar_comes_back(tokenizer: Tokenizer):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=300, deadline=None)
-@given(text=plain_text)
-def test_word_round_trip_normalises_white_space_only(text: str):
-    tokenizer = train_tokenizer([text, "x\n"], TokenizerConfig(kind="word"))
-    lines = text.removesuffix("\n").split("\n") if text else []
-    words = ["<unk>" if word == "<eos>" else word for line in lines for word in [*line.split(), "\n"]]
-    assert tokenizer.decode(tokenizer.encode(text)).split(" ") == " ".join(words).replace(" \n", "\n").replace(
-        "\n ", "\n"
-    ).split(" ")
-    assert tokenizer.encode(text).size == len(words)
-
-
 @every
 @settings(max_examples=200, deadline=None)
 @given(lines=st.lists(plain_text, max_size=4), rest=plain_text)
@@ -144,10 +130,7 @@ def test_typed_control_tokens_are_text(tokenizer: Tokenizer):
     for text in ("<eos>", "a <eos> b", "<unk>", "<0x41>", "<0x0A>", "Ġ", "Ċ", "<|endoftext|>", "[UNK]"):
         ids = tokenizer.encode_prefix(text).tolist()
         assert tokenizer.boundary_id not in ids
-        if tokenizer.kind == "word":
-            assert tokenizer.encode_prefix(text.replace("<eos>", "<unk>")).tolist() == ids
-        elif tokenizer.unk_id is None:
-            assert tokenizer.decode(ids) == text
+        assert not tokenizer.exact or tokenizer.decode(ids) == text
 
 
 @every
@@ -161,9 +144,8 @@ def test_time_is_linear(tokenizer: Tokenizer, unit: str):
 
 @every
 def test_lone_surrogates_and_bad_ids_are_refused(tokenizer: Tokenizer):
-    if tokenizer.kind != "word":  # a word with one is an unknown word
-        with pytest.raises(RequestError, match="lone surrogate at character 1"):
-            tokenizer.encode("a\ud800")
+    with pytest.raises(RequestError, match="lone surrogate at character 1"):
+        tokenizer.encode("a\ud800")
     for bad in (-1, tokenizer.vocab_size):
         with pytest.raises(RequestError, match="outside"):
             tokenizer.decode([0, bad])
@@ -221,48 +203,3 @@ def test_unknown_kind_and_sizes_too_small():
     for kind in TOKENIZERS:
         with pytest.raises(ConfigError, match="vocab_size = 2 is too small"):
             train_tokenizer(["a\n"], TokenizerConfig(kind=kind, vocab_size=2))
-
-
-def test_word_vocabulary_is_by_frequency():
-    text = "b a b <unk> c <eos>\nb d a\n"
-    words = train_tokenizer([text], TokenizerConfig(kind="word"))
-    # b 3 times; a, <eos> (two lines), <unk> (and the typed <eos>) twice; c, d once; ties as they appear
-    assert [words.token(i) for i in range(words.vocab_size)] == ["b", "a", "<eos>", "<unk>", "c", "d"]
-    small = train_tokenizer([text], TokenizerConfig(kind="word", vocab_size=4))
-    assert [small.token(i) for i in range(small.vocab_size)] == ["<unk>", "b", "a", "<eos>"]
-    rare = train_tokenizer([text], TokenizerConfig(kind="word", min_count=3))
-    assert sorted(rare.token(i) for i in range(rare.vocab_size)) == ["<eos>", "<unk>", "b"]
-    assert train_tokenizer(["a\n"], TokenizerConfig(kind="word")).unk_id == 2
-
-
-def test_word_splits_as_python_does():
-    words = TRAINED["word"]
-    for point in range(0x110000):
-        if chr(point).isspace() and point != ord("\n"):
-            text = f"the{chr(point)}cat\n"
-            assert words.encode(text).tolist() == words.encode("the cat\n").tolist() == LIBRARY["word"].encode(text).ids
-    assert words.encode("the\x85\x0b\u2028cat").size == 3
-
-
-def test_char_rows():
-    config = TokenizerConfig(kind="char", min_count=2, vocab_size=259)
-    char = train_tokenizer(["ba", "abcaddee"], config)
-    assert [char.token(i) for i in (0, 1, 2, 3, 258)] == ["a", "b", "\\n", "<0x00>", "<0xFF>"]
-    assert char.encode("aé").tolist() == [0, 3 + 0xC3, 3 + 0xA9]
-    unknown = train_tokenizer(["ba"], TokenizerConfig(kind="char", byte_fallback=False))
-    assert unknown.encode("aéb").tolist() == [0, unknown.unk_id, 1]
-    assert unknown.decode(unknown.encode("aéb")) == "a<unk>b"
-
-
-def test_byte_takes_any_bytes():
-    byte = TRAINED["byte"]
-    assert byte.encode_prefix(bytes(range(256))).tolist() == list(range(256))  # type: ignore[arg-type]
-    assert byte.token(0xE2) == "<0xE2>"
-
-
-def test_bpe_ids_are_by_frequency():
-    bpe = TRAINED["bpe"]
-    counts = np.bincount(bpe.encode(SAMPLE), minlength=bpe.vocab_size)
-    assert (np.diff(counts) <= 0).all()
-    assert {bytes([b]) for b in range(256)} <= set(bpe.pieces)
-    assert TRAINED["bpe, small"].vocab_size == 300

@@ -25,6 +25,8 @@ class Tokenizer(ABC):
     kind: ClassVar[str]
     reads_bytes: ClassVar[bool] = False
     """True when `encode_prefix` takes raw bytes as well, valid UTF-8 or not."""
+    exact: bool = True
+    """Whether any text comes back from its ids as it was."""
     line_end: ClassVar[str] = ""
     """What `encode` adds to a last line without a newline."""
     unk_id: int | None = None

@@ -27,6 +27,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, characters: str, byte_fallback: bool):
         self._characters, self._byte_fallback = characters, byte_fallback
+        self.exact = byte_fallback
         self.boundary_id = characters.index("\n")
         self.unk_id = None if byte_fallback else len(characters)
         rows = [bytes([byte]) for byte in range(256)] if byte_fallback else [UNK.encode()]

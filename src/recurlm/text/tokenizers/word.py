@@ -34,6 +34,7 @@ class WordTokenizer(Tokenizer):
     """
 
     kind = "word"
+    exact = False
     line_end = "\n"
 
     def __init__(self, words: list[str]):
@@ -71,6 +72,7 @@ class WordTokenizer(Tokenizer):
         )
 
     def encode_prefix(self, text: str) -> np.ndarray:
+        to_bytes(text)
         if EOS in text:
             text = _TYPED_EOS.sub(UNK, text)
         words = text.replace("\n", f" {EOS} ").split()
