@@ -157,7 +157,10 @@ class ScheduleConfig:
         0, "plateau: validations without a new best that are tolerated before a step", low=0, high=10**6
     )
     floor: float = _opt(
-        0.0, "linear, cosine, cyclic, slanted-triangular: lowest share of the learning rate", low=0, high=1
+        0.0,
+        "linear, cosine, cyclic, slanted-triangular: lowest share of the learning rate (the last two begin there)",
+        low=0,
+        high=1,
     )
     cycles: int = _opt(1, "cosine, cyclic: cycles over the training", low=1, high=10**6)
     peak: float = _opt(
@@ -172,7 +175,7 @@ class AveragingConfig:
     nonmono: int = _opt(
         5, "nt-asgd: start when worse than the best of all but the last n validations", low=1, high=10**6
     )
-    start: float = _opt(0.5, "ema, swa, tail: start at this share of the training", low=0, high=1)
+    start: float = _opt(0.5, "ema, swa, tail: start at this share of the training", low=0, high=0.999)
     decay: float = _opt(0.999, "ema: share of the mean that stays at each step", low=0, high=0.9999999)
     every: int = _opt(1, "swa: steps from one averaged iterate to the next", low=1, high=10**9)
     forget: float = _opt(

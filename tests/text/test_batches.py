@@ -57,7 +57,7 @@ def test_published_streams_are_those_of_awd_lstm_lm():
     window = streams.window(0, 70)
     assert np.array_equal(window.inputs_TB, rows[:-1])
     assert np.array_equal(window.targets_TB, rows[1:])
-    assert streams.train_length == len(rows) - 2
+    assert streams.epoch_length(0) == len(rows) - 2
 
 
 def test_window_lengths_have_the_published_distribution():
@@ -83,6 +83,21 @@ def test_documents_end_with_empty_lines():
     assert document_ends(ids, END).tolist() == [6, 9, 11]
     assert document_ends(np.array([END, 5, END]), END).tolist() == [1, 3]
     assert document_ends(np.array([5, END, 6]), END).tolist() == [3]
+    assert document_ends(np.array([END, END, 7]), END).tolist() == [2, 3]
+
+
+def test_document_ends_are_those_of_a_plain_reading():
+    for bits in range(2**9):
+        ids = np.array([END if bits >> n & 1 else 7 for n in range(9)])
+        ends, line, empty_before = [], 0, False
+        for n, token in enumerate(ids):  # a document ends where an empty line is followed by one that is not empty
+            if line == 0 and empty_before and token != END:
+                ends.append(n)
+            if token == END:
+                empty_before, line = line == 0, 0
+            else:
+                line += 1
+        assert document_ends(ids, END).tolist() == [*ends, 9], ids
 
 
 @pytest.mark.parametrize("batching", BATCHING)
@@ -114,15 +129,17 @@ def test_a_sequence_sees_itself_alone(batching):
     assert found | {tuple(row) for row in rows} == expected
 
 
-def test_training_reads_every_sequence_in_an_order_of_its_own_each_epoch():
-    ids, config = text(5, 200), DataConfig(batching="sentence", batch_size=8, bptt=6)
+@pytest.mark.parametrize("seed", range(20))
+def test_training_reads_every_sequence_in_an_order_of_its_own_each_epoch(seed):
+    """The number of windows differs from epoch to epoch, for many a sentence is longer than one."""
+    ids, config = text(seed, 200), DataConfig(batching="sentence", batch_size=4, bptt=3)
     batches = training_batches(ids, config, END, seed=1)
     assert isinstance(batches, Sequences)
     orders = []
     for epoch in range(3):
         position, seen = 0, []
-        while position < batches.train_length:
-            window = batches.window(position, 6, epoch)
+        while position < batches.epoch_length(epoch):
+            window = batches.window(position, 3, epoch)
             mask = window.counted_TB
             seen += (window.targets_TB if mask is None else window.targets_TB[mask]).flatten().tolist()
             position = window.next
@@ -130,14 +147,15 @@ def test_training_reads_every_sequence_in_an_order_of_its_own_each_epoch():
         orders.append(seen)
     assert orders[0] != orders[1] != orders[2]
     again = training_batches(ids, config, END, seed=1)  # the order is a function of seed and epoch alone
-    assert np.array_equal(again.window(7, 6, 2).inputs_TB, batches.window(7, 6, 2).inputs_TB)
-    assert len({training_batches(ids, config, END, seed=s).window(0, 6, 0).inputs_TB.tobytes() for s in range(5)}) > 1
+    assert again.epoch_length(2) == batches.epoch_length(2)
+    assert np.array_equal(again.window(7, 3, 2).inputs_TB, batches.window(7, 3, 2).inputs_TB)
+    assert len({training_batches(ids, config, END, seed=s).window(0, 3, 0).inputs_TB.tobytes() for s in range(5)}) > 1
 
 
 def test_batches_hold_sequences_of_like_length():
     ids = text(6, 2000)
     batches = training_batches(ids, DataConfig(batching="sentence", batch_size=16, bptt=20), END, seed=2)
-    cells = [batches.window(p, 20).inputs_TB.size for p in range(batches.train_length)]
+    cells = [batches.window(p, 20).inputs_TB.size for p in range(batches.epoch_length(0))]
     assert len(ids) / sum(cells) > 0.85  # the rest is padding
 
 

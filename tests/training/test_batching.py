@@ -27,10 +27,14 @@ from support import small_text, tiny_config
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory) -> Path:
-    """Lines with an empty one after each fifth."""
-    lines = small_text(300).splitlines()
+    """Documents of one to nine lines, parted by empty ones: the number of windows differs from epoch to epoch."""
+    lines, parts = small_text(300).splitlines(), []
+    while lines:
+        size = 1 + len(parts) * 7 % 9
+        parts.append("".join(line + "\n" for line in lines[:size]))
+        del lines[:size]
     path = tmp_path_factory.mktemp("documents") / "text.txt"
-    path.write_text("".join(line + ("\n\n" if n % 5 == 4 else "\n") for n, line in enumerate(lines)))
+    path.write_text("\n".join(parts))
     return path
 
 

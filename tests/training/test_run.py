@@ -483,6 +483,62 @@ def test_a_prepared_store_brings_its_tokenizer(store, tmp_path):
     assert api.evaluate(tmp_path / "run", split="valid")["targets"] == store.info["valid"].tokens
 
 
+def test_before_any_validation_the_newest_weights_are_published(text_file, tmp_path):
+    settings = ("train.eval_every=1000000", "train.checkpoint_every=5", "train.epochs=99")
+    config = apply_assignments(tiny_config(*settings, "train.max_steps=99"), [f'data.path="{text_file}"'])
+    real, steps = Trainer.step, []
+
+    def step(self):
+        steps.append(1)
+        if len(steps) == 14:
+            raise RunError("enough")
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        with pytest.raises(RunError, match="enough"):
+            api.train(config, tmp_path / "run", quiet=True)
+    assert api.load(tmp_path / "run").facts["step"] == 13
+
+
+def test_a_valid_text_that_cannot_be_measured_is_refused_before_training(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text(small_text(50))
+    (tmp_path / "text" / "valid.txt").write_text("the king\n")
+    settings = ("data.counting=published", "data.eval_batch_size=10")
+    config = apply_assignments(tiny_config(*settings), [f'data.path="{tmp_path / "text"}"'])
+    with pytest.raises(DataError, match="too short to measure in 10 streams"):
+        api.train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_validation_that_was_interrupted_once_is_not_repeated_for_ever(store, tmp_path, monkeypatch):
+    settings = ("train.eval_every=5", "train.max_steps=20")
+    trainer = make(store, tmp_path / "run", *settings)
+    real = Trainer.validate
+
+    def interrupted(self, monitor, started, keep=True):
+        self.wish.signal = signal.SIGTERM if self.cursor.step == 10 else 0
+        real(self, monitor, started, keep)
+
+    monkeypatch.setattr(Trainer, "validate", interrupted)
+    assert trainer.run().signal == signal.SIGTERM
+    monkeypatch.setattr(Trainer, "validate", real)
+    saved, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.step == 10
+    trainer = make(store, tmp_path / "run", *settings)
+    trainer.resume(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr("recurlm.training.trainer.mean_loss", lambda *a: float("nan"))
+        with pytest.raises(RunError, match="validation loss is nan"):
+            trainer.run()
+    saved, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    trainer = make(store, tmp_path / "run", *settings)
+    assert saved is not None
+    trainer.resume(saved)
+    assert trainer.run().finished
+
+
 def golden_trace(layer: str, zoneout: float, store, folder: Path) -> list[float]:
     """Losses of 200 steps with every dropout, both regularisers and clipping on."""
     recurrent = zoneout if LAYERS[layer].has_recurrent_product else 0

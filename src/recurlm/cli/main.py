@@ -16,7 +16,7 @@ from recurlm.cli import data, demo, embed, train, use
 from recurlm.errors import UserError
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # typer names no common class of its usage errors
-OUT_OF_MEMORY = "Out of memory; lower data.batch_size, data.bptt or the model's sizes."
+OUT_OF_MEMORY = "Out of memory; lower data.batch_size, data.bptt or the model's sizes, in a new run."
 
 app = typer.Typer(
     name="recurlm",

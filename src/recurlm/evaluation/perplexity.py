@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recurlm.config import DataConfig
 from recurlm.errors import DataError, RequestError, nearest
 from recurlm.evaluation.metrics import TOP, ranks
 from recurlm.protocol import StatefulModel
@@ -67,6 +68,11 @@ def mean_loss(
     return totals_of(model, batches, steps).nats / batches.divisor
 
 
+def check_measurable(ids: np.ndarray, boundary_id: int, config: DataConfig) -> None:
+    """None when `mean_loss` can measure the ids as the configuration says; RequestError or DataError otherwise."""
+    _batches(ids, boundary_id, config.eval_batch_size, config.counting, config.batching, 1)
+
+
 def _batches(ids: np.ndarray, boundary_id: int, batch_size: int, counting: str, batching: str, steps: int) -> Batches:
     """The batches to measure; RequestError or DataError when nothing could be measured."""
     if not 1 <= batch_size <= 65536:
@@ -100,10 +106,10 @@ def evaluate_ids(
     `counts` are the text's own numbers of words (line ends counted), characters and bytes.
     """
     start = time.perf_counter()
-    steps = max(
-        1,
-        min(1024 // max(1, batch_size) + 1, _RANKED // (max(1, batch_size) * model.vocab_size) if with_ranks else 4096),
-    )
+    rows = max(1, batch_size)
+    steps = 1024 // rows + 1
+    if with_ranks:
+        steps = max(1, min(steps, _RANKED // (rows * model.vocab_size)))
     batches = _batches(ids, boundary_id, batch_size, counting, batching, steps)
     totals = totals_of(model, batches, steps, with_ranks)
     loss = totals.nats / batches.divisor

@@ -46,7 +46,8 @@ def beam_search(
 
     At each step the `beams` most probable open paths go on as the rows of one batch. A path for which `ends` is
     true is set aside, its last id counted. The search is over when no open path can still reach the `best` found.
-    With beams >= V^(count - 1) nothing is cut and the result is exact; beams = 1 is greedy. `forbidden` ids are in
+    With beams >= V^(count - 1) nothing is cut and the result is exact; beams = 1 without a length
+    penalty is greedy. `forbidden` ids are in
     no path. Fewer paths come back where fewer exist or are left open. RequestError for arguments out of range.
     """
     check_range("beams", beams, 1, MOST_BEAMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -12,7 +13,15 @@ from torch import Tensor
 from recurlm.kernels.reference import GATES
 
 
-@numba.njit(cache=True, nogil=True)
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, compiled at first use, and kept on disk where that is possible."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder for it can be written
+        return numba.njit(nogil=True)(function)
+
+
+@_compiled
 def _scan(z_TN: np.ndarray, f_TN: np.ndarray, i_TN: np.ndarray | None, c_N: np.ndarray, out_TN: np.ndarray) -> None:
     """Fills out with c_t; without an input gate of its own (i is None, compiled away) f is the input gate too."""
     for t in range(z_TN.shape[0]):
@@ -24,7 +33,7 @@ def _scan(z_TN: np.ndarray, f_TN: np.ndarray, i_TN: np.ndarray | None, c_N: np.n
                 out_TN[t, n] = previous[n] - f_TN[t, n] * previous[n] + i_TN[t, n] * z_TN[t, n]
 
 
-@numba.njit(cache=True, nogil=True)
+@_compiled
 def _scan_backward(
     z_TN: np.ndarray,
     f_TN: np.ndarray,

@@ -32,11 +32,13 @@ class Batches(ABC):
     """The ids of one split, in the order in which they are read."""
 
     length: int
-    """Positions of one epoch of measurement."""
-    train_length: int
-    """Positions of one epoch of training."""
+    """Positions of one measurement."""
     divisor: int
     """What a sum of losses over one measurement is divided by: the targets that count, but under the published rule."""
+
+    @abstractmethod
+    def epoch_length(self, epoch: int) -> int:
+        """Positions of that epoch of training."""
 
     @abstractmethod
     def steps_per_epoch(self, config: DataConfig) -> int:
@@ -78,12 +80,13 @@ class Streams(Batches):
             self.length = max(rows - 1, 0)
             self.owned = self.starts = streams * rows + 1
             self.divisor = batch_size * (self.length + 1)  # one more a stream than targets: behaviour kept to compare
-        self.train_length = self.length if self.exact else max(self.length - 1, 0)
+
+    def epoch_length(self, epoch: int) -> int:
+        return self.length if self.exact else max(self.length - 1, 0)
 
     def steps_per_epoch(self, config: DataConfig) -> int:
         mean = config.bptt * (config.bptt_full_share + (1 - config.bptt_full_share) / 2)
-        mean = min(mean, self.train_length)
-        return math.ceil(self.train_length / mean)
+        return math.ceil(self.epoch_length(0) / min(mean, self.epoch_length(0)))
 
     def window(self, position: int, steps: int, epoch: int = 0) -> Window:
         steps = min(steps, self.length - position)
@@ -116,13 +119,19 @@ class Sequences(Batches):
         self.divisor = len(ids)
         self.epoch = -1
         self._arrange(0)
-        self.length = self.train_length = int(self.first[-1])
+        self.length = int(self.first[-1])
+
+    def epoch_length(self, epoch: int) -> int:
+        """Windows of that epoch: they differ, for the longest row of each batch decides how many it takes."""
+        self._arrange(epoch)
+        return int(self.first[-1])
 
     def steps_per_epoch(self, config: DataConfig) -> int:
-        return self.train_length
+        return self.epoch_length(0)
 
     def _arrange(self, epoch: int) -> None:
         """Sets the batches of an epoch: `order` of sequences, `batches` in it, and each one's `first` window."""
+        epoch = 0 if self.seed is None else epoch
         if epoch == self.epoch:
             return
         count = len(self.lengths)
@@ -140,7 +149,7 @@ class Sequences(Batches):
 
     def window(self, position: int, steps: int, epoch: int = 0) -> Window:
         """The window at `position`, a count of windows; `steps` is not heeded, for windows are cut once and for all."""
-        self._arrange(0 if self.seed is None else epoch)
+        self._arrange(epoch)
         batch = int(np.searchsorted(self.first, position, side="right")) - 1
         start = int(position - self.first[batch]) * self.steps
         rows = self.order[self.batches[batch] : self.batches[batch] + self.batch_size]
@@ -162,8 +171,7 @@ def sentence_ends(ids: np.ndarray, boundary_id: int) -> np.ndarray:
 def document_ends(ids: np.ndarray, boundary_id: int) -> np.ndarray:
     """The places after each run of empty lines, which ends a document; the last document needs none."""
     ends = sentence_ends(ids, boundary_id)
-    empty = np.diff(ends, prepend=0) == 1
-    empty[0] &= bool(ids[0] == boundary_id)
+    empty = (np.diff(ends, prepend=0) == 1) & (ids[ends - 1] == boundary_id)
     last = empty & ~np.append(empty[1:], False)
     return np.unique(np.append(ends[last], len(ids)))
 

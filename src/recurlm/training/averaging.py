@@ -37,14 +37,14 @@ class Averaging(ABC):
         return False
 
     def takes(self, step: int) -> bool:
-        """Whether the iterate after `step` updates enters the mean."""
+        """Whether the iterate after `step` updates enters the mean; the first one always does."""
         return True
 
     def update(self, parameters: list[nn.Parameter], step: int, share: float) -> None:
         """Takes note of the weights after one update."""
         if self.count < 0 and self.starts(share):
             self.count = 0
-        if self.count < 0 or not self.takes(step):
+        if self.count < 0 or (self.count > 0 and not self.takes(step)):
             return
         self.count += 1
         values = [p.detach() for p in parameters]
@@ -111,7 +111,8 @@ class EMA(Averaging):
 
 
 class SWA(Averaging):
-    """Stochastic weight averaging (Izmailov et al. 2018): the mean of every `every`-th iterate from the share `start` on."""
+    """Stochastic weight averaging (Izmailov et al. 2018): the mean of the first iterate from the share `start` on and of
+    those after every `every`-th update."""
 
     def starts(self, share: float) -> bool:
         return share >= self.config.start

@@ -25,6 +25,7 @@ from recurlm.tensors import read
 FORMAT = 1
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
+MOST_MANIFEST = 64 << 20  # bytes: it lists every validation
 MAX_TENSORS = 1 << 14  # a model's 4,096 at most, with their moments and means
 
 
@@ -104,7 +105,7 @@ def _is_ours(path: Path) -> bool:
     if path.is_symlink():
         return False
     try:
-        files.read_manifest(path / MANIFEST, FORMAT)
+        files.read_manifest(path / MANIFEST, FORMAT, MOST_MANIFEST)
         return True
     except CheckpointError:
         return False
@@ -135,7 +136,7 @@ def prune(folder: Path, newest: Path, keep: int) -> None:
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint at `path`, verified; CheckpointError naming file and fault otherwise."""
-    manifest = files.read_manifest(path / MANIFEST, FORMAT, limit=64 << 20)
+    manifest = files.read_manifest(path / MANIFEST, FORMAT, MOST_MANIFEST)
     step, values = manifest.get("step"), manifest.get("values")
     if type(step) is not int or not isinstance(values, dict):
         raise CheckpointError(f"{path / MANIFEST}: not the manifest of a checkpoint.")

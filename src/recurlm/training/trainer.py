@@ -16,8 +16,8 @@ from torch import Tensor
 
 from recurlm import files
 from recurlm.config import Config, to_dict, to_toml
-from recurlm.errors import DataError, RunError, lookup
-from recurlm.evaluation.perplexity import mean_loss
+from recurlm.errors import DataError, RunError, UserError, lookup
+from recurlm.evaluation.perplexity import check_measurable, mean_loss
 from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
@@ -57,11 +57,12 @@ class Trainer:
         self.rate = lambda at: schedule(config.schedule, at) * warm_up(config.schedule, at)
         self.averaging = lookup(AVERAGING, config.averaging.name, "averaging.name")(config.averaging)
         self.batches = training_batches(self.ids("train"), config.data, self.boundary, train.seed)
-        if self.batches.train_length < 1:
+        if self.batches.epoch_length(0) < 1:
             raise DataError(
                 f"{store.path}: {store.info['train'].tokens:,} training tokens are too few for "
                 f"{config.data.batch_size} streams; lower data.batch_size."
             )
+        check_measurable(self.ids(self.valid_split), self.boundary, config.data)
         self.generator = torch.Generator(self.device)
         self.cursor = Cursor()
         self.state: State = self.model.initial_state(config.data.batch_size)
@@ -79,14 +80,14 @@ class Trainer:
     def progress(self) -> Progress:
         """How far the run is, for schedules and the bar."""
         c, train = self.cursor, self.config.train
-        share = (c.epoch + c.position / self.batches.train_length) / train.epochs
+        share = (c.epoch + c.position / self.batches.epoch_length(c.epoch)) / train.epochs
         if train.max_steps:
             share = max(share, c.step / train.max_steps)
         return Progress(c.step, c.epoch, min(1.0, share), tuple(c.losses))
 
     def epoch_ended(self) -> bool:
         """Whether the text is at its end; the next step starts it anew."""
-        return self.cursor.position >= self.batches.train_length
+        return self.cursor.position >= self.batches.epoch_length(self.cursor.epoch)
 
     def done(self) -> bool:
         """Whether epochs, steps or patience are used up."""
@@ -141,7 +142,7 @@ class Trainer:
         c.epoch_targets += tokens
         return {
             "loss_nats": numbers[1], "objective": math.fsum(numbers[1:]), "grad_norm": numbers[0], "lr": lr,
-            "length": length, "tokens": tokens,
+            "length": inputs.shape[0], "tokens": tokens,
         }  # fmt: skip
 
     def gradients(self) -> list[Tensor]:
@@ -201,7 +202,7 @@ class Trainer:
     def publish(self) -> None:
         """Writes the best weights so far as the run directory's model."""
         c = self.cursor
-        if self.best is None and not directory.exists(self.folder):  # stopped before any validation
+        if self.best is None and not c.losses:  # before any validation the newest are the ones to have
             with applied(self.averaging, self.parameters):
                 self.best = math.inf, c.step, self.weights()
         if self.best is None:
@@ -260,9 +261,9 @@ class Trainer:
                 best = min(c.best, self.best[0] if self.best else math.inf)
                 if (c.step, c.due) != first:
                     self.save(started)
-        except (RunError, OSError):
-            if not (self.folder / CHECKPOINTS / f"step-{c.step}").exists() and (c.step, c.due) != first:
-                with contextlib.suppress(RunError):  # the first error is the one to read
+        except (UserError, OSError):
+            if (c.step, c.due) != first:
+                with contextlib.suppress(UserError, OSError):  # the first error is the one to read
                     self.save(started)
             raise
         finally:

@@ -93,17 +93,19 @@ def _steps(
     for t, x_BG in enumerate(x_TBG):
         h_BH = state[0] if mask_BH is None else state[0] * mask_BH
         new = cell(x_BG, linear(h_BH, w_hh, b_hh), state)
-        state = tuple(
-            after if keep is None else after + keep[t] * (before - after)
-            for before, after, keep in zip(state, new, keeps, strict=True)
-        )
+        state = tuple(_zoned(before, after, keep, t) for before, after, keep in zip(state, new, keeps, strict=True))
         rows.append(state[0])
     return torch.stack(rows) if rows else x_TBI.new_empty(shape), state
 
 
-def _keep(shape: tuple[int, ...], p: float, like: Tensor, generator: Generator | None) -> Tensor | None:
-    """1 where a unit keeps its value, drawn for each step, row and unit; p itself in evaluation; None for p = 0."""
-    if p == 0:
-        return None
-    keep = like.new_full(shape, p)
-    return keep if generator is None else keep.bernoulli_(p, generator=generator)
+def _keep(shape: tuple[int, ...], p: float, like: Tensor, generator: Generator | None) -> Tensor | float:
+    """A mask of the units that keep their value, drawn for each step, row and unit; p itself in evaluation or for p = 0."""
+    if p == 0 or generator is None:
+        return p
+    return like.new_empty(shape, dtype=torch.float32).bernoulli_(p, generator=generator).bool()
+
+
+def _zoned(before: Tensor, after: Tensor, keep: Tensor | float, t: int) -> Tensor:
+    if isinstance(keep, Tensor):
+        return torch.where(keep[t], before, after)
+    return after.lerp(before, keep) if keep else after
