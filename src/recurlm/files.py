@@ -21,7 +21,7 @@ from recurlm.errors import CheckpointError, UserError, shown
 
 LOCK = ".lock"
 # Errors that tell what a path is, not that the disk fails: a file that is missing, no file, or a link that leads astray.
-_NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EPERM, errno.ELOOP, errno.ENXIO)
+NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EPERM, errno.ELOOP, errno.ENXIO)
 
 
 def sha256(path: Path) -> str:
@@ -166,7 +166,10 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def fault(path: Path, *accepted: Any) -> str | None:
-    """What is wrong with a file that must match one of the `accepted` descriptions; None when nothing is."""
+    """What is wrong with a file that must match one of the `accepted` descriptions; None when nothing is.
+
+    OSError when the disk fails or refuses, which says nothing of the content.
+    """
     known = [entry for entry in accepted if isinstance(entry, dict)]
     try:
         with open_regular(path) as file:
@@ -177,6 +180,8 @@ def fault(path: Path, *accepted: Any) -> str | None:
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
         return f"it cannot be read ({error.strerror})"
     if found not in [entry.get("sha256") for entry in known]:
         return "its checksum does not match its manifest; it is damaged or belongs to another model"
@@ -198,7 +203,7 @@ def read_manifest(path: Path, known_format: int, limit: int = 1 << 20) -> dict[s
     try:
         manifest = parse_json(read_regular(path, limit))
     except OSError as error:
-        if error.errno not in _NO_FILE:  # a disk that fails or refuses says nothing of the content
+        if error.errno not in NO_FILE:  # a disk that fails or refuses says nothing of the content
             raise
         raise CheckpointError(f"{path}: not a readable manifest ({error.strerror}).") from None
     except ValueError as error:

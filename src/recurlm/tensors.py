@@ -59,6 +59,8 @@ def read(
     except FileNotFoundError:
         raise CheckpointError(f"{path}: it is missing.") from None
     except OSError as error:
+        if error.errno not in files.NO_FILE:
+            raise
         raise CheckpointError(f"{path}: it cannot be read ({error.strerror or error}).") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}.") from None

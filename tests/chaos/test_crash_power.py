@@ -205,6 +205,10 @@ class Whole(random.Random):
         return 0.0
 
 
+IMPROVING = ("train.eval_every=2", "train.checkpoint_every=2", "averaging.name=none", "optimizer.lr=0.01",
+             "schedule.name=constant", "train.epochs=9", "train.max_steps=130")  # fmt: skip
+
+
 @pytest.mark.chaos
 def test_power_loss_while_a_model_is_exchanged(whole, tmp_path):
     """The model's facts and weights belong together in every image of one `directory.write`, and of two in a row."""
@@ -218,8 +222,8 @@ def test_power_loss_while_a_model_is_exchanged(whole, tmp_path):
     assert recorder.wait() == 0
     model, _ = directory.read(run, cpu, FP32)
     code, life = lives().run(
-        whole.argv(run, "train.eval_every=1"), tmp_path / "err", root=str(run), record="yes"
-    )  # a model may be published after each of these steps
+        whole.argv(run, *IMPROVING), tmp_path / "err", root=str(run), record="yes"
+    )  # a better model is published again and again
     assert code == 0, life.said
     events = [event for event in life.calls["events"] if event[0] in CHANGES]
     replay, draw, done = Replay(run, whole.at_64), random.Random("model"), 0
@@ -236,4 +240,5 @@ def test_power_loss_while_a_model_is_exchanged(whole, tmp_path):
             pytest.fail(f"{moment}: {error}")
         weights = hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.parameters())).hexdigest()
         assert seen.setdefault(manifest["facts"]["step"], weights) == weights
+    assert len(seen) > 3
     record("power_loss_model", images=counts(50, 500), models=len(seen))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
-import threading
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from recurlm import __version__
-from recurlm.cli import data, demo, embed, train, use
+from recurlm.cli import data, demo, embed, signals, train, use
 from recurlm.errors import UserError
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # typer names no common class of its usage errors
@@ -55,15 +53,15 @@ app.command()(use.generate)
 app.add_typer(embed.app, name="embed")
 
 
-def run() -> None:
-    """The console script: runs the command line and exits with the code of its outcome."""
+def run(stopped: list[int] | None = None) -> None:
+    """Runs the command line and exits with the code of its outcome; `stopped`: see `signals.listen`."""
+    stopped = signals.listen() if stopped is None else stopped
     # Idle OpenMP threads spin for long by default: with one other busy process here that made small steps up to 60
     # times slower. A short spin costs about 15 % on an idle machine (docs/log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
-    stopped = _listen()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
@@ -88,29 +86,6 @@ def run() -> None:
     finally:
         if stopped:
             sys.exit(128 + stopped[0])  # whatever the interruption was turned into on its way
-
-
-def _listen() -> list[int]:
-    """A list that gets the number of the first SIGINT or SIGTERM, which ends the process; training listens itself.
-
-    What is half made is cleared away on the way out. Code that swallows the interruption gets five seconds more.
-    """
-    stopped: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if stopped:
-            os._exit(128 + stopped[0])
-        stopped.append(number)
-        print(f"recurlm: interrupted ({signal.Signals(number).name}).", file=sys.stderr, flush=True)
-        last = threading.Timer(5.0, os._exit, (128 + number,))
-        last.daemon = True
-        last.start()
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handle)
-    return stopped
 
 
 def _usage(error: Any, debug: bool) -> NoReturn:
