@@ -183,13 +183,14 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
 
 def evaluate(
     run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "", batch_size: int = 1, counting: str = "exact",
-    batching: str = "stream", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
+    batching: str = "", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
     A single file as `data` is measured whole. Losses are divided by the number of predicted targets; every token is
     predicted, the first from a boundary token. counting='published' reproduces awd-lstm-lm's slightly lower figure,
-    for comparison only. A LanguageModel is measured where it is, in its own precision.
+    for comparison only. `batching` is the way the model was trained unless it is named. A LanguageModel is measured
+    where it is, in its own precision.
     """
     model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
     with tempfile.TemporaryDirectory() as scratch:
@@ -199,6 +200,7 @@ def evaluate(
         oov = float((ids == unknown).mean()) if unknown is not None else 0.0
         boundary = model.tokenizer.boundary_id
         ids = reading_order(ids, model.backward, boundary)
+        batching = batching or (model.batching if counting == "exact" else "stream")
         out = evaluate_ids(model.model, ids, boundary, counts, batch_size, counting, with_ranks, batching)
     return {"split": split, **out, "oov_rate": oov}
 

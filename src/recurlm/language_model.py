@@ -187,7 +187,7 @@ class LanguageModel:
         reach = max((len(to_bytes(s)) for s in stops), default=0) + 1  # ids in which the newest may complete a stop
         drawn: list[int] = []
         start = [self.tokenizer.boundary_id, *prompt_ids[::-1]]
-        for token in sample_ids(self.model, start, tokens, sampling, generator, self._forbidden):
+        for token in sample_ids(self.model, start, tokens, sampling, generator, self._forbidden, self._fresh_after):
             drawn.append(token)
             newest = self.tokenizer.decode(drawn[: -reach - 1 : -1])
             if any(s in newest for s in stops):
@@ -212,7 +212,7 @@ class LanguageModel:
         held = max((len(s) for s in stops), default=1) - 1  # characters that may yet turn out to begin a stop
         drawn, text, shown = list(prompt_ids), "", 0
         anchor, read = max(0, len(drawn) - 8), len(drawn)
-        for token in sample_ids(self.model, start, tokens, sampling, generator, self._forbidden):
+        for token in sample_ids(self.model, start, tokens, sampling, generator, self._forbidden, self._fresh_after):
             drawn.append(token)
             known, longer = self.tokenizer.decode(drawn[anchor:read]), self.tokenizer.decode(drawn[anchor:])
             if longer.endswith("\ufffd") and len(drawn) - read < 4:
@@ -267,6 +267,15 @@ class LanguageModel:
     def joined(self, prompt: str, generated: str) -> str:
         """The whole text of a prompt and what was generated: after it, or before it by a backward model."""
         return generated + prompt if self.backward else prompt + generated
+
+    @property
+    def batching(self) -> str:
+        """How its training text was read: stream, sentence or document."""
+        return self.facts.get("batching", "stream")
+
+    @property
+    def _fresh_after(self) -> int | None:
+        return self.tokenizer.boundary_id if self.batching == "sentence" else None
 
     @property
     def _forbidden(self) -> list[int]:
@@ -386,7 +395,10 @@ class LanguageModel:
 
 
 def _strings(stop: str | Sequence[str]) -> list[str]:
-    return [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if "" in stops:
+        raise RequestError("stop holds an empty string, at which every text would end; leave it out.")
+    return stops
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:

@@ -25,6 +25,18 @@ from recurlm.training.schedules import SCHEDULES
 from support import small_text, tiny_config
 
 
+def test_short_sentences_count_no_more_than_their_tokens(tmp_path):
+    """A fifth of the lines is empty: a batch of them holds one token a row, and must not weigh as much as one of long lines."""
+    lines = small_text(400).splitlines()
+    text = tmp_path / "text.txt"
+    text.write_text("".join(line + ("\n\n" if n % 4 == 0 else "\n") for n, line in enumerate(lines)))
+    run = trained(text, tmp_path / "run", "data.batching=sentence", "train.epochs=12", "optimizer.clip=0")
+    probability = 2 ** -api.load(run).score("").total
+    assert 0.1 < probability < 0.35
+    sample = api.load(run).generate("the", tokens=300, seed=1).splitlines()
+    assert sum(line.startswith("the") for line in sample if line) > 0.6 * sum(bool(line) for line in sample)
+
+
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory) -> Path:
     """Documents of one to nine lines, parted by empty ones: the number of windows differs from epoch to epoch."""
@@ -65,8 +77,8 @@ def test_sentences_measured_afresh_are_the_sum_of_their_scores(text_file, tmp_pa
     scores = model.score_all(text.splitlines(), unit="nats")
     assert whole["loss_nats"] == pytest.approx(sum(s.total for s in scores) / whole["targets"], rel=1e-5)
     assert whole["loss_nats"] < 2.0  # of about 3.3 untrained
-    carried = api.evaluate(model, data=_file(tmp_path, text))
-    assert carried["batching"] == "stream"
+    assert api.evaluate(model, data=_file(tmp_path, text))["batching"] == "sentence"  # as it was trained
+    carried = api.evaluate(model, data=_file(tmp_path, text), batching="stream")
     assert carried["loss_nats"] != whole["loss_nats"]
     with pytest.raises(RequestError, match="rule for one stream"):
         api.evaluate(model, data=_file(tmp_path, text), batching="sentence", counting="published")

@@ -171,8 +171,10 @@ def config_of(run: Path, *settings: str):
 def test_a_finished_run_resumed_changes_nothing(finished, tmp_path):
     run = copy_of(finished, tmp_path)
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "config.toml"}
-    assert api.train(config_of(run), run, resume=True, quiet=True).finished
+    settings = (run / "config.toml").read_bytes()
+    assert api.train(config_of(run, "optimizer.lr=1"), run, resume=True, quiet=True).finished
     assert {name: (run / name).read_bytes() for name in before} == before
+    assert (run / "config.toml").read_bytes() == settings  # nothing was trained with the other rate
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(finished, tmp_path):

@@ -159,4 +159,8 @@ def _lr_find(config: Config, picture: Path, threads: str, as_json: bool) -> None
     if as_json:
         return print_json({**facts, "rates": test.rates, "losses": test.losses})
     print_table({key: f"{value:.3g}" if isinstance(value, float) else value for key, value in facts.items()})
+    if not test.diverged:
+        note(
+            f"The loss did not break up to {test.rates[-1]:.2g}; test again with a larger optimizer.lr to see further."
+        )
     return note(f"A first choice: --set optimizer.lr={test.steepest:.2g}")

@@ -35,9 +35,10 @@ def eval_(
     batching: Annotated[
         str,
         typer.Option(
-            "--batching", help="stream: one text; sentence, document: each line, or text between empty lines, afresh."
+            "--batching",
+            help="stream: one text; sentence, document: each line, or text between empty lines, afresh. As trained.",
         ),
-    ] = "stream",
+    ] = "",
     ranks: Annotated[bool, typer.Option("--ranks/--no-ranks", help="Top-1/5/10 and MRR too (slower).")] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -198,7 +199,7 @@ def generate(
     num_return: Annotated[
         int,
         typer.Option(
-            "--num-return", help="Texts to return: rows of rank, score, log_prob, text.", rich_help_panel=BEAM
+            "--num-return", help="Texts to return: rows of rank, score, log_prob (nats), text.", rich_help_panel=BEAM
         ),
     ] = 1,
     length_penalty: Annotated[

@@ -98,8 +98,11 @@ def sample_ids(
     sampling: Sampling,
     generator: Generator,
     forbidden: Sequence[int] = (),
+    fresh_after: int | None = None,
 ) -> Iterator[int]:
     """Up to `count` ids drawn one by one after `prompt_ids`; `forbidden` ids are never drawn.
+
+    After the id `fresh_after` the state begins anew: a model of single sentences knows nothing of the one before.
 
     The first of `prompt_ids` is the id that a text starts after: it is no part of the text that is penalised.
     `generator` lives on the CPU, so a seed gives the same draws for the same probabilities on every device.
@@ -120,4 +123,5 @@ def sample_ids(
         counts_V[drawn] += 1
         if 0 < window < len(text):
             counts_V[text[-window - 1]] -= 1
+        state = model.initial_state(1) if drawn == fresh_after else state
         log_probs_V, state = advance_prompt(model, [drawn], state)

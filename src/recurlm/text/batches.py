@@ -26,6 +26,8 @@ class Window(NamedTuple):
     """Whether its rows start anew: the state before is the initial one."""
     next: int
     """The position after it."""
+    weight: float = 1.0
+    """What its mean loss counts for in training: its targets over the mean number of targets of a window."""
 
 
 class Batches(ABC):
@@ -105,7 +107,8 @@ class Sequences(Batches):
     `ends` are the places after each sequence's last token. A batch is as long as its longest row, padded with
     `boundary_id`; padding does not count. Batches longer than a window are read in several, with the state carried.
     In training the order is drawn anew for each epoch from (seed, epoch): sequences are sorted by length with noise,
-    cut into batches, and the batches shuffled. In measurement (seed None) it is plainly by length. Every token counts.
+    cut into batches, and the batches shuffled. In measurement (seed None) it is plainly by length. Every token counts,
+    and as much as any other: a window of few tokens has a small `weight`.
     """
 
     NOISE = 0.1  # of a sequence's length: batches differ from epoch to epoch
@@ -159,7 +162,8 @@ class Sequences(Batches):
         block_TB[(at_TB < 0) | (at_TB >= self.lengths[rows])] = self.boundary_id
         counted_TB = at_TB[1:] < self.lengths[rows]
         mask_TB = None if counted_TB.all() else counted_TB
-        return Window(block_TB[:-1], block_TB[1:], mask_TB, start == 0, position + 1)
+        weight = counted_TB.sum() * self.first[-1] / len(self.ids)
+        return Window(block_TB[:-1], block_TB[1:], mask_TB, start == 0, position + 1, float(weight))
 
 
 def sentence_ends(ids: np.ndarray, boundary_id: int) -> np.ndarray:

@@ -6,6 +6,7 @@ The folder is written under another name, flushed to the disk and then renamed: 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import numpy as np
 
 from recurlm import files
 from recurlm.config import TokenizerConfig
-from recurlm.errors import DataError, UserError, lookup, shown
+from recurlm.errors import DataError, RunError, UserError, lookup, shown
 from recurlm.files import sync, to_json
 from recurlm.text.corpora import SPLITS, WHOLE, Corpus, open_corpus
 from recurlm.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train_tokenizer
@@ -160,6 +161,11 @@ def write_store(
         else:
             temporary.rename(path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise RunError(f"{path}: the store could not be written: the disk is full, {free:,} bytes are free.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return open_store(path)

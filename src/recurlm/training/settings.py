@@ -25,6 +25,12 @@ def check_settings(config: Config) -> None:
     lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")([nn.Parameter(torch.zeros(1))], config.optimizer)
     if config.data.batching != "stream" and config.data.counting != "exact":
         raise ConfigError("data.counting = 'published' is a rule for one stream; it needs data.batching = 'stream'.")
+    schedule = config.schedule
+    if schedule.name == "milestones" and not (schedule.milestones or schedule.milestone_shares):
+        raise ConfigError(
+            "schedule.name = 'milestones' needs schedule.milestones (epochs) or schedule.milestone_shares, such as "
+            "[0.5, 0.75]."
+        )
     layer = lookup(LAYERS, config.model.layer, "model.layer")
     if config.dropout.recurrent and not layer.has_recurrent_product:
         raise ConfigError(

@@ -113,8 +113,9 @@ class Trainer:
         out = self.model(inputs, self.state, cfg.dropout, generator)
         terms = objective.terms(self.model, out, targets, cfg.objective, counted)
         loss = torch.stack([term.float() for term in terms.values()]).sum()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm(self.gradients())
+        (loss * window.weight).backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         numbers = torch.stack([norm, *(term.detach().float() for term in terms.values())]).tolist()
         if not all(map(math.isfinite, numbers)):
             gone = objective.explain_nonfinite(dict(zip(terms, numbers[1:], strict=True)), self.model, self.state)
@@ -125,7 +126,7 @@ class Trainer:
             )
         if cfg.optimizer.clip_value:
             torch.nn.utils.clip_grad_value_(self.parameters, cfg.optimizer.clip_value)
-            norm = torch.nn.utils.get_total_norm(self.gradients())
+            norm = torch.nn.utils.get_total_norm(gradients)
         if cfg.optimizer.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.optimizer.clip, norm)
         progress = self.progress()
@@ -144,10 +145,6 @@ class Trainer:
             "loss_nats": numbers[1], "objective": math.fsum(numbers[1:]), "grad_norm": numbers[0], "lr": lr,
             "length": inputs.shape[0], "tokens": tokens,
         }  # fmt: skip
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients of this step."""
-        return [p.grad for p in self.parameters if p.grad is not None]
 
     # ---- validation, model, checkpoint ----------------------------------------------------------------------
 
@@ -213,6 +210,7 @@ class Trainer:
         facts = {
             "parameters": sum(p.numel() for p in self.parameters), "step": step,
             "loss_nats": loss if math.isfinite(loss) else None, "loss_split": self.valid_split,
+            "batching": self.config.data.batching,
         }  # fmt: skip
         directory.write(self.folder, self.model, weights, self.tokenizer.to_json(), facts)
         with contextlib.suppress(OSError):  # for people, and written anew with the next model
@@ -244,7 +242,10 @@ class Trainer:
         """Trains until the epochs or steps are done, patience ends, time is up or a signal asks to stop."""
         c, train = self.cursor, self.config.train
         (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
-        files.write_atomic(self.folder / "config.toml", to_toml(self.config))
+        if self.done():
+            self.notes.append("Nothing is left to train: to go on, raise train.epochs or train.max_steps.")
+        else:
+            files.write_atomic(self.folder / "config.toml", to_toml(self.config))
         started, first = time.monotonic(), (c.step, c.due)
         monitor = Monitor(self.folder, c.step, train.tensorboard, self.quiet, c.due)
         for note in self.notes:
