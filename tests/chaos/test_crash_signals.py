@@ -111,8 +111,9 @@ def test_signals_in_the_first_seconds(whole, tmp_path):
     for n in range(counts(2, 10)):
         number, run = (signal.SIGTERM, signal.SIGINT)[n % 2], tmp_path / f"run-{n}"
         process = subprocess.Popen(
-            [sys.executable, "-m", "recurlm", *whole.argv(run)], stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-m", "recurlm", *whole.argv(run)], stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+        )  # fmt: skip
         time.sleep(draw.uniform(0.6, 2.0))
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
