@@ -129,7 +129,7 @@ class LanguageModel:
         return float(self.evaluate_text(text, batch_size=batch_size, with_ranks=False)["ppl"])
 
     def evaluate_text(self, text: str, *, batch_size: int = 1, with_ranks: bool = True) -> dict[str, Any]:
-        """All metrics on a text; see `evaluate`."""
+        """All metrics on a text, read as the model was trained; see `evaluate`."""
         size = len(to_bytes(text))
         ids = self.tokenizer.encode(text)
         if len(ids) == 0:
@@ -137,7 +137,8 @@ class LanguageModel:
         ids = reading_order(ids, self.backward, self.tokenizer.boundary_id)
         lines = text.count("\n") + (not text.endswith("\n"))
         counts = {"words": len(text.split()) + lines, "characters": len(text), "bytes": size}
-        return evaluate_ids(self.model, ids, self.tokenizer.boundary_id, counts, batch_size, "exact", with_ranks)
+        rule = batch_size, "exact", with_ranks, self.batching
+        return evaluate_ids(self.model, ids, self.tokenizer.boundary_id, counts, *rule)
 
     def stream(
         self,

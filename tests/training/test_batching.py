@@ -78,6 +78,7 @@ def test_sentences_measured_afresh_are_the_sum_of_their_scores(text_file, tmp_pa
     assert whole["loss_nats"] == pytest.approx(sum(s.total for s in scores) / whole["targets"], rel=1e-5)
     assert whole["loss_nats"] < 2.0  # of about 3.3 untrained
     assert api.evaluate(model, data=_file(tmp_path, text))["batching"] == "sentence"  # as it was trained
+    assert model.perplexity(text) == pytest.approx(whole["ppl"], rel=1e-5)
     carried = api.evaluate(model, data=_file(tmp_path, text), batching="stream")
     assert carried["loss_nats"] != whole["loss_nats"]
     with pytest.raises(RequestError, match="rule for one stream"):
