@@ -134,7 +134,7 @@ def _cursor(saved: checkpoint.Checkpoint) -> Cursor:
 def check(saved: checkpoint.Checkpoint, config: Config, store: Store) -> None:
     """None when the run may go on with these settings and this text; ConfigError or DataError naming what changed."""
     try:
-        before, now = to_dict(from_dict(saved.values["config"])), to_dict(config)
+        before, now = to_dict(from_dict(saved.values["config"])), to_dict(config)  # a newer setting had its default
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"step {saved.step}: the checkpoint's settings cannot be read ({error}).") from None
     prepared = store.path.resolve() == Path(config.data.path).resolve()
@@ -144,7 +144,7 @@ def check(saved: checkpoint.Checkpoint, config: Config, store: Store) -> None:
             "that the run was started with, or start a new run with another -o."
         )
     for section in ("data", "tokenizer", "model"):
-        for key, value in {**to_dict(Config())[section], **before[section]}.items():  # a newer setting had its default
+        for key, value in before[section].items():
             moved = prepared and (section, key) == ("data", "path")  # a prepared store may move: its hash was compared
             if now[section].get(key) != value and not moved:
                 raise ConfigError(
@@ -155,7 +155,7 @@ def check(saved: checkpoint.Checkpoint, config: Config, store: Store) -> None:
 
 def changed(saved: checkpoint.Checkpoint, config: Config) -> list[str]:
     """What the settings of this run change of the checkpoint's, as 'section.key: before -> now'."""
-    before, now = to_dict(from_dict(saved.values["config"])), to_dict(config)
+    before, now = to_dict(from_dict(saved.values["config"])), to_dict(config)  # a newer setting had its default
     return [
         f"{section}.{key}: {value} -> {now[section][key]}"
         for section, table in before.items()

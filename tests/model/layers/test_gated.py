@@ -25,7 +25,7 @@ def test_the_loop_equals_the_library(kind, generator):
     x, state, weights = case(kind, generator)
     none = (0.0,) * len(state)
     fast, fast_state = gated.run(kind, CELLS[kind], x, state, weights, 0.0, none, None)
-    slow, slow_state = gated._steps(CELLS[kind], x, state, weights, 0.0, none, None)
+    slow, slow_state = gated._steps(CELLS[kind], x, state, weights, None, none)
     torch.testing.assert_close(slow, fast, rtol=0, atol=1e-13)
     for a, b in zip(slow_state, fast_state, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)

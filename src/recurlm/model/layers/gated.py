@@ -7,7 +7,7 @@ al. 2017).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
@@ -48,12 +48,14 @@ def run(
     probability, for each part of the state, that a unit keeps its value (in evaluation the mean takes its place).
     """
     weights = [w.to(x_TBI.dtype) for w in weights]
-    if generator is None:
-        recurrent = 0.0
-    if recurrent or any(zoneout):
-        return _steps(cell, x_TBI, state, weights, recurrent, zoneout, generator)
-    out = _call(kind, x_TBI, [leaf.unsqueeze(0) for leaf in state], weights)
-    return out[0], tuple(leaf.squeeze(0) for leaf in out[1 : 1 + len(state)])
+    if not any(zoneout) and (recurrent == 0 or generator is None):
+        out = _call(kind, x_TBI, [leaf.unsqueeze(0) for leaf in state], weights)
+        return out[0], tuple(leaf.squeeze(0) for leaf in out[1 : 1 + len(state)])
+    mask_BH = None
+    if recurrent and generator is not None:
+        mask_BH = drop.mask(tuple(state[0].shape), recurrent, state[0], generator).to(state[0].dtype)
+    shape = (*x_TBI.shape[:2], state[0].shape[-1])
+    return _steps(cell, x_TBI, state, weights, mask_BH, [_keep(shape, p, x_TBI, generator) for p in zoneout])
 
 
 def _call(kind: str, x_TBI: Tensor, hidden: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, ...]:
@@ -75,27 +77,18 @@ def _call(kind: str, x_TBI: Tensor, hidden: list[Tensor], weights: list[Tensor])
 
 
 def _steps(
-    cell: Cell,
-    x_TBI: Tensor,
-    state: LayerState,
-    weights: list[Tensor],
-    recurrent: float,
-    zoneout: tuple[float, ...],
-    generator: Generator | None,
-) -> tuple[Tensor, LayerState]:
+    cell: Cell, x_TBI: Tensor, state: LayerState, weights: list[Tensor], mask_BH: Tensor | None,
+    keeps: Sequence[Tensor | float],
+) -> tuple[Tensor, LayerState]:  # fmt: skip
+    """(y_TBH, new state) step by step; `mask_BH` multiplies h before the product, `keeps` see `_keep`."""
     w_ih, w_hh, b_ih, b_hh = weights
-    x_TBG, shape, h_BH = linear(x_TBI, w_ih, b_ih), (*x_TBI.shape[:2], state[0].shape[-1]), state[0]
-    mask_BH = None
-    if recurrent and generator is not None:
-        mask_BH = drop.mask(tuple(h_BH.shape), recurrent, h_BH, generator).to(h_BH.dtype)
-    keeps = [_keep(shape, p, x_TBI, generator) for p in zoneout]
     rows = []
-    for t, x_BG in enumerate(x_TBG):
+    for t, x_BG in enumerate(linear(x_TBI, w_ih, b_ih)):
         h_BH = state[0] if mask_BH is None else state[0] * mask_BH
         new = cell(x_BG, linear(h_BH, w_hh, b_hh), state)
         state = tuple(_zoned(before, after, keep, t) for before, after, keep in zip(state, new, keeps, strict=True))
         rows.append(state[0])
-    return torch.stack(rows) if rows else x_TBI.new_empty(shape), state
+    return torch.stack(rows) if rows else x_TBI.new_empty(0, *state[0].shape), state
 
 
 def _keep(shape: tuple[int, ...], p: float, like: Tensor, generator: Generator | None) -> Tensor | float:
