@@ -48,6 +48,12 @@ class DataConfig:
         1.0, "stream: probability that a window's mean length is bptt, not bptt/2", low=0, high=1
     )
     bptt_spread: float = _opt(0.0, "stream: standard deviation of a window's length; 0 = fixed", low=0, high=10_000)
+    bptt_step: int = _opt(
+        5,
+        "Random window lengths are rounded to a multiple of this, so that few CUDA graphs serve them; 1 = not",
+        low=1,
+        high=100_000,
+    )
     bptt_min: int = _opt(5, "Shortest random window", low=1, high=100_000)
     bptt_cap: int = _opt(0, "Longest random window; 0 = no cap", low=0, high=100_000)
     rescale_lr: bool = _opt(True, "Multiply the learning rate by drawn length / bptt")
@@ -185,6 +191,7 @@ class AveragingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    capture: bool = _opt(True, "GPU: run the step as CUDA graphs, with fused kernels, where that is possible")
     epochs: int = _opt(10, "Passes over the training text", low=1, high=10**6)
     max_steps: int = _opt(0, "Stop after this many updates; 0 = no limit", low=0, high=10**12)
     seed: int = _opt(1111, "Seed of weights, dropout and window lengths", low=0, high=2**63 - 1)

@@ -16,7 +16,7 @@ def test_locked_dropout_shares_its_mask_over_time_alone(generator):
 def test_embedding_dropout_drops_whole_words_everywhere(generator):
     weight = torch.rand(200, 8) + 0.5
     ids = torch.randint(200, (30, 20), generator=generator)
-    out = dropout.embed(ids, weight, 0.5, generator)
+    out = dropout.embed(ids, weight, 0.5, 0.0, torch.float32, generator)
     gone = (out == 0).all(-1)
     assert torch.equal(gone, (out == 0).any(-1))
     for word in ids.unique():

@@ -107,13 +107,13 @@ def test_a_hangup_saves_too_and_an_ignored_one_stays_ignored(store, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     trainer = Trainer(tiny_config("train.max_steps=5"), store, folder, quiet=True)
-    real = trainer.step
+    real = trainer.advance
 
     def step():
         signal.raise_signal(signal.SIGHUP)
         return real()
 
-    trainer.step = step
+    trainer.advance = step
     result = trainer.run()
     assert result.signal == signal.SIGHUP and result.step == 1 and (folder / "checkpoints" / "step-1").is_dir()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does

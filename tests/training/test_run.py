@@ -488,7 +488,7 @@ def test_a_prepared_store_brings_its_tokenizer(store, tmp_path):
 def test_before_any_validation_the_newest_weights_are_published(text_file, tmp_path):
     settings = ("train.eval_every=1000000", "train.checkpoint_every=5", "train.epochs=99")
     config = apply_assignments(tiny_config(*settings, "train.max_steps=99"), [f'data.path="{text_file}"'])
-    real, steps = Trainer.step, []
+    real, steps = Trainer.advance, []
 
     def step(self):
         steps.append(1)

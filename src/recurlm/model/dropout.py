@@ -1,4 +1,4 @@
-"""The dropouts of AWD-LSTM as pure functions of a tensor and a generator (Merity et al. 2018, section 4).
+"""The dropouts of AWD-LSTM as pure functions of a tensor and a source of randomness (Merity et al. 2018, section 4).
 
 All scale the survivors by 1 / (1 - p), and none of them changes its argument: gradients reach the raw weight.
 """
@@ -9,29 +9,63 @@ import torch
 from torch import Generator, Tensor
 
 
-def mask(shape: tuple[int, ...], p: float, like: Tensor, generator: Generator) -> Tensor:
+class Noise:
+    """Randomness that a captured step can replay: draw n of an element is a function of a seed on the device.
+
+    Takes a Generator's place on a GPU with Triton. The host counts draws, the device never waits for it.
+    """
+
+    def __init__(self, seed: Tensor):
+        from recurlm.kernels import dropout_triton
+
+        self.kernels, self.seed, self.draws = dropout_triton, seed, 0
+
+    def take(self, draws: int = 1) -> int:
+        """The number of the next draw, `draws` of them taken."""
+        self.draws += draws
+        return self.draws - draws
+
+
+Source = Generator | Noise
+
+
+def bernoulli(shape: tuple[int, ...], p: float, like: Tensor, source: Source, dtype: torch.dtype) -> Tensor:
+    """Ones with probability p, else zeros, on the device of `like`."""
+    out = torch.empty(shape, dtype=dtype, device=like.device)
+    if isinstance(source, Noise):
+        return source.kernels.bernoulli(out, p, source.seed, source.take())
+    return out.bernoulli_(p, generator=source)
+
+
+def mask(shape: tuple[int, ...], p: float, like: Tensor, source: Source) -> Tensor:
     """A mask of `shape` on the device of `like`: 0 with probability p, else 1 / (1 - p); fp32 at least, for the scale."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.empty(shape, dtype=dtype, device=like.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    return bernoulli(shape, 1 - p, like, source, dtype).div_(1 - p)
 
 
-def embed(ids_TB: Tensor, weight_VE: Tensor, p: float, generator: Generator | None) -> Tensor:
-    """x_TBE, whole words dropped: one draw per vocabulary row, the same at all times and in all batch rows."""
+def embed(
+    ids_TB: Tensor, weight_VE: Tensor, p_word: float, p: float, dtype: torch.dtype, source: Source | None
+) -> Tensor:
+    """x_TBE in `dtype`, whole words dropped (one draw per vocabulary row for all times and batch rows), then `locked`."""
+    if isinstance(source, Noise) and weight_VE.dtype == dtype:
+        return source.kernels.embed(ids_TB, weight_VE, p_word, p, source.seed, source.take(2))
     x_TBE = torch.nn.functional.embedding(ids_TB, weight_VE)
-    if generator is None or p == 0:
-        return x_TBE
-    return x_TBE * mask((weight_VE.shape[0], 1), p, weight_VE, generator)[ids_TB]
+    if source is not None and p_word > 0:
+        x_TBE = x_TBE * mask((weight_VE.shape[0], 1), p_word, weight_VE, source)[ids_TB]
+    return locked(x_TBE.to(dtype), p, source)
 
 
-def locked(x_TBF: Tensor, p: float, generator: Generator | None) -> Tensor:
+def locked(x_TBF: Tensor, p: float, source: Source | None) -> Tensor:
     """x with one mask (1, B, F) for all time steps (variational dropout, Gal & Ghahramani 2016)."""
-    if generator is None or p == 0:
+    if source is None or p == 0:
         return x_TBF
-    return (x_TBF * mask((1, *x_TBF.shape[1:]), p, x_TBF, generator)).to(x_TBF.dtype)
+    if isinstance(source, Noise):
+        return source.kernels.locked(x_TBF, p, source.seed, source.take())
+    return (x_TBF * mask((1, *x_TBF.shape[1:]), p, x_TBF, source)).to(x_TBF.dtype)
 
 
-def weight_drop(weight: Tensor, p: float, generator: Generator | None) -> Tensor:
+def weight_drop(weight: Tensor, p: float, source: Source | None) -> Tensor:
     """The weight with elements dropped (DropConnect): one mask for all time steps and batch rows."""
-    if generator is None or p == 0:
+    if source is None or p == 0:
         return weight
-    return weight * mask(tuple(weight.shape), p, weight, generator)
+    return weight * mask(tuple(weight.shape), p, weight, source)

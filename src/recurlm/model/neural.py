@@ -75,13 +75,12 @@ class NeuralModel(nn.Module, StatefulModel):
         ids_TB: Tensor,
         state: State,
         dropout: DropoutConfig | None = None,
-        generator: Generator | None = None,
+        generator: drop.Source | None = None,
     ) -> Activations:
         """The activations for `ids_TB`. With `dropout` and `generator` it is a training pass, without an evaluation."""
         p = dropout if dropout is not None and generator is not None else NO_DROPOUT
         noise = generator if dropout is not None else None
-        x = drop.embed(ids_TB, self.embedding, p.embedding, noise)
-        x = drop.locked(x.to(self._dtype()), p.input, noise)
+        x = drop.embed(ids_TB, self.embedding, p.embedding, p.input, self._dtype(), noise)
         raw, states = x, []
         for n, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
             weight = drop.weight_drop(layer.droppable, p.weight, noise)  # type: ignore[arg-type]

@@ -40,18 +40,28 @@ class Averaging(ABC):
         """Whether the iterate after `step` updates enters the mean; the first one always does."""
         return True
 
-    def update(self, parameters: list[nn.Parameter], step: int, share: float) -> None:
-        """Takes note of the weights after one update."""
+    def enters(self, step: int, share: float) -> float:
+        """The weight with which the iterate after `step` updates enters the mean, and counts it; 0: it does not."""
         if self.count < 0 and self.starts(share):
             self.count = 0
         if self.count < 0 or (self.count > 0 and not self.takes(step)):
-            return
+            return 0.0
         self.count += 1
+        return 1.0 if self.count == 1 else self.newest_weight(self.count)
+
+    def update(self, parameters: list[nn.Parameter], step: int, share: float) -> None:
+        """Takes note of the weights after one update."""
+        self.move(parameters, self.enters(step, share))
+
+    def move(self, parameters: list[nn.Parameter], weight: float) -> None:
+        """Moves the mean towards the parameters by `weight` of the way."""
+        if weight == 0:
+            return
         values = [p.detach() for p in parameters]
         if self.count == 1:
             self.mean = [v.clone() for v in values]
         else:
-            torch._foreach_lerp_(self.mean, values, self.newest_weight(self.count))
+            torch._foreach_lerp_(self.mean, values, weight)
 
     def observe(self, losses: list[float]) -> bool:
         """Takes note of the validation losses so far, the newest last; True when averaging starts now."""

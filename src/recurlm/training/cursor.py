@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
-
 
 @dataclass
 class Cursor:
@@ -35,9 +33,9 @@ class Result:
     finished: bool
 
 
-def seed_for_step(generator: torch.Generator, seed: int, step: int) -> torch.Generator:
-    """The generator, seeded as a pure function of (seed, step), so that no random state needs saving (splitmix64)."""
+def seed_for_step(seed: int, step: int) -> int:
+    """A seed below 2^63 as a pure function of (seed, step), so that no random state needs saving (splitmix64)."""
     x = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return generator.manual_seed((x ^ (x >> 31)) >> 1)
+    return (x ^ (x >> 31)) >> 1

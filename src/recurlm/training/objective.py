@@ -44,13 +44,13 @@ def first_nonfinite(named: dict[str, Tensor]) -> str | None:
     return next((name for name, tensor in named.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
-def explain_nonfinite(values: dict[str, float], model: NeuralModel, state: State) -> str:
+def explain_nonfinite(values: dict[str, float], model: NeuralModel, state: State, gradients: dict[str, Tensor]) -> str:
     """One sentence part on a failed step: the term that is not finite, and the first tensor where it began.
 
     Looks at the weights, then the carried state, then the gradients.
     """
     named = dict(model.named_parameters())
-    gradients = {f"gradient of {name}": p.grad for name, p in named.items() if p.grad is not None}
+    gradients = {f"gradient of {name}": gradient for name, gradient in gradients.items()}
     carried = {f"carried state {i}": leaf for i, leaf in enumerate(state_leaves(state))}
     weights = {f"weight {name}": p for name, p in named.items()}
     first = first_nonfinite(weights | carried | gradients) or "none (a sum overflows)"

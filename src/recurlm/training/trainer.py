@@ -21,16 +21,17 @@ from recurlm.evaluation.perplexity import check_measurable, mean_loss
 from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
-from recurlm.protocol import State, detach
-from recurlm.text.batches import reading_order, training_batches, window_length
+from recurlm.protocol import State
+from recurlm.text.batches import Streams, reading_order, training_batches, window_length
 from recurlm.text.store import Store
-from recurlm.training import checkpoint, interrupt, objective, snapshot
+from recurlm.training import captured, checkpoint, interrupt, objective, snapshot
 from recurlm.training.averaging import AVERAGING, applied
 from recurlm.training.card import model_card
-from recurlm.training.cursor import Cursor, Result, seed_for_step
+from recurlm.training.cursor import Cursor, Result
 from recurlm.training.monitor import METRICS, Monitor
 from recurlm.training.optimizers import OPTIMIZERS
 from recurlm.training.schedules import SCHEDULES, Progress, warm_up
+from recurlm.training.step import Order, PlainStep, Step
 
 CHECKPOINTS = "checkpoints"
 
@@ -63,13 +64,18 @@ class Trainer:
                 f"{config.data.batch_size} streams; lower data.batch_size."
             )
         check_measurable(self.ids(self.valid_split), self.boundary, config.data)
-        self.generator = torch.Generator(self.device)
         self.cursor = Cursor()
-        self.state: State = self.model.initial_state(config.data.batch_size)
+        self.waiting: list[tuple[Cursor, int, dict[str, Any]]] = []  # steps whose numbers were not read yet
+        self.obstacle = captured.obstacle(config, self.device, self.batches)
+        self.stepper = self.new_stepper(self.model.initial_state(config.data.batch_size))
         self.best: tuple[float, int, dict[str, Tensor]] | None = None  # loss, step and weights, not yet published
         self.saved_at, self.saved = time.monotonic(), False
         self.wish = interrupt.Wish()
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
+        if self.device.type == "cuda":
+            self.notes.append(
+                f"step by step: {self.obstacle}" if self.obstacle else "the step is captured in CUDA graphs"
+            )
 
     def ids(self, split: str) -> np.ndarray:
         """The split's ids in the model's reading order."""
@@ -98,53 +104,65 @@ class Trainer:
         spent = bool(train.max_steps) and c.step >= train.max_steps
         return c.epoch + self.epoch_ended() >= train.epochs or spent or (train.patience > 0 and stale >= train.patience)
 
-    def step(self) -> dict[str, Any]:
-        """Trains on one window and returns its numbers; raises RunError before any weight moves if one is not finite."""
+    def new_stepper(self, state: State) -> Step:
+        """What takes the steps, from this carried state on."""
+        given = self.model, self.optimizer, self.averaging, self.config, state
+        if self.obstacle or not isinstance(self.batches, Streams):
+            return PlainStep(*given)
+        return captured.CapturedStep(*given, self.batches)
+
+    @property
+    def state(self) -> State:
+        """The carried state."""
+        return self.stepper.state
+
+    def advance(self) -> None:
+        """Trains on one window; its numbers are there for `read`."""
         cfg, c = self.config, self.cursor
         if self.epoch_ended():
             c.epoch, c.position, c.epoch_nats, c.epoch_targets = c.epoch + 1, 0, 0.0, 0
         length = window_length(cfg.data, cfg.train.seed, c.step)
         window = self.batches.window(c.position, length, c.epoch)
-        inputs, targets = (torch.from_numpy(a).to(self.device) for a in (window.inputs_TB, window.targets_TB))
-        counted = None if window.counted_TB is None else torch.from_numpy(window.counted_TB).to(self.device)
-        if window.fresh:
-            self.state = self.model.initial_state(inputs.shape[1])
-        generator = seed_for_step(self.generator, cfg.train.seed, c.step)
-        out = self.model(inputs, self.state, cfg.dropout, generator)
-        terms = objective.terms(self.model, out, targets, cfg.objective, counted)
-        loss = torch.stack([term.float() for term in terms.values()]).sum()
-        (loss * window.weight).backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        numbers = torch.stack([norm, *(term.detach().float() for term in terms.values())]).tolist()
-        if not all(map(math.isfinite, numbers)):
-            gone = objective.explain_nonfinite(dict(zip(terms, numbers[1:], strict=True)), self.model, self.state)
-            self.optimizer.zero_grad(set_to_none=True)
-            raise RunError(
-                f"Step {c.step + 1}: {gone}. No weight was changed; "
-                "go on with a lower optimizer.lr or a tighter optimizer.clip and --resume auto."
-            )
-        if cfg.optimizer.clip_value:
-            torch.nn.utils.clip_grad_value_(self.parameters, cfg.optimizer.clip_value)
-            norm = torch.nn.utils.get_total_norm(gradients)
-        if cfg.optimizer.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.optimizer.clip, norm)
         progress = self.progress()
         lr = cfg.optimizer.lr * self.rate(progress) * (length / cfg.data.bptt if cfg.data.rescale_lr else 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.averaging.update(self.parameters, c.step + 1, progress.share)
-        self.state = detach(out.state)
-        tokens = targets.numel() if window.counted_TB is None else int(window.counted_TB.sum())
+        tokens = window.targets_TB.size if window.counted_TB is None else int(window.counted_TB.sum())
+        self.waiting.append(
+            (replace(c), self.averaging.count, {"lr": lr, "length": len(window.inputs_TB), "tokens": tokens})
+        )
+        newest = self.averaging.enters(c.step + 1, progress.share)
+        self.stepper.take(Order(c.step, window, c.position, lr, newest))
         c.step, c.position = c.step + 1, window.next
-        c.epoch_nats += numbers[1] * tokens
-        c.epoch_targets += tokens
-        return {
-            "loss_nats": numbers[1], "objective": math.fsum(numbers[1:]), "grad_norm": numbers[0], "lr": lr,
-            "length": inputs.shape[0], "tokens": tokens,
-        }  # fmt: skip
+
+    def read(self) -> list[tuple[int, dict[str, Any]]]:
+        """(step, its numbers) of the steps since the last call; RunError when one had a number that is not finite.
+
+        No weight moved from that step on, and the run stands before it.
+        """
+        c, waiting, out = self.cursor, self.waiting, []
+        rows, failure = self.stepper.read()
+        self.waiting = []
+        for (before, _, facts), (norm, *terms) in zip(waiting, rows, strict=False):
+            if before.epoch == c.epoch:
+                c.epoch_nats += terms[0] * facts["tokens"]
+                c.epoch_targets += facts["tokens"]
+            out.append(
+                (before.step + 1, {"loss_nats": terms[0], "objective": math.fsum(terms), "grad_norm": norm, **facts})
+            )
+        if failure:
+            before, self.averaging.count, _ = waiting[len(rows)]
+            c.step, c.epoch, c.position = before.step, before.epoch, before.position
+            if self.averaging.count <= 0:
+                self.averaging.mean = []
+            raise RunError(
+                f"Step {c.step + 1}: {failure}. No weight was changed; "
+                "go on with a lower optimizer.lr or a tighter optimizer.clip and --resume auto."
+            )
+        return out
+
+    def step(self) -> dict[str, Any]:
+        """Trains on one window and returns its numbers; raises RunError before any weight moves if one is not finite."""
+        self.advance()
+        return self.read()[-1][1]
 
     # ---- validation, model, checkpoint ----------------------------------------------------------------------
 
@@ -231,10 +249,10 @@ class Trainer:
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continues from a checkpoint; refuses another text, tokenizer or model."""
         snapshot.check(saved, self.config, self.store)
-        self.state, self.cursor = snapshot.unpack(
+        state, self.cursor = snapshot.unpack(
             saved, self.config, self.model, self.optimizer, self.averaging, self.state, self.device
         )
-        self.saved = True
+        self.stepper, self.saved = self.new_stepper(state), True
 
     # ---- the loop -------------------------------------------------------------------------------------------
 
@@ -257,6 +275,7 @@ class Trainer:
                         self.validate(monitor, started)
                     while not self.done() and not self.wish.signal and time.monotonic() - started < max_seconds:
                         self.step_and_dues(monitor, started)
+                    self.report(monitor)
                     if not self.done() and not self.wish.signal:  # out of time: measure what is there, off the record
                         self.validate(monitor, started, keep=False)
                 best = min(c.best, self.best[0] if self.best else math.inf)
@@ -275,21 +294,32 @@ class Trainer:
     def step_and_dues(self, monitor: Monitor, started: float) -> None:
         """One step and what is due after it: records, sample, validation, checkpoint."""
         c, train = self.cursor, self.config.train
-        numbers = self.step()
-        monitor.step(c.epoch, self.progress().share, numbers["loss_nats"], numbers["tokens"])
-        if c.step % train.log_every == 0:
-            monitor.record("step", c.step, numbers | {"tokens_per_s": monitor.rate})
-        if train.sample_every and c.step % train.sample_every == 0:
+        self.advance()
+        ended = c.epoch + self.epoch_ended() >= train.epochs or (train.max_steps and c.step >= train.max_steps)
+        validate = ended or (c.step % train.eval_every == 0 if train.eval_every else self.epoch_ended())
+        sample = train.sample_every and c.step % train.sample_every == 0
+        due = time.monotonic() - self.saved_at >= train.checkpoint_seconds or (bool(c.losses) and not self.saved)
+        save = due or (train.checkpoint_every and c.step % train.checkpoint_every == 0)
+        if validate or sample or save or self.epoch_ended() or len(self.waiting) >= self.stepper.lag:
+            self.report(monitor)
+        if sample:
             text = self.sample()
             monitor.record("sample", c.step, {"text": text})
             monitor.say(f"sample at step {c.step}: {text!r}")
-        last = c.epoch + self.epoch_ended() >= train.epochs or (train.max_steps and c.step >= train.max_steps)
-        if last or (c.step % train.eval_every == 0 if train.eval_every else self.epoch_ended()):
+        if validate:
             c.due = True
             self.validate(monitor, started)
-        due = time.monotonic() - self.saved_at >= train.checkpoint_seconds or (bool(c.losses) and not self.saved)
-        if not self.done() and (due or (train.checkpoint_every and c.step % train.checkpoint_every == 0)):
+            save = save or (bool(c.losses) and not self.saved)
+        if save and not self.done():
             self.save(started)
+
+    def report(self, monitor: Monitor) -> None:
+        """Shows and records the numbers of the steps since the last call."""
+        c, share = self.cursor, self.progress().share
+        for step, numbers in self.read():
+            monitor.step(c.epoch, share, numbers["loss_nats"], numbers["tokens"])
+            if step % self.config.train.log_every == 0:
+                monitor.record("step", step, numbers | {"tokens_per_s": monitor.rate})
 
     def sample(self, count: int = 60) -> str:
         """A short text from the current (averaged) weights."""

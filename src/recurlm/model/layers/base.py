@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from recurlm.config import ModelConfig
+from recurlm.model.dropout import Source
 
 LayerState = tuple[Tensor, ...]
 
@@ -42,13 +43,20 @@ class RecurrentLayer(nn.Module, ABC):
     def droppable(self) -> nn.Parameter:
         """The raw weight that weight drop acts on."""
 
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Of each weight by name, how many equal blocks its axes hold (gates by rows, inputs by columns); {}: unknown.
+
+        Who names them promises that zeros added to the end of every block add units that stay 0 and change nothing.
+        """
+        return {}
+
     @abstractmethod
     def initial_state(self, batch: int, like: Tensor) -> LayerState:
         """The state before any input: batch-first tensors with the dtype and device of `like`."""
 
     @abstractmethod
     def forward(
-        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Generator | None
+        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Source | None
     ) -> tuple[Tensor, LayerState]:
         """(y_TBH, state). `weight` stands in for `droppable`; `generator` is None in evaluation.
 

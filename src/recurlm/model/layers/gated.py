@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
 from recurlm.model import dropout as drop
+from recurlm.model.dropout import Source
 from recurlm.model.layers.base import LayerState, uniform
 
 # True of every call here, and meant: see `run`.
@@ -32,6 +33,11 @@ def weights(gates: int, input_size: int, hidden_size: int, generator: Generator)
     return [uniform(s, bound, generator) for s in ((G, input_size), (G, hidden_size), (G,), (G,))]
 
 
+def parts(gates: int) -> dict[str, tuple[int, ...]]:
+    """The blocks of `weights`; see `RecurrentLayer.parts`."""
+    return {"weight_ih": (gates, 1), "weight_hh": (gates, 1), "bias_ih": (gates,), "bias_hh": (gates,)}
+
+
 def run(
     kind: str,
     cell: Cell,
@@ -40,7 +46,7 @@ def run(
     weights: list[Tensor],
     recurrent: float,
     zoneout: tuple[float, ...],
-    generator: Generator | None,
+    generator: Source | None,
 ) -> tuple[Tensor, LayerState]:
     """(y_TBH, new state) of one layer; weights are W_ih, W_hh, b_ih, b_hh in torch's gate order.
 
@@ -91,11 +97,11 @@ def _steps(
     return torch.stack(rows) if rows else x_TBI.new_empty(0, *state[0].shape), state
 
 
-def _keep(shape: tuple[int, ...], p: float, like: Tensor, generator: Generator | None) -> Tensor | float:
+def _keep(shape: tuple[int, ...], p: float, like: Tensor, generator: Source | None) -> Tensor | float:
     """A mask of the units that keep their value, drawn for each step, row and unit; p itself in evaluation or for p = 0."""
     if p == 0 or generator is None:
         return p
-    return like.new_empty(shape, dtype=torch.float32).bernoulli_(p, generator=generator).bool()
+    return drop.bernoulli(shape, p, like, generator, torch.float32).bool()
 
 
 def _zoned(before: Tensor, after: Tensor, keep: Tensor | float, t: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Generator, Tensor, nn
 
 from recurlm.config import ModelConfig
+from recurlm.model.dropout import Source
 from recurlm.model.layers import gated
 from recurlm.model.layers.base import LayerState, RecurrentLayer
 
@@ -36,11 +37,14 @@ class GRU(RecurrentLayer):
     def droppable(self) -> nn.Parameter:
         return self.weight_hh
 
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        return gated.parts(3)
+
     def initial_state(self, batch: int, like: Tensor) -> LayerState:
         return (like.new_zeros(batch, self.hidden_size),)
 
     def forward(
-        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Generator | None
+        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Source | None
     ) -> tuple[Tensor, LayerState]:
         weights = [self.weight_ih, weight, self.bias_ih, self.bias_hh]
         return gated.run("gru", cell, x_TBI, state, weights, recurrent, (self.zoneout,), generator)

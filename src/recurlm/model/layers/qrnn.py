@@ -8,6 +8,8 @@ from torch.nn.functional import linear
 
 from recurlm import kernels
 from recurlm.config import ModelConfig
+from recurlm.model import dropout as drop
+from recurlm.model.dropout import Source
 from recurlm.model.layers.base import LayerState, RecurrentLayer, uniform
 
 
@@ -37,20 +39,26 @@ class QRNN(RecurrentLayer):
     def droppable(self) -> nn.Parameter:
         return self.weight
 
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        gates = kernels.GATES[self.pooling]
+        return {"weight": (gates, self.window), "bias": (gates,)}
+
     def initial_state(self, batch: int, like: Tensor) -> LayerState:
         c_BH = like.new_zeros(batch, self.hidden_size)
         if self.window == 1:
             return (c_BH,)
         return c_BH, like.new_zeros(batch, self.window - 1, self.input_size)
 
-    def _scale(self, x_TBI: Tensor, generator: Generator | None) -> Tensor | None:
+    def _scale(self, x_TBI: Tensor, generator: Source | None) -> Tensor | None:
         if self.zoneout == 0:
             return None
-        scale = x_TBI.new_full((*x_TBI.shape[:2], self.hidden_size), 1 - self.zoneout)
-        return scale if generator is None else scale.bernoulli_(1 - self.zoneout, generator=generator)
+        shape, kept = (*x_TBI.shape[:2], self.hidden_size), 1 - self.zoneout
+        if generator is None:
+            return x_TBI.new_full(shape, kept)
+        return drop.bernoulli(shape, kept, x_TBI, generator, x_TBI.dtype)
 
     def forward(
-        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Generator | None
+        self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Source | None
     ) -> tuple[Tensor, LayerState]:
         weight, bias, T = weight.to(x_TBI.dtype), self.bias.to(x_TBI.dtype), x_TBI.shape[0]
         if self.window == 1:

@@ -1,0 +1,275 @@
+"""The training step on a GPU as one CUDA graph for each window length: no launches by the host, and nothing it waits for.
+
+Forward and backward pass run on a twin of the model whose parameters are working copies: in the compute type, with weight
+drop applied and sizes padded to what matrix units like. The update (`kernels.update_triton`) moves the model's own
+fp32 parameters, the optimiser's moments and the mean of iterates in place and writes the next working copies, so that
+checkpoints, validation and the plain step see what they always see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurlm.config import Config, ModelConfig
+from recurlm.model import dropout as drop
+from recurlm.model.neural import NeuralModel, layer_sizes
+from recurlm.protocol import State, map_state, state_leaves
+from recurlm.text.batches import Batches, Streams
+from recurlm.training import objective
+from recurlm.training.averaging import Averaging
+from recurlm.training.cursor import seed_for_step
+from recurlm.training.step import Order
+
+MULTIPLE = 16  # of units, for layers computed in bf16 or TF32
+MOST_GRAPHS = 64
+MOMENTS = {"sgd": (), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
+
+
+def obstacle(config: Config, device: torch.device, batches: Batches) -> str:
+    """Why the step cannot be captured, as part of a sentence; '' when it can."""
+    if device.type != "cuda":
+        return "no GPU"
+    if not config.train.capture:
+        return "train.capture = false"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "this GPU is older than Triton serves"
+    if not isinstance(batches, Streams):
+        return f"batches of {config.data.batching}s differ in shape"
+    if config.optimizer.name not in MOMENTS:
+        return f"optimizer {config.optimizer.name} has no fused update"
+    return "optimizer.clip_value is set" if config.optimizer.clip_value else ""
+
+
+def padded_sizes(model: NeuralModel, multiple: int) -> tuple[int, ...]:
+    """Units of each layer but the last as multiples of `multiple`, where every layer says how its weights are padded."""
+    sizes = layer_sizes(model.config)
+    if not all(layer.parts() for layer in model.layers):  # type: ignore[operator]
+        return sizes
+    return (*(-(-size // multiple) * multiple for size in sizes[:-1]), sizes[-1])
+
+
+class CapturedStep:
+    """Orders run as replays of graphs; a window length seen for the first time, and odd windows, run as they are."""
+
+    lag = 64
+
+    def __init__(
+        self, model: NeuralModel, optimizer: torch.optim.Optimizer, averaging: Averaging, config: Config,
+        state: State, batches: Streams,
+    ):  # fmt: skip
+        from recurlm.kernels import update_triton
+
+        self.kernels = update_triton
+        self.model, self.optimizer, self.averaging, self.config = model, optimizer, averaging, config
+        device = model.device
+        self.ids = torch.cat((torch.tensor([batches.boundary_id]), torch.from_numpy(batches.ids.astype("int64")))).to(
+            device
+        )
+        self.starts = torch.from_numpy(batches.starts).to(device)
+        self.dropout = dataclasses.replace(config.dropout, weight=0.0)
+        self._build_twin(model, device)
+        self.state = state
+        terms = 1 + bool(config.objective.ar) + bool(config.objective.tar)
+        self.controls = torch.zeros(update_triton.CONTROLS, dtype=torch.float64, device=device)
+        self.orders_host = torch.zeros(2 * self.lag, update_triton.CONTROLS, dtype=torch.float64).pin_memory()
+        self.status = torch.ones(2, device=device)
+        self.ring = torch.zeros(2 * self.lag, terms + 2, device=device)
+        self.pending: list[Order] = []
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.slot = 0
+
+    # ---- the twin -------------------------------------------------------------------------------------------
+
+    def _build_twin(self, model: NeuralModel, device: torch.device) -> None:
+        multiple = 1 if model.precision.name == "fp32" else MULTIPLE
+        sizes = padded_sizes(model, multiple)
+        config: ModelConfig = dataclasses.replace(model.config, hidden_sizes=sizes)
+        with torch.device("meta"):
+            twin = NeuralModel(config, model.vocab_size, torch.Generator("cpu"), model.precision)
+        shapes = {name: tuple(p.shape) for name, p in twin.named_parameters()}
+        droppable = {id(layer.droppable) for layer in model.layers}  # type: ignore[attr-defined]
+        parts = {
+            f"layers.{n}.{name}": counts
+            for n, layer in enumerate(model.layers)
+            for name, counts in layer.parts().items()  # type: ignore[operator]
+        }
+        self.weights, working, kernels = [], {}, self.kernels
+        for number, (name, p) in enumerate(model.named_parameters()):
+            raw, padded = tuple(p.shape), shapes[name]
+            p_drop = self.config.dropout.weight if id(p) in droppable else 0.0
+            shape = kernels.shape_of(raw, padded, parts.get(name, (1,) * len(raw)))
+            copy = None
+            if raw != padded or p_drop or model.precision.dtype != p.dtype:
+                copy = torch.zeros(padded, dtype=model.precision.dtype, device=device)
+            working[name] = p if copy is None else nn.Parameter(copy)
+            bits = kernels.empty_bits(shape, device) if p_drop else None
+            moments = self._moments(p)
+            self.weights.append(kernels.Weight(number, shape, p_drop, p.detach(), copy, bits, moments))
+        twin.load_state_dict(working, assign=True)
+        self.twin, self.leaves = twin, list(twin.parameters())
+        self.ready = False
+        self.updates = int(max((float(s.get("step", 0)) for s in self.optimizer.state.values()), default=0))
+
+    def _moments(self, p: nn.Parameter) -> tuple[Tensor, ...]:
+        """The optimiser's own tensors of a parameter, made where it has none yet."""
+        optimizer, state = self.config.optimizer, self.optimizer.state[p]
+        names = ("momentum_buffer",) if optimizer.momentum and optimizer.name == "sgd" else MOMENTS[optimizer.name]
+        if "exp_avg" in names and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for name in names:
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format).detach()
+        return tuple(state[name] for name in names)
+
+    def _rule(self) -> Any:
+        o = self.config.optimizer
+        if o.name == "sgd":
+            method = "sgd" if not o.momentum else "nesterov" if o.nesterov else "momentum"
+            return self.kernels.Rule(method, o.clip, o.weight_decay, o.momentum, 0.0, o.eps)
+        return self.kernels.Rule(o.name, o.clip, o.weight_decay, o.betas[0], o.betas[1], o.eps)
+
+    # ---- the carried state ----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """A copy of the carried state in the model's own sizes."""
+        leaves = iter(state_leaves(self.carried))
+
+        def cut(raw: Tensor) -> Tensor:
+            return next(leaves)[tuple(slice(0, n) for n in raw.shape)].clone()
+
+        return map_state(cut, self.model.initial_state(self.config.data.batch_size))
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.carried = map_state(Tensor.clone, self.twin.initial_state(self.config.data.batch_size))
+        for leaf, raw in zip(state_leaves(self.carried), state_leaves(state), strict=True):
+            leaf[tuple(slice(0, n) for n in raw.shape)].copy_(raw)
+        self.graphs = {}
+
+    # ---- one step -------------------------------------------------------------------------------------------
+
+    def take(self, order: Order) -> None:
+        if order.newest and not self.averaging.mean:
+            self.averaging.mean = [p.detach().clone() for p in self.model.parameters()]
+            self.graphs = {}
+        self._control(order)
+        self.pending.append(order)
+        if order.window.fresh:
+            self._reset_state()
+        if not self.ready:
+            self._refresh()
+        length, counted = len(order.window.inputs_TB), order.window.counted_TB
+        key = length, bool(self.averaging.mean)
+        if counted is not None or (key not in self.graphs and len(self.graphs) >= MOST_GRAPHS):
+            self._body(length, counted)
+        elif key not in self.graphs:
+            self._body(length, None)
+            self.graphs[key] = None
+        else:
+            graph = self.graphs[key]
+            if graph is None:
+                graph = self.graphs[key] = self._capture(length)
+            graph.replay()
+        self.updates += 1
+
+    def _control(self, order: Order) -> None:
+        """Sends the order's numbers to the device."""
+        o, seed, t = self.config.optimizer, self.config.train.seed, self.updates + 1
+        corrections = (1 - o.betas[0] ** t, 1 - o.betas[1] ** t) if len(o.betas) == 2 else (1.0, 1.0)
+        seeds = (seed_for_step(seed, step) >> 11 for step in (order.step, order.step + 1))  # float64 holds 53 bits
+        row = (order.lr, order.newest, *corrections, *seeds, order.position, self.slot)
+        host = self.orders_host[self.slot]
+        host.copy_(torch.tensor(row, dtype=torch.float64))
+        self.controls.copy_(host, non_blocking=True)
+        self.slot = (self.slot + 1) % len(self.ring)
+
+    def _reset_state(self) -> None:
+        """The initial state in place, unless a step failed: that step's state is still needed."""
+        for old, new in zip(
+            state_leaves(self.carried), state_leaves(self.twin.initial_state(self.config.data.batch_size)), strict=True
+        ):
+            self.kernels.keep_if_ok(old, new, self.status)
+
+    def _refresh(self) -> None:
+        """The working copies of the parameters as they are, with the masks of the step to come."""
+        controls = self.controls.clone()
+        controls[self.kernels.NEXT_SEED] = controls[self.kernels.SEED]
+        self.kernels.update(self.weights, [], [], controls, self.status, self.kernels.Rule("none", 0, 0, 0, 0, 0))
+        self.ready = True
+
+    def _gradients(self, length: int, counted: Any) -> tuple[Tensor, list[str], tuple[Tensor, ...], State]:
+        """(terms, their names, gradients of the twin's parameters, new state) for the window at the order's position."""
+        at_B = self.starts + self.controls[self.kernels.POSITION].long()
+        block_TB = self.ids[at_B + torch.arange(length + 1, device=self.ids.device)[:, None]]
+        noise = drop.Noise(self.controls[self.kernels.SEED :])
+        out = self.twin(block_TB[:-1], self.carried, self.dropout, noise)
+        mask = None if counted is None else torch.from_numpy(counted).to(self.ids.device)
+        terms = objective.terms(self.twin, out, block_TB[1:], self.config.objective, mask)
+        stacked = torch.stack([term.float() for term in terms.values()])
+        gradients = torch.autograd.grad(stacked.sum(), self.leaves)
+        return stacked.detach(), list(terms), gradients, out.state
+
+    def _body(self, length: int, counted: Any) -> None:
+        terms, _, gradients, state = self._gradients(length, counted)
+        gradients, mean = [g.contiguous() for g in gradients], self.averaging.mean
+        rule = self._rule()
+        self.kernels.judge(self.weights, gradients, terms, self.controls, self.status, self.ring, rule.clip)
+        self.kernels.update(self.weights, gradients, mean, self.controls, self.status, rule)
+        with torch.no_grad():
+            for old, new in zip(state_leaves(self.carried), state_leaves(state), strict=True):
+                self.kernels.keep_if_ok(old, new, self.status)
+
+    def _capture(self, length: int) -> torch.cuda.CUDAGraph:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        collects = gc.isenabled()
+        gc.disable()  # a collection during the capture could free what belongs to another graph
+        try:
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
+                try:
+                    self._body(length, None)
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        current.wait_stream(self.stream)
+        return graph
+
+    # ---- what came of it ------------------------------------------------------------------------------------
+
+    def read(self) -> tuple[list[list[float]], str]:
+        orders, self.pending = self.pending, []
+        if not orders:
+            return [], ""
+        first = (self.slot - len(orders)) % len(self.ring)
+        places = [(first + i) % len(self.ring) for i in range(len(orders))]
+        rows = self.ring.cpu()[places]
+        failed = (rows[:, -1] == 0).nonzero()
+        good = int(failed[0]) if len(failed) else len(orders)
+        self.updates -= len(orders) - good
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(self.updates)
+        failure = self._explain(orders[good], rows[good, 1:-1].tolist()) if good < len(orders) else ""
+        return rows[:good, :-1].tolist(), failure
+
+    def _explain(self, order: Order, values: list[float]) -> str:
+        """Computes the failed step's gradients once more, to name where it began; the next order may try again."""
+        self._control(order)
+        _, names, gradients, _ = self._gradients(len(order.window.inputs_TB), order.window.counted_TB)
+        named = dict(zip(dict(self.twin.named_parameters()), gradients, strict=True))
+        self.status.fill_(1.0)
+        return objective.explain_nonfinite(dict(zip(names, values, strict=True)), self.model, self.state, named)
