@@ -12,9 +12,13 @@ chunk starts from the earlier ones' maps, applied in order. The same holds backw
 Arithmetic is fp32 for every storage type, and its order is fixed: equal calls give equal bits.
 """
 
+# The kernels are Triton's language, which a type checker of Python cannot follow:
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportReturnType=false
+# ruff: noqa: RUF005, SIM102, SIM108 - Triton compiles no starred tuple, and a constant condition must stand alone
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +60,8 @@ def backward_plan(T: int, B: int, H: int, itemsize: int) -> Plan:
     return Plan(64 if B * H < 64_000 or itemsize == 4 else 128, 2, 8, _chunk(T, B * H, 8), True)
 
 
-@functools.cache
 def activation(device: torch.device, dtype: torch.dtype) -> str:
-    """"ptx": exponentials and reciprocals as single instructions, on NVIDIA cards; "plain": the compiler's, elsewhere."""
+    """ "ptx": exponentials and reciprocals as single instructions, on NVIDIA cards; "plain": the compiler's, elsewhere."""
     return "plain" if INTERPRETED or device.type != "cuda" or torch.version.hip else "ptx"
 
 
@@ -195,6 +198,7 @@ def _forward(
         if SPLIT:
             c = _through(c, maps, h, n, B * H, tl.program_id(1), H)
         if SPACING > 0:
+            tl.static_assert(K % SPACING == 0)
             marks += begin // SPACING * stride + n
     if AHEAD:
         rows = _load_rows(gates, scale, gates, stride, begin, 0, end, h, H, GATES, MASK, True, WITH_O, False, K)
@@ -346,10 +350,20 @@ def _backward(
         tl.store(dc0 + n, r, mask=keep)
 
 
-def _launch(kernel: Any, plan: Plan, T: int, B: int, H: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _launch(
+    kernel: Any, plan: Plan, T: int, B: int, H: int, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     """Runs the kernel over all columns; over time in chunks, after finding their maps, if the plan splits it."""
     programs, chunks = B * triton.cdiv(H, plan.block), triton.cdiv(T, plan.chunk)
-    options |= {"H": H, "SPLIT": chunks > 1, "K": plan.unroll, "AHEAD": plan.ahead, "BLOCK": plan.block, "num_warps": plan.warps}
+    options |= {
+        "H": H,
+        "SPLIT": chunks > 1,
+        "K": plan.unroll,
+        "AHEAD": plan.ahead,
+        "BLOCK": plan.block,
+        "num_warps": plan.warps,
+        "enable_fp_fusion": True,
+    }
     maps = torch.empty((chunks - 1, 2, B, H) if chunks > 1 else (1,), dtype=torch.float32, device=arguments[0].device)
     with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
         for find_maps in (True, False) if chunks > 1 else (False,):
@@ -366,42 +380,52 @@ def _scale_arguments(gates_TBG: Tensor, scale: Tensor | float | None) -> tuple[T
     return (scale, 1.0) if isinstance(scale, Tensor) else (gates_TBG, 1.0 if scale is None else float(scale))
 
 
-def _run(
+def run_forward(
     gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str, spacing: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h_TBH, last c_BH, marks_SBH): c before steps 0, spacing, 2 spacing, ...; no marks if spacing is 0."""
     T, B, H = gates_TBG.shape[0], *c_BH.shape
     h_TBH = torch.empty((T, B, H), dtype=gates_TBG.dtype, device=gates_TBG.device)
     last_BH = torch.empty((B, H), dtype=c_BH.dtype, device=c_BH.device)
-    marks_SBH = torch.empty((triton.cdiv(T, spacing), B, H), dtype=h_TBH.dtype, device=c_BH.device) if spacing else h_TBH
+    marks_SBH = (
+        torch.empty((triton.cdiv(T, spacing), B, H), dtype=h_TBH.dtype, device=c_BH.device) if spacing else h_TBH
+    )
     arguments = (gates_TBG, c_BH, *_scale_arguments(gates_TBG, scale), h_TBH, last_BH, marks_SBH)
     options = _options(gates_TBG, scale, pooling) | {"SPACING": spacing}
     _launch(_forward, forward_plan(T, B, H, gates_TBG.element_size()), T, B, H, arguments, options)
     return h_TBH, last_BH, marks_SBH
 
 
+def run_backward(
+    gates_TBG: Tensor, marks_SBH: Tensor, scale: Tensor | float | None, pooling: str, plan: Plan,
+    grad_h_TBH: Tensor, grad_last_BH: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(grad_gates_TBG, grad_c_BH), from marks whose spacing is the plan's `unroll`."""
+    T, B, H = grad_h_TBH.shape
+    grad_gates_TBG = torch.empty(gates_TBG.shape, dtype=gates_TBG.dtype, device=gates_TBG.device)
+    grad_c_BH = torch.empty((B, H), dtype=grad_last_BH.dtype, device=gates_TBG.device)
+    arguments = (
+        gates_TBG, *_scale_arguments(gates_TBG, scale), marks_SBH, grad_h_TBH, grad_last_BH, grad_gates_TBG, grad_c_BH
+    )  # fmt: skip
+    _launch(_backward, plan, T, B, H, arguments, _options(gates_TBG, scale, pooling))
+    return grad_gates_TBG, grad_c_BH
+
+
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str):  # type: ignore[override]
         ctx.plan = backward_plan(gates_TBG.shape[0], *c_BH.shape, gates_TBG.element_size())
-        h_TBH, last_BH, marks_SBH = _run(gates_TBG, c_BH, scale, pooling, ctx.plan.unroll)
+        h_TBH, last_BH, marks_SBH = run_forward(gates_TBG, c_BH, scale, pooling, ctx.plan.unroll)
         ctx.save_for_backward(gates_TBG, marks_SBH, scale if isinstance(scale, Tensor) else None)
-        ctx.factor, ctx.pooling, ctx.c_type = None if isinstance(scale, Tensor) else scale, pooling, c_BH.dtype
+        ctx.factor, ctx.pooling = None if isinstance(scale, Tensor) else scale, pooling
         return h_TBH, last_BH
 
     @staticmethod
     def backward(ctx, grad_h_TBH: Tensor, grad_last_BH: Tensor):  # type: ignore[override]
         gates_TBG, marks_SBH, mask_TBH = ctx.saved_tensors
         scale = ctx.factor if mask_TBH is None else mask_TBH
-        T, B, H = grad_h_TBH.shape
-        grad_gates_TBG = torch.empty(gates_TBG.shape, dtype=gates_TBG.dtype, device=gates_TBG.device)
-        grad_c_BH = torch.empty((B, H), dtype=ctx.c_type, device=gates_TBG.device)
-        arguments = (
-            gates_TBG, *_scale_arguments(gates_TBG, scale), marks_SBH, grad_h_TBH.contiguous(), grad_last_BH.contiguous(),
-            grad_gates_TBG, grad_c_BH,
-        )  # fmt: skip
-        _launch(_backward, ctx.plan, T, B, H, arguments, _options(gates_TBG, scale, ctx.pooling))
-        return grad_gates_TBG, grad_c_BH, None, None
+        given = grad_h_TBH.contiguous(), grad_last_BH.contiguous()
+        return *run_backward(gates_TBG, marks_SBH, scale, ctx.pooling, ctx.plan, *given), None, None
 
 
 def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
@@ -413,4 +437,4 @@ def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling:
         scale = scale.expand(gates_TBG.shape[0], *c_BH.shape).contiguous()
     if torch.is_grad_enabled() and (gates_TBG.requires_grad or c_BH.requires_grad):
         return _Pool.apply(gates_TBG, c_BH, scale, pooling)  # type: ignore[return-value]
-    return _run(gates_TBG, c_BH, scale, pooling, spacing=0)[:2]
+    return run_forward(gates_TBG, c_BH, scale, pooling, spacing=0)[:2]

@@ -43,11 +43,12 @@ class QRNN(RecurrentLayer):
             return (c_BH,)
         return c_BH, like.new_zeros(batch, self.window - 1, self.input_size)
 
-    def _scale(self, x_TBI: Tensor, generator: Generator | None) -> Tensor | None:
+    def _scale(self, x_TBI: Tensor, generator: Generator | None) -> Tensor | float | None:
         if self.zoneout == 0:
             return None
-        scale = x_TBI.new_full((*x_TBI.shape[:2], self.hidden_size), 1 - self.zoneout)
-        return scale if generator is None else scale.bernoulli_(1 - self.zoneout, generator=generator)
+        if generator is None:
+            return 1 - self.zoneout
+        return x_TBI.new_empty(*x_TBI.shape[:2], self.hidden_size).bernoulli_(1 - self.zoneout, generator=generator)
 
     def forward(
         self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Generator | None
