@@ -53,6 +53,6 @@ def _load(operation: str, device: str, dtype: torch.dtype) -> Callable[..., tupl
     return TABLE[operation, device, dtype]() if (operation, device, dtype) in TABLE else reference.pool
 
 
-def pool(gates_TBG: Tensor, c_BH: Tensor, scale_TBH: Tensor | None, pooling: str) -> tuple[Tensor, Tensor]:
+def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
     """(h_TBH, last c_BH) of QRNN pooling (f, fo or ifo); see `reference.pool` for the formula."""
-    return _load("pool", gates_TBG.device.type, gates_TBG.dtype)(gates_TBG, c_BH, scale_TBH, pooling)
+    return _load("pool", gates_TBG.device.type, gates_TBG.dtype)(gates_TBG, c_BH, scale, pooling)

@@ -99,12 +99,13 @@ class _Pool(torch.autograd.Function):
         return torch.cat(parts, dim=-1), running_BH, None, None
 
 
-def pool(gates_TBG: Tensor, c_BH: Tensor, scale_TBH: Tensor | None, pooling: str) -> tuple[Tensor, Tensor]:
+def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
     """(h_TBH, last c_BH); the same as `reference.pool`, for CPU tensors; 16-bit types compute in fp32."""
     if gates_TBG.shape[0] == 0:
         return gates_TBG.new_empty((0, *c_BH.shape)), c_BH
     if gates_TBG.dtype in (torch.bfloat16, torch.float16):
-        scale = None if scale_TBH is None else scale_TBH.float()
+        scale = scale.float() if isinstance(scale, Tensor) else scale
         h_TBH, last_BH = pool(gates_TBG.float(), c_BH.float(), scale, pooling)
         return h_TBH.to(gates_TBG.dtype), last_BH.to(gates_TBG.dtype)
-    return _Pool.apply(gates_TBG, c_BH, scale_TBH, pooling)  # type: ignore[return-value]
+    scale = gates_TBG.new_full((1, 1, 1), scale) if isinstance(scale, float) else scale
+    return _Pool.apply(gates_TBG, c_BH, scale, pooling)  # type: ignore[return-value]

@@ -1,10 +1,25 @@
-"""QRNN pooling on the GPU: activations, recurrence and output gate in one pass over memory, one column a lane.
+"""QRNN pooling on the GPU: activations, recurrence and output gate in one pass over memory.
 
-Gates are read once and recomputed in the backward pass, which stores only c. Arithmetic is fp32 for every
-storage type.
+A program owns BLOCK columns of one batch row and walks through time, K steps at a time; the next K steps are loaded
+before the current ones are computed, so that memory never waits for arithmetic. The forward pass writes h, and, only
+where a gradient is needed, c before every `spacing`-th step. The backward pass reads the gates and these marks,
+recomputes c between two marks in registers, and walks the same steps back.
+
+Where there are too few columns to fill the GPU, time is split into chunks. The recurrence is linear in c, so a chunk
+maps the c before it to the c after it as c -> a c + e: a first launch finds (a, e) of each chunk, and in the second each
+chunk starts from the earlier ones' maps, applied in order. The same holds backwards for the gradient of c.
+
+Arithmetic is fp32 for every storage type, and its order is fixed: equal calls give equal bits.
 """
 
+# The kernels are Triton's language, which a type checker of Python cannot follow:
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportReturnType=false
+# ruff: noqa: RUF005, SIM102, SIM108 - Triton compiles no starred tuple, and a constant condition must stand alone
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,115 +28,413 @@ from torch import Tensor
 
 from recurlm.kernels import reference
 
-BLOCK = 64
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Plan(NamedTuple):
+    """How a kernel is laid out: columns and warps a program, steps in flight, and steps a chunk (T: not split)."""
+
+    block: int
+    warps: int
+    unroll: int
+    chunk: int
+    ahead: bool
+    """Whether the next steps are loaded before the current ones are computed."""
+
+
+def _chunk(T: int, columns: int, unroll: int) -> int:
+    """Steps a chunk, a multiple of `unroll`: so many chunks that about 48,000 columns run at once; T if that is < 3."""
+    chunks = min(48_000 // columns, T // 64)
+    return T if chunks < 3 else triton.cdiv(triton.cdiv(T, chunks), unroll) * unroll
+
+
+def forward_plan(T: int, B: int, H: int, itemsize: int) -> Plan:
+    """The forward kernel's layout. `unroll` is a multiple of the backward kernel's."""
+    few = B * H < 64_000  # little parallelism: more bytes in flight a thread, fewer columns each
+    block, unroll = (64, 16) if few else (128, 8)
+    return Plan(block, 2 if few or itemsize == 4 else 1, unroll, _chunk(T, B * H, unroll), True)
+
+
+def backward_plan(T: int, B: int, H: int, itemsize: int) -> Plan:
+    """The backward kernel's layout; its `unroll` is also the spacing of the marks."""
+    return Plan(64 if B * H < 64_000 or itemsize == 4 else 128, 2, 8, _chunk(T, B * H, 8), True)
+
+
+def activation(device: torch.device, dtype: torch.dtype) -> str:
+    """ "ptx": exponentials and reciprocals as single instructions, on NVIDIA cards; "plain": the compiler's, elsewhere."""
+    return "plain" if INTERPRETED or device.type != "cuda" or torch.version.hip else "ptx"
+
+
+@triton.jit
+def _exp2(x, ACT: tl.constexpr):
+    if ACT == "plain":
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _reciprocal(x, ACT: tl.constexpr):
+    if ACT == "plain":
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _tanh_approx(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _one_plus_exp(x, RATE: tl.constexpr, ACT: tl.constexpr):
+    """1 + e^(-RATE x), at most 1 + 2^30; a NaN stays one."""
+    power = x.to(tl.float32) * (-1.4426950408889634 * RATE)
+    return 1.0 + _exp2(tl.minimum(power, 30.0, propagate_nan=tl.PropagateNan.ALL), ACT)
+
+
+@triton.jit
+def _activated(row, WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_I: tl.constexpr, ACT: tl.constexpr):
+    """(tanh Z, sigmoid F, sigmoid O, sigmoid I) of a row of pre-activations; what is not asked for is no number.
+
+    The denominators share one reciprocal, for the special function unit is nearly as scarce here as memory: 4
+    operations for 3 gates, not 6. Each is at most 2^30 + 1, so their product is finite.
+    """
+    over_z, over_o, over_i = 1.0, 1.0, 1.0
+    if WITH_Z and ACT != "mixed" and ACT != "approx":
+        over_z = _one_plus_exp(row[0], 2.0, ACT)
+    if ACT == "approx":
+        z, f, o, i = 0.0, 0.5 + 0.5 * _tanh_approx(0.5 * row[1].to(tl.float32)), 0.0, 0.0
+        if WITH_O:
+            o = 0.5 + 0.5 * _tanh_approx(0.5 * row[2].to(tl.float32))
+        if WITH_I:
+            i = 0.5 + 0.5 * _tanh_approx(0.5 * row[3].to(tl.float32))
+    else:
+        over_f = _one_plus_exp(row[1], 1.0, ACT)
+        if WITH_O:
+            over_o = _one_plus_exp(row[2], 1.0, ACT)
+        if WITH_I:
+            over_i = _one_plus_exp(row[3], 1.0, ACT)
+        zf, oi = over_z * over_f, over_o * over_i
+        inverse = _reciprocal(zf * oi, ACT)
+        inverse_zf, inverse_oi = inverse * oi, inverse * zf
+        z, f = 2.0 * (inverse_zf * over_f) - 1.0, inverse_zf * over_z
+        o, i = inverse_oi * over_i, inverse_oi * over_o
+    if WITH_Z and (ACT == "mixed" or ACT == "approx"):
+        z = _tanh_approx(row[0].to(tl.float32))
+    return z, f, o, i
+
+
+@triton.jit
+def _width(t, begin, end, H):
+    """H if begin <= t < end, else 0: `h < _width(...)` says which elements of step t exist."""
+    return tl.where(t >= begin, tl.where(t < end, H, 0), 0)
+
+
+@triton.jit
+def _load_rows(
+    gates, scale, dh, stride, t, begin, end, h, H: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
+    WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_G: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """K rows (Z, F, O, I, scale, dh), as stored, of the steps t, t + 1, ...; a stand-in for what is not asked for.
+
+    The pointers are those of step t, a step is `stride` elements of (B, H), and steps outside [begin, end) read as 0.
+    """
+    rows = ()
+    for j in tl.static_range(K):
+        inside = h < _width(t + j, begin, end, H)
+        at = gates + j * GATES * stride
+        f = tl.load(at + H, mask=inside, other=0.0)
+        z, o, i, s, g = f, f, f, f, f
+        if WITH_Z:
+            z = tl.load(at, mask=inside, other=0.0)
+            if GATES == 4:
+                i = tl.load(at + 3 * H, mask=inside, other=0.0)
+        if WITH_O:
+            o = tl.load(at + 2 * H, mask=inside, other=0.0)
+        if MASK:
+            s = tl.load(scale + j * stride, mask=inside, other=0.0)
+        if WITH_G:
+            g = tl.load(dh + j * stride, mask=inside, other=0.0)
+        rows = rows + ((z, f, o, i, s, g),)
+    return rows
+
+
+@triton.jit
+def _through(r, maps, h, n, N, last, H: tl.constexpr):
+    """r after the maps r -> a r + e of the chunks 0, 1, ... last - 1, whose (a, e) lie at `maps`."""
+    for k in range(0, last, 8):
+        pairs = ()
+        for j in tl.static_range(8):
+            at = maps + tl.cast(k + j, tl.int64) * (2 * N) + n
+            inside = h < _width(k + j, 0, last, H)
+            pairs = pairs + ((tl.load(at, mask=inside, other=1.0), tl.load(at + N, mask=inside, other=0.0)),)
+        for j in tl.static_range(8):
+            r = pairs[j][0] * r + pairs[j][1]
+    return r
 
 
 @triton.jit
 def _forward(
-    gates, c0, scale, h_out, c_all, T, N, H, GATES: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = n < N
-    z_at = gates + (n // H).to(tl.int64) * GATES * H + n % H
-    c = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
-    tl.store(c_all + n, c, mask=keep)  # row 0 is the state before, row t + 1 that after step t
-    for t in range(T):
-        row = tl.cast(t, tl.int64) * N
-        z = tl.load(z_at + GATES * row, mask=keep, other=0.0).to(tl.float32)
-        f = tl.load(z_at + GATES * row + H, mask=keep, other=0.0).to(tl.float32)
-        z = 2 * tl.sigmoid(2 * z) - 1  # tanh
-        f = tl.sigmoid(f)
-        scaled = 1.0
-        if HAS_SCALE:
-            scaled = tl.load(scale + row + n, mask=keep, other=0.0).to(tl.float32)
-            f = f * scaled
-        if GATES == 4:
-            i = tl.load(z_at + GATES * row + 3 * H, mask=keep, other=0.0).to(tl.float32)
-            c = c - f * c + tl.sigmoid(i) * scaled * z
+    gates, c0, scale, factor, h_out, last, marks, maps, T, B, chunk,
+    H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
+    SPACING: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """h_out and last, and marks if SPACING > 0; or, if FIND_MAPS, the map of each chunk of time but the last."""
+    BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    MASK: tl.constexpr = SCALE == "mask"
+    WITH_O: tl.constexpr = GATES >= 3 and not FIND_MAPS
+    b, h = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    keep, n = h < H, b * H + h
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, T)
+    stride = tl.cast(B, tl.int64) * H
+    gates += begin * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
+    scale += begin * stride + n
+    h_out += begin * stride + n
+    a = tl.full((BLOCK,), 1.0, tl.float32)
+    if FIND_MAPS:
+        c = tl.zeros((BLOCK,), tl.float32)
+    else:
+        c = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
+        if SPLIT:
+            c = _through(c, maps, h, n, B * H, tl.program_id(1), H)
+        if SPACING > 0:
+            tl.static_assert(K % SPACING == 0)
+            marks += begin // SPACING * stride + n
+    if AHEAD:
+        rows = _load_rows(gates, scale, gates, stride, begin, 0, end, h, H, GATES, MASK, True, WITH_O, False, K)
+    for t in range(begin, end, K):
+        if AHEAD:
+            gates += K * GATES * stride
+            scale += K * stride
+            following = _load_rows(
+                gates, scale, gates, stride, t + K, 0, end, h, H, GATES, MASK, True, WITH_O, False, K
+            )
         else:
-            c = c + f * (z - c)
-        tl.store(c_all + row + N + n, c, mask=keep)
-        h = c
-        if GATES >= 3:
-            h = tl.sigmoid(tl.load(z_at + GATES * row + 2 * H, mask=keep, other=0.0).to(tl.float32)) * c
-        tl.store(h_out + row + n, h, mask=keep)
+            rows = _load_rows(gates, scale, gates, stride, t, 0, end, h, H, GATES, MASK, True, WITH_O, False, K)
+            gates += K * GATES * stride
+            scale += K * stride
+        for j in tl.static_range(K):
+            inside = h < _width(t + j, 0, end, H)
+            if SPACING > 0 and not FIND_MAPS:
+                if j % SPACING == 0:
+                    tl.store(marks, c, mask=inside)
+                    marks += stride
+            z, f, o, i = _activated(rows[j], True, WITH_O, GATES == 4, ACT)
+            if MASK:
+                f = f * rows[j][4].to(tl.float32)
+                i = i * rows[j][4].to(tl.float32)
+            if SCALE == "constant":
+                f = f * factor
+                i = i * factor
+            if GATES == 4:
+                after = c - f * c + i * z
+            else:
+                after = c + f * (z - c)
+            if FIND_MAPS:
+                a = tl.where(t + j < end, a - f * a, a)
+            else:
+                y = after
+                if GATES >= 3:
+                    y = o * after
+                tl.store(h_out + j * stride, y, mask=inside)
+            c = tl.where(t + j < end, after, c)
+        h_out += K * stride
+        if AHEAD:
+            rows = following
+    if FIND_MAPS:
+        maps += tl.program_id(1) * 2 * stride + n
+        tl.store(maps, a, mask=keep)
+        tl.store(maps + stride, c, mask=keep)
+    elif end == T:
+        tl.store(last + n, c, mask=keep)
 
 
 @triton.jit
 def _backward(
-    gates, scale, c_all, dh, dlast, dgates, dc0, T, N, H,
-    GATES: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    gates, scale, factor, marks, dh, dlast, dgates, dc0, maps, T, B, chunk,
+    H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
+    K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = n < N
-    offset = (n // H).to(tl.int64) * GATES * H + n % H
-    r = tl.load(dlast + n, mask=keep, other=0.0).to(tl.float32)
-    c = tl.load(c_all + tl.cast(T, tl.int64) * N + n, mask=keep, other=0.0).to(tl.float32)
-    for step in range(T):
-        t = T - 1 - step
-        row = tl.cast(t, tl.int64) * N
-        at = GATES * row + offset
-        z = tl.load(gates + at, mask=keep, other=0.0).to(tl.float32)
-        s = tl.load(gates + at + H, mask=keep, other=0.0).to(tl.float32)
-        g = tl.load(dh + row + n, mask=keep, other=0.0).to(tl.float32)
-        before = tl.load(c_all + row + n, mask=keep, other=0.0).to(tl.float32)
-        z = 2 * tl.sigmoid(2 * z) - 1
-        s = tl.sigmoid(s)
-        scaled = 1.0
-        if HAS_SCALE:
-            scaled = tl.load(scale + row + n, mask=keep, other=0.0).to(tl.float32)
-        f = s * scaled
-        if GATES >= 3:
-            o = tl.sigmoid(tl.load(gates + at + 2 * H, mask=keep, other=0.0).to(tl.float32))
-            tl.store(dgates + at + 2 * H, g * c * o * (1 - o), mask=keep)
-            g = g * o
-        r += g
-        if GATES == 4:
-            i = tl.sigmoid(tl.load(gates + at + 3 * H, mask=keep, other=0.0).to(tl.float32))
-            tl.store(dgates + at + 3 * H, r * z * scaled * i * (1 - i), mask=keep)
-            tl.store(dgates + at, r * i * scaled * (1 - z * z), mask=keep)
-            tl.store(dgates + at + H, -r * before * scaled * s * (1 - s), mask=keep)
+    """dgates and dc0; or, if FIND_MAPS, the map of dc over each chunk. Chunks are counted from the end of time."""
+    BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    MASK: tl.constexpr = SCALE == "mask"
+    FULL: tl.constexpr = not FIND_MAPS
+    WITH_O: tl.constexpr = GATES >= 3
+    b, h = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    keep, n = h < H, b * H + h
+    begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * chunk
+    if FIND_MAPS:
+        begin += chunk  # the first chunk of time, which is the last here, needs no map and has no program
+    end = tl.minimum(begin + chunk, T)
+    start = begin + (end - begin - 1) // K * K
+    stride = tl.cast(B, tl.int64) * H
+    offset = start * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
+    gates += offset
+    dgates += offset
+    scale += start * stride + n
+    dh += start * stride + n
+    a = tl.full((BLOCK,), 1.0, tl.float32)
+    if FIND_MAPS:
+        r = tl.zeros((BLOCK,), tl.float32)
+    else:
+        r = tl.load(dlast + n, mask=keep, other=0.0).to(tl.float32)
+        if SPLIT:
+            r = _through(r, maps, h, n, B * H, tl.program_id(1), H)
+        marks += start // K * stride + n
+        mark = tl.load(marks, mask=keep, other=0.0)
+    if AHEAD:
+        rows = _load_rows(gates, scale, dh, stride, start, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K)
+    for t in range(start, begin - 1, -K):
+        if AHEAD:
+            gates -= K * GATES * stride
+            scale -= K * stride
+            dh -= K * stride
+            following = _load_rows(
+                gates, scale, dh, stride, t - K, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K
+            )
         else:
-            tl.store(dgates + at, r * f * (1 - z * z), mask=keep)
-            tl.store(dgates + at + H, r * (z - before) * scaled * s * (1 - s), mask=keep)
-        r = r - r * f
-        c = before
-    tl.store(dc0 + n, r, mask=keep)
+            rows = _load_rows(gates, scale, dh, stride, t, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K)
+            gates -= K * GATES * stride
+            scale -= K * stride
+            dh -= K * stride
+        if FULL:
+            c = mark.to(tl.float32)
+            marks -= stride
+            mark = tl.load(marks, mask=h < _width(t, begin + 1, T, H), other=0.0)
+        else:
+            c = r  # any number: nothing below reads it
+        steps = ()
+        for j in tl.static_range(K):
+            before = c
+            z, s, o, i = _activated(rows[j], FULL, WITH_O, FULL and GATES == 4, ACT)
+            scaled = 1.0
+            if MASK:
+                scaled = rows[j][4].to(tl.float32)
+            if SCALE == "constant":
+                scaled = factor
+            if GATES == 4:
+                c = c - s * scaled * c + i * scaled * z
+            else:
+                c = c + s * scaled * (z - c)
+            steps = steps + ((z, s, o, i, scaled, before, c),)
+        for j in tl.static_range(K - 1, -1, -1):
+            z, s, o, i, scaled, before, after = steps[j]
+            inside = h < _width(t + j, 0, end, H)
+            f = tl.where(t + j < end, s * scaled, 0.0)  # beyond the end dh is 0 and nothing fades: r stays
+            g = rows[j][5].to(tl.float32)
+            at = dgates + j * GATES * stride
+            if GATES >= 3:
+                if FULL:
+                    tl.store(at + 2 * H, g * after * (o * (1.0 - o)), mask=inside)
+                g = g * o
+            r += g
+            if FIND_MAPS:
+                a = a - a * f
+            elif GATES == 4:
+                tl.store(at + 3 * H, r * z * (scaled * (i * (1.0 - i))), mask=inside)
+                tl.store(at, r * (i * scaled) * (1.0 - z * z), mask=inside)
+                tl.store(at + H, -(r * before) * (scaled * (s * (1.0 - s))), mask=inside)
+            else:
+                rf = r * f
+                tl.store(at, rf * (1.0 - z * z), mask=inside)
+                tl.store(at + H, rf * (1.0 - s) * (z - before), mask=inside)
+            r = r - r * f
+        dgates -= K * GATES * stride
+        if AHEAD:
+            rows = following
+    if FIND_MAPS:
+        maps += tl.program_id(1) * 2 * stride + n
+        tl.store(maps, a, mask=keep)
+        tl.store(maps + stride, r, mask=keep)
+    elif begin == 0:
+        tl.store(dc0 + n, r, mask=keep)
+
+
+def _launch(
+    kernel: Any, plan: Plan, T: int, B: int, H: int, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Runs the kernel over all columns; over time in chunks, after finding their maps, if the plan splits it."""
+    programs, chunks = B * triton.cdiv(H, plan.block), triton.cdiv(T, plan.chunk)
+    options |= {
+        "H": H,
+        "SPLIT": chunks > 1,
+        "K": plan.unroll,
+        "AHEAD": plan.ahead,
+        "BLOCK": plan.block,
+        "num_warps": plan.warps,
+        "enable_fp_fusion": True,
+    }
+    maps = torch.empty((chunks - 1, 2, B, H) if chunks > 1 else (1,), dtype=torch.float32, device=arguments[0].device)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+        for find_maps in (True, False) if chunks > 1 else (False,):
+            kernel[programs, chunks - find_maps](*arguments, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options)
+
+
+def _options(gates_TBG: Tensor, scale: Tensor | float | None, pooling: str) -> dict[str, Any]:
+    kind = "none" if scale is None else "mask" if isinstance(scale, Tensor) else "constant"
+    return {"GATES": reference.GATES[pooling], "SCALE": kind, "ACT": activation(gates_TBG.device, gates_TBG.dtype)}
+
+
+def _scale_arguments(gates_TBG: Tensor, scale: Tensor | float | None) -> tuple[Tensor, float]:
+    """(mask, factor); a mask is any tensor, not read, where there is none."""
+    return (scale, 1.0) if isinstance(scale, Tensor) else (gates_TBG, 1.0 if scale is None else float(scale))
+
+
+def run_forward(
+    gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str, spacing: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h_TBH, last c_BH, marks_SBH): c before steps 0, spacing, 2 spacing, ...; no marks if spacing is 0."""
+    T, B, H = gates_TBG.shape[0], *c_BH.shape
+    h_TBH = torch.empty((T, B, H), dtype=gates_TBG.dtype, device=gates_TBG.device)
+    last_BH = torch.empty((B, H), dtype=c_BH.dtype, device=c_BH.device)
+    marks_SBH = (
+        torch.empty((triton.cdiv(T, spacing), B, H), dtype=h_TBH.dtype, device=c_BH.device) if spacing else h_TBH
+    )
+    arguments = (gates_TBG, c_BH, *_scale_arguments(gates_TBG, scale), h_TBH, last_BH, marks_SBH)
+    options = _options(gates_TBG, scale, pooling) | {"SPACING": spacing}
+    _launch(_forward, forward_plan(T, B, H, gates_TBG.element_size()), T, B, H, arguments, options)
+    return h_TBH, last_BH, marks_SBH
+
+
+def run_backward(
+    gates_TBG: Tensor, marks_SBH: Tensor, scale: Tensor | float | None, pooling: str, plan: Plan,
+    grad_h_TBH: Tensor, grad_last_BH: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(grad_gates_TBG, grad_c_BH), from marks whose spacing is the plan's `unroll`."""
+    T, B, H = grad_h_TBH.shape
+    grad_gates_TBG = torch.empty(gates_TBG.shape, dtype=gates_TBG.dtype, device=gates_TBG.device)
+    grad_c_BH = torch.empty((B, H), dtype=grad_last_BH.dtype, device=gates_TBG.device)
+    arguments = (
+        gates_TBG, *_scale_arguments(gates_TBG, scale), marks_SBH, grad_h_TBH, grad_last_BH, grad_gates_TBG, grad_c_BH
+    )  # fmt: skip
+    _launch(_backward, plan, T, B, H, arguments, _options(gates_TBG, scale, pooling))
+    return grad_gates_TBG, grad_c_BH
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gates_TBG: Tensor, c_BH: Tensor, scale_TBH: Tensor | None, pooling: str):  # type: ignore[override]
-        T, B, H = gates_TBG.shape[0], *c_BH.shape
-        gates_TBG, c_BH = gates_TBG.contiguous(), c_BH.contiguous()
-        scale_TBH = None if scale_TBH is None else scale_TBH.expand(T, B, H).contiguous()
-        h_TBH = gates_TBG.new_empty(T, B, H)
-        c_SBH = gates_TBG.new_empty(T + 1, B, H)
-        grid, kinds = (triton.cdiv(B * H, BLOCK),), (reference.GATES[pooling], scale_TBH is not None, BLOCK)
-        mask = gates_TBG if scale_TBH is None else scale_TBH  # any pointer: not read without a scale
-        with torch.cuda.device_of(gates_TBG):  # Triton launches on the current device
-            _forward[grid](gates_TBG, c_BH, mask, h_TBH, c_SBH, T, B * H, H, *kinds, num_warps=2)  # type: ignore[call-arg]
-        ctx.save_for_backward(gates_TBG, scale_TBH, c_SBH)
-        ctx.kinds = kinds
-        return h_TBH, c_SBH[-1].clone()
+    def forward(ctx, gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str):  # type: ignore[override]
+        ctx.plan = backward_plan(gates_TBG.shape[0], *c_BH.shape, gates_TBG.element_size())
+        h_TBH, last_BH, marks_SBH = run_forward(gates_TBG, c_BH, scale, pooling, ctx.plan.unroll)
+        ctx.save_for_backward(gates_TBG, marks_SBH, scale if isinstance(scale, Tensor) else None)
+        ctx.factor, ctx.pooling = None if isinstance(scale, Tensor) else scale, pooling
+        return h_TBH, last_BH
 
     @staticmethod
     def backward(ctx, grad_h_TBH: Tensor, grad_last_BH: Tensor):  # type: ignore[override]
-        gates_TBG, scale_TBH, c_SBH = ctx.saved_tensors
-        T, B, H = grad_h_TBH.shape
-        grad_gates_TBG, grad_c_BH = torch.empty_like(gates_TBG), torch.empty_like(c_SBH[0])
-        grid = (triton.cdiv(B * H, BLOCK),)
-        mask = gates_TBG if scale_TBH is None else scale_TBH
-        with torch.cuda.device_of(gates_TBG):
-            _backward[grid](
-                gates_TBG, mask, c_SBH, grad_h_TBH.contiguous(), grad_last_BH.contiguous(),
-                grad_gates_TBG, grad_c_BH, T, B * H, H, *ctx.kinds, num_warps=2,  # type: ignore[call-arg]
-            )  # fmt: skip
-        return grad_gates_TBG, grad_c_BH, None, None
+        gates_TBG, marks_SBH, mask_TBH = ctx.saved_tensors
+        scale = ctx.factor if mask_TBH is None else mask_TBH
+        given = grad_h_TBH.contiguous(), grad_last_BH.contiguous()
+        return *run_backward(gates_TBG, marks_SBH, scale, ctx.pooling, ctx.plan, *given), None, None
 
 
-def pool(gates_TBG: Tensor, c_BH: Tensor, scale_TBH: Tensor | None, pooling: str) -> tuple[Tensor, Tensor]:
+def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
     """(h_TBH, last c_BH); the same as `reference.pool`, for GPU tensors of float32, bfloat16 or float16."""
     if gates_TBG.shape[0] == 0:
         return gates_TBG.new_empty((0, *c_BH.shape)), c_BH
-    return _Pool.apply(gates_TBG, c_BH, scale_TBH, pooling)  # type: ignore[return-value]
+    gates_TBG, c_BH = gates_TBG.contiguous(), c_BH.contiguous()
+    if isinstance(scale, Tensor):
+        scale = scale.expand(gates_TBG.shape[0], *c_BH.shape).contiguous()
+    if torch.is_grad_enabled() and (gates_TBG.requires_grad or c_BH.requires_grad):
+        return _Pool.apply(gates_TBG, c_BH, scale, pooling)  # type: ignore[return-value]
+    return run_forward(gates_TBG, c_BH, scale, pooling, spacing=0)[:2]

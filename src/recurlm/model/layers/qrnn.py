@@ -49,13 +49,12 @@ class QRNN(RecurrentLayer):
             return (c_BH,)
         return c_BH, like.new_zeros(batch, self.window - 1, self.input_size)
 
-    def _scale(self, x_TBI: Tensor, generator: Source | None) -> Tensor | None:
+    def _scale(self, x_TBI: Tensor, generator: Source | None) -> Tensor | float | None:
         if self.zoneout == 0:
             return None
-        shape, kept = (*x_TBI.shape[:2], self.hidden_size), 1 - self.zoneout
         if generator is None:
-            return x_TBI.new_full(shape, kept)
-        return drop.bernoulli(shape, kept, x_TBI, generator, x_TBI.dtype)
+            return 1 - self.zoneout
+        return drop.bernoulli((*x_TBI.shape[:2], self.hidden_size), 1 - self.zoneout, x_TBI, generator, x_TBI.dtype)
 
     def forward(
         self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Source | None
