@@ -174,7 +174,7 @@ def profile() -> None:
             print(f"{event.self_device_time_total:9.1f} us {event.count:4d} x {event.key[:100]}")
 
 
-def sweep(seconds: float = 60) -> None:
+def sweep(seconds: float = 75) -> None:
     """Prints the times of the kernels' shapes: forward, the writing of P, and the size of a chunk."""
     from recurlm.kernels import cross_entropy_triton as fused
 
