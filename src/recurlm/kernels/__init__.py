@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,18 +27,37 @@ def _numba_pool() -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _triton_pool() -> Callable[..., tuple[Tensor, Tensor]]:
     if importlib.util.find_spec("triton") is None:
-        warnings.warn(
-            "triton is not installed: QRNN layers run step by step on the GPU, which is many times slower.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn("triton is not installed: QRNN layers run step by step on the GPU, which is many times slower.")
         return reference.pool
     from recurlm.kernels.pool_triton import pool
 
     return pool
 
 
-TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., tuple[Tensor, Tensor]]]] = {
+def _torch_linear_cross_entropy() -> Callable[..., Tensor]:
+    from recurlm.kernels.cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _triton_linear_cross_entropy() -> Callable[..., Tensor]:
+    slower = "the softmax over the vocabulary takes several times the time and memory."
+    if importlib.util.find_spec("triton") is None:
+        _warn(f"triton is not installed: {slower}")
+        return _torch_linear_cross_entropy()
+    if torch.cuda.get_device_capability() < (8, 0):
+        _warn(f"this GPU ({torch.cuda.get_device_name()}) has no bfloat16 matrix products: {slower}")
+        return _torch_linear_cross_entropy()
+    from recurlm.kernels.cross_entropy_triton import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
     ("pool", "cpu", torch.float32): _numba_pool,
     ("pool", "cpu", torch.float64): _numba_pool,
     ("pool", "cpu", torch.bfloat16): _numba_pool,
@@ -45,14 +65,28 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., tuple[Tenso
     ("pool", "cuda", torch.float32): _triton_pool,
     ("pool", "cuda", torch.bfloat16): _triton_pool,
     ("pool", "cuda", torch.float16): _triton_pool,
+    ("linear_cross_entropy", "cpu", torch.float32): _torch_linear_cross_entropy,
+    ("linear_cross_entropy", "cpu", torch.float64): _torch_linear_cross_entropy,
+    ("linear_cross_entropy", "cpu", torch.bfloat16): _torch_linear_cross_entropy,
+    ("linear_cross_entropy", "cuda", torch.float32): _torch_linear_cross_entropy,
+    ("linear_cross_entropy", "cuda", torch.bfloat16): _triton_linear_cross_entropy,
 }
 
 
 @functools.cache
-def _load(operation: str, device: str, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
-    return TABLE[operation, device, dtype]() if (operation, device, dtype) in TABLE else reference.pool
+def _load(operation: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
+    return TABLE[operation, device, dtype]() if (operation, device, dtype) in TABLE else getattr(reference, operation)
 
 
 def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
     """(h_TBH, last c_BH) of QRNN pooling (f, fo or ifo); see `reference.pool` for the formula."""
     return _load("pool", gates_TBG.device.type, gates_TBG.dtype)(gates_TBG, c_BH, scale, pooling)
+
+
+def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+    """nll_N = -log softmax(W h_n + b) at the target, in nats, at least fp32; the logits' memory is bounded.
+
+    The product runs in the type of `hidden_NH`. Give rows that do not count an upstream gradient of 0.
+    """
+    arguments = hidden_NH, weight_VH, bias_V, targets_N
+    return _load("linear_cross_entropy", hidden_NH.device.type, hidden_NH.dtype)(*arguments)

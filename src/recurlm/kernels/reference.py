@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
 
 GATES = {"f": 2, "fo": 3, "ifo": 4}
 """Gates of each QRNN pooling, in the order Z, F, O, I along the last axis."""
@@ -30,3 +31,14 @@ def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling:
         rows.append(c_BH)
     h_TBH = torch.stack(rows)
     return (rest[0] * h_TBH if rest else h_TBH), c_BH
+
+
+def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
+    """logits_NV in fp32 (or the input's type when wider); the product runs in the type of `hidden_NH`."""
+    out_NV = linear(hidden_NH, weight_VH.to(hidden_NH.dtype), bias_V.to(hidden_NH.dtype))
+    return out_NV.float() if out_NV.dtype in (torch.bfloat16, torch.float16) else out_NV
+
+
+def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+    """nll_N = -log softmax(W h_n + b) at the target, in nats, fp32 or wider."""
+    return cross_entropy(logits(hidden_NH, weight_VH, bias_V), targets_N, reduction="none")

@@ -17,7 +17,6 @@ from recurlm.model.precision import FP32, Precision, applied
 from recurlm.protocol import State, StatefulModel
 
 NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0, recurrent=0)
-CHUNK_ELEMENTS = 1 << 26  # log-probabilities held at once when no gradient is needed
 
 
 class Activations(NamedTuple):
@@ -90,15 +89,8 @@ class NeuralModel(nn.Module, StatefulModel):
         return Activations(raw, x, tuple(states))
 
     def nll(self, hidden_TBH: Tensor, targets_TB: Tensor) -> Tensor:
-        """nll_TB of the targets given the last layer's output; in chunks of rows when no gradient is needed."""
-        hidden_NH, targets_N = hidden_TBH.flatten(0, 1), targets_TB.flatten()
-        rows = hidden_NH.shape[0]
-        step = max(1, CHUNK_ELEMENTS // self.vocab_size) if not torch.is_grad_enabled() else max(1, rows)
-        parts = [
-            self.head.nll(hidden_NH[i : i + step], targets_N[i : i + step], self.embedding)  # type: ignore[operator]
-            for i in range(0, rows, step)
-        ]
-        nll_N = torch.cat(parts) if parts else hidden_NH.new_zeros(0)
+        """nll_TB of the targets given the last layer's output."""
+        nll_N = self.head.nll(hidden_TBH.flatten(0, 1), targets_TB.flatten(), self.embedding)  # type: ignore[operator]
         return nll_N.view(targets_TB.shape)
 
     def advance(self, ids_TB: Tensor, state: State) -> tuple[Tensor, State]:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy, linear
 
 from recurlm.config import ModelConfig
 from recurlm.errors import ConfigError
+from recurlm.kernels import linear_cross_entropy
+from recurlm.kernels.reference import logits
 from recurlm.model.heads.base import Head
 from recurlm.model.layers.base import uniform
-
-
-def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
-    """logits_NV in fp32 (or the input's type when wider); the product runs in the type of `hidden_NH`."""
-    out_NV = linear(hidden_NH, weight_VH.to(hidden_NH.dtype), bias_V.to(hidden_NH.dtype))
-    return out_NV.float() if out_NV.dtype in (torch.bfloat16, torch.float16) else out_NV
 
 
 class SoftmaxHead(Head):
@@ -33,7 +28,7 @@ class SoftmaxHead(Head):
         return cls(vocab_size, hidden_size, config.init_range, generator)
 
     def nll(self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor) -> Tensor:
-        return cross_entropy(logits(hidden_NH, self.weight, self.bias), targets_N, reduction="none")
+        return linear_cross_entropy(hidden_NH, self.weight, self.bias, targets_N)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
         return logits(hidden_NH, self.weight, self.bias).log_softmax(-1)
@@ -58,7 +53,7 @@ class TiedHead(Head):
         return cls(vocab_size)
 
     def nll(self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor) -> Tensor:
-        return cross_entropy(logits(hidden_NH, embedding_VE, self.bias), targets_N, reduction="none")
+        return linear_cross_entropy(hidden_NH, embedding_VE, self.bias, targets_N)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
         return logits(hidden_NH, embedding_VE, self.bias).log_softmax(-1)

@@ -1,0 +1,55 @@
+"""Linear layer and cross-entropy in plain torch with bounded memory: large outputs are made and dropped by rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recurlm.kernels import reference
+
+LOGITS = 1 << 26  # elements at once
+
+
+def refuse_second_derivative() -> None:
+    """RuntimeError where a backward pass is itself recorded (create_graph=True): its result would count as constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy has no second derivative; call backward without create_graph=True.")
+
+
+class _ByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, rows: int):  # type: ignore[override]
+        parts = [
+            reference.linear_cross_entropy(h_RH, weight_VH, bias_V, y_R)
+            for h_RH, y_R in zip(hidden_NH.split(rows), targets_N.split(rows), strict=True)
+        ]
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
+        ctx.rows = rows
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, upstream_N: Tensor):  # type: ignore[override]
+        """P = (softmax - one-hot) * upstream; dh = P W, dW = P' h, db = the column sums of P."""
+        refuse_second_derivative()
+        hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
+        wide = upstream_N.dtype  # sums over chunks are at least fp32
+        dh_NH = torch.empty_like(hidden_NH)
+        dw_VH, db_V = torch.zeros_like(weight_VH, dtype=wide), torch.zeros_like(bias_V, dtype=wide)
+        for first in range(0, len(targets_N), ctx.rows):
+            part = slice(first, first + ctx.rows)
+            h_RH, y_R1 = hidden_NH[part], targets_N[part, None]
+            p_RV = reference.logits(h_RH, weight_VH, bias_V).softmax(-1)
+            p_RV.scatter_add_(1, y_R1, torch.full_like(y_R1, -1, dtype=wide)).mul_(upstream_N[part, None])
+            db_V += p_RV.sum(0)
+            p_RV = p_RV.to(h_RH.dtype)
+            torch.mm(p_RV, weight_VH.to(h_RH.dtype), out=dh_NH[part])
+            dw_VH += p_RV.t() @ h_RH
+        return dh_NH, dw_VH.to(weight_VH.dtype), db_V.to(bias_V.dtype), None, None
+
+
+def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+    """nll_N as `reference.linear_cross_entropy` has it, and it itself while the logits have at most LOGITS elements."""
+    rows = max(1, LOGITS // weight_VH.shape[0])
+    if len(targets_N) <= rows:
+        return reference.linear_cross_entropy(hidden_NH, weight_VH, bias_V, targets_N)
+    return _ByRows.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)  # type: ignore[return-value]

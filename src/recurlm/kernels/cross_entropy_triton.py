@@ -1,0 +1,220 @@
+"""Linear layer, softmax and cross-entropy in one on the GPU, in bfloat16: the logits never reach memory.
+
+Forward: tiles of logits on tensor cores, each reduced at once to a maximum and a sum of exponentials per row; the
+vocabulary is split over programs, whose partial results a second kernel combines in a fixed order (online softmax,
+Milakov & Gimelshein 2018). Backward: for a chunk of the vocabulary after the other the logits are computed again and
+P = (softmax - one-hot) * upstream gradient is written in bfloat16, small enough to stay in the L2 cache; then
+dW = P' h and dh += P W are library products. Sums are fp32 and in a fixed order throughout.
+"""
+
+# Triton's kernels are not Python to a type checker:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from recurlm.kernels.cross_entropy import refuse_second_derivative
+
+LOG2E = tl.constexpr(1.4426950408889634)
+ROWS = 8  # rows of a program of `_combine`
+
+
+class Tiles(NamedTuple):
+    """One kernel's shape: rows (tokens), vocabulary and depth of a tile, and how it is scheduled."""
+
+    n: int
+    v: int
+    k: int
+    warps: int
+    stages: int
+    per_sm: int  # programs that share a multiprocessor
+    flatten: bool  # whether loads run ahead across tiles
+
+
+HOPPER = Tiles(128, 128, 64, 4, 3, 2, True), Tiles(128, 128, 64, 4, 2, 2, True)
+OLDER = Tiles(64, 128, 32, 4, 3, 2, False), Tiles(64, 128, 32, 4, 3, 2, False)
+CHUNK_BYTES = 48 << 20  # of P at once
+
+
+@triton.jit
+def _forward(
+    h, w, bias, tops, sums, N, V, per,
+    D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """Row n's maximum and sum of exponentials over `per` tiles of the vocabulary."""
+    row_tiles = tl.cdiv(N, BN)
+    split, n0 = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles * BN
+    top = tl.full((BN,), -1e30, tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    for tile in tl.range(split * per, tl.minimum(split * per + per, tl.cdiv(V, BV)), flatten=FLATTEN):
+        acc = tl.zeros((BN, BV), tl.float32)
+        for k in tl.range(0, D, BK):
+            acc = tl.dot(h.load([n0, k]), w.load([tile * BV, k]).T, acc)
+        v = tile * BV + tl.arange(0, BV)
+        acc += tl.load(bias + v, mask=v < V, other=float("-inf")).to(tl.float32)[None, :]
+        above = tl.maximum(top, tl.max(acc, 1))
+        total = total * tl.exp2((top - above) * LOG2E) + tl.sum(tl.exp2(acc * LOG2E - (above * LOG2E)[:, None]), 1)
+        top = above
+    n = n0 + tl.arange(0, BN)
+    tl.store(tops + split * N + n, top, mask=n < N)
+    tl.store(sums + split * N + n, total, mask=n < N)
+
+
+@triton.jit
+def _combine(
+    h, w, bias, targets, tops, sums, nll, lse2, N, V, D, splits,
+    SPLITS: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """nll = log sum exp - logit of the target; NaN for a target outside of the vocabulary. lse2 is in powers of 2."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    s = tl.arange(0, SPLITS)
+    at = s[:, None] * N + n[None, :]
+    keep = (s < splits)[:, None] & (n < N)[None, :]
+    top = tl.load(tops + at, mask=keep, other=-1e30)
+    above = tl.max(top, 0)
+    total = tl.sum(tl.load(sums + at, mask=keep, other=0.0) * tl.exp2((top - above[None, :]) * LOG2E), 0)
+    y = tl.load(targets + n, mask=n < N, other=-1)
+    known = (y >= 0) & (y < V)
+    d = tl.arange(0, BD)
+    inside = (d < D)[None, :] & known[:, None]
+    h_ND = tl.load(h + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    w_ND = tl.load(w + y[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    logit = tl.sum(h_ND * w_ND, 1) + tl.load(bias + y, mask=known, other=float("nan")).to(tl.float32)
+    loss = tl.log2(total) / LOG2E + (above - logit)
+    tl.store(nll + n, tl.where(loss < 0, 0.0, loss), mask=n < N)  # below 0 only by rounding
+    tl.store(lse2 + n, tl.log2(total) + above * LOG2E, mask=n < N)
+
+
+@triton.jit
+def _backward(
+    h, w, bias, targets, lse2, upstream, p, dbias, N, V, v_first, v_last,
+    D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """P' (vocabulary x rows, so that sums over rows stay within threads) and its sums over each tile's rows."""
+    v_tiles = tl.cdiv(v_last - v_first, BV)
+    for tile in tl.range(tl.program_id(0), v_tiles * tl.cdiv(N, BN), tl.num_programs(0), flatten=FLATTEN):
+        v0, n0 = tile % v_tiles * BV, tile // v_tiles * BN
+        acc = tl.zeros((BV, BN), tl.float32)
+        for k in tl.range(0, D, BK):
+            acc = tl.dot(w.load([v_first + v0, k]), h.load([n0, k]).T, acc)
+        v, n = v_first + v0 + tl.arange(0, BV), n0 + tl.arange(0, BN)
+        scaled = tl.load(bias + v, mask=v < v_last, other=float("-inf")).to(tl.float32) * LOG2E
+        y = tl.load(targets + n, mask=n < N, other=-1).to(tl.int32)
+        z = tl.load(lse2 + n, mask=n < N, other=float("inf"))  # rows beyond the last have P = 0, whatever the bias
+        g = tl.load(upstream + n, mask=n < N, other=0.0)
+        acc = tl.exp2(acc * LOG2E + scaled[:, None] - z[None, :])
+        acc = tl.where(v[:, None] == y[None, :], acc - 1, acc) * g[None, :]
+        tl.store(dbias + tile // v_tiles * V + v, tl.sum(acc, 1), mask=v < v_last)
+        p.store([v0, n0], acc.to(p.dtype))
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """`x` as the kernels read matrices: rows whole, beginning at multiples of 16 bytes, filled up with zeros."""
+    x = pad(x, (0, -x.shape[1] % (16 // x.element_size()))).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _described(x: Tensor, *tile: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile))
+
+
+def _slots(x: Tensor, tiles: Tiles) -> int:
+    """Programs that run at once on the device of `x`."""
+    return tiles.per_sm * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
+
+
+def _tiles(x: Tensor) -> tuple[Tiles, Tiles]:
+    """The shapes of the forward and of the backward kernel."""
+    return HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) else OLDER
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, summed in fp32 and rounded once, to out's type."""
+    if not add and out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif not a.is_cuda:  # the interpreter's
+        out.copy_(a.float() @ b.float() + (out if add else 0))
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def chunk_size(rows: int, vocab: int, itemsize: int) -> int:
+    """Columns of P at once: near-equal chunks, multiples of 128, of at most CHUNK_BYTES unless 128 are more."""
+    most = max(1, CHUNK_BYTES // (itemsize * rows) // 128) * 128
+    return triton.cdiv(triton.cdiv(vocab, triton.cdiv(vocab, most)), 128) * 128
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor):  # type: ignore[override]
+        h_NH, w_VH = hidden_NH.contiguous(), weight_VH.to(hidden_NH.dtype).contiguous()
+        bias_V, targets_N = bias_V.contiguous(), targets_N.contiguous()
+        (N, H), V, tiles = h_NH.shape, w_VH.shape[0], _tiles(h_NH)[0]
+        row_tiles, v_tiles, slots = triton.cdiv(N, tiles.n), triton.cdiv(V, tiles.v), _slots(h_NH, tiles)
+        splits = min(range(1, 65), key=lambda s: triton.cdiv(row_tiles * s, slots) * triton.cdiv(v_tiles, s))
+        per = triton.cdiv(v_tiles, splits)
+        splits = triton.cdiv(v_tiles, per)
+        partial_2SN = torch.empty(2, splits, N, device=h_NH.device)
+        nll_N, lse2_N = torch.empty(N, device=h_NH.device), torch.empty(N, device=h_NH.device)
+        h, w = _matrix(h_NH), _matrix(w_VH)
+        with torch.cuda.device_of(h_NH):  # Triton launches on the current device
+            _forward[(row_tiles * splits,)](
+                _described(h, tiles.n, tiles.k), _described(w, tiles.v, tiles.k), bias_V, *partial_2SN, N, V, per,
+                h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+            _combine[(triton.cdiv(N, ROWS),)](
+                h_NH, w_VH, bias_V, targets_N, *partial_2SN, nll_N, lse2_N, N, V, H, splits,
+                triton.next_power_of_2(splits), triton.next_power_of_2(H), ROWS,
+            )  # fmt: skip
+        ctx.save_for_backward(h_NH, w_VH, bias_V, targets_N, lse2_N)
+        ctx.weight_dtype = weight_VH.dtype
+        return nll_N
+
+    @staticmethod
+    def backward(ctx, upstream_N: Tensor):  # type: ignore[override]
+        refuse_second_derivative()
+        h_NH, w_VH, bias_V, targets_N, lse2_N = ctx.saved_tensors
+        N, V, tiles = h_NH.shape[0], w_VH.shape[0], _tiles(h_NH)[1]
+        for_hidden, for_weight, *_ = ctx.needs_input_grad
+        chunk = chunk_size(N, V, h_NH.element_size())
+        row_tiles, slots = triton.cdiv(N, tiles.n), _slots(h_NH, tiles)
+        p_CN = h_NH.new_empty(min(chunk, V), N + -N % 8)[:, :N]
+        dbias_RV = torch.empty(row_tiles, V, device=h_NH.device)
+        dh_NH = torch.empty_like(h_NH, dtype=h_NH.dtype if chunk >= V else torch.float32) if for_hidden else None
+        dw_VH = torch.empty_like(w_VH, dtype=ctx.weight_dtype) if for_weight else None
+        h, w, upstream_N = _matrix(h_NH), _matrix(w_VH), upstream_N.contiguous()
+        for first in range(0, V, chunk):
+            last = min(first + chunk, V)
+            p = p_CN[: last - first]
+            grid = (min(slots, row_tiles * triton.cdiv(last - first, tiles.v)),)
+            with torch.cuda.device_of(h_NH):
+                _backward[grid](
+                    _described(h, tiles.n, tiles.k), _described(w, tiles.v, tiles.k), bias_V, targets_N, lse2_N,
+                    upstream_N, _described(p, tiles.v, tiles.n), dbias_RV, N, V, first, last,
+                    h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
+                )  # fmt: skip
+            if dw_VH is not None:
+                _product(p, h_NH, dw_VH[first:last])
+            if dh_NH is not None:
+                _product(p.t(), w_VH[first:last], dh_NH, add=first > 0)
+        return None if dh_NH is None else dh_NH.to(h_NH.dtype), dw_VH, dbias_RV.sum(0).to(bias_V.dtype), None
+
+
+def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+    """nll_N as `reference.linear_cross_entropy` has it, for GPU tensors with bfloat16 `hidden_NH`; logits are fp32.
+
+    The weight's gradient is rounded once, to the weight's type. A target outside of the vocabulary gives NaN.
+    """
+    if targets_N.shape[0] == 0:
+        return hidden_NH.new_empty(0, dtype=torch.float32)
+    return _LinearCrossEntropy.apply(hidden_NH, weight_VH, bias_V, targets_N)  # type: ignore[return-value]
