@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -56,3 +58,24 @@ def _load(operation: str, device: str, dtype: torch.dtype) -> Callable[..., tupl
 def pool(gates_TBG: Tensor, c_BH: Tensor, scale_TBH: Tensor | None, pooling: str) -> tuple[Tensor, Tensor]:
     """(h_TBH, last c_BH) of QRNN pooling (f, fo or ifo); see `reference.pool` for the formula."""
     return _load("pool", gates_TBG.device.type, gates_TBG.dtype)(gates_TBG, c_BH, scale_TBH, pooling)
+
+
+def in_use(operation: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(function, why): the full name of what serves an operation of the table here, and the reason in a few words.
+
+    A loader that falls back to the reference says why in a RuntimeWarning: that text is the reason. Whatever the
+    import of a fast twin raises is raised.
+    """
+    if (operation, device, dtype) not in TABLE:
+        return f"{reference.__name__}.{operation}", "there is no fast twin for this device and type"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module = TABLE[operation, device, dtype]().__module__
+    if module == reference.__name__:
+        return f"{module}.{operation}", "; ".join(str(w.message) for w in said) or "its loader chose the reference"
+    compiler = module.rpartition("_")[2]  # the last word of the file's name: pool_triton
+    why = f"{compiler} {getattr(sys.modules.get(compiler), '__version__', '')}".rstrip()
+    switch = {"triton": "TRITON_INTERPRET", "numba": "NUMBA_DISABLE_JIT"}.get(compiler, "")
+    if os.environ.get(switch, "0") not in ("", "0"):
+        why += f", not compiled because {switch} is set"
+    return f"{module}.{operation}", why
