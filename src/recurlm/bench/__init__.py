@@ -6,12 +6,14 @@ A measurement is one file with a function `rows() -> list[dict]` (the keys of `t
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib import util
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +22,10 @@ import torch
 import recurlm
 from recurlm import doctor, files
 from recurlm.bench import hardware, inference, startup
-from recurlm.errors import ConfigError, UserError, lookup
+from recurlm.errors import ConfigError, RunError, UserError, lookup
 
 Rows = list[dict[str, Any]]
+KEYS = ("measure", "shape", "ours_us", "peer_us", "peer", "limit_us", "share", "target")
 
 
 def anywhere() -> str:
@@ -73,21 +76,21 @@ def run(
     """The record of the named measurements, or without names of all that this machine can run.
 
     Keys: recurlm, commit, date, command, machine, results {name: rows}, skipped {name: why}, failed {name: why}. With
-    `out` it is also the file bench-DATE.json in that folder, whole after each measurement. `show(name, rows, why)` is called after
-    each; rows are empty and `why` says the reason where it was skipped or failed. ConfigError for a name that is not known,
-    or that cannot run here.
+    `out` it is also the file bench-DATE.json in that folder, written anew after each measurement. `show(name, rows, why)`
+    is called after each: no rows and the reason where it was skipped or failed. ConfigError for a name that is not
+    known, or that cannot run here.
     """
     wanted = listing(names)
     if names and (lacking := [f"{it['name']}: {it['lacks']}" for it in wanted if it["lacks"]]):
         raise ConfigError(f"Cannot be measured here: {'; '.join(lacking)}.")
     record = {**_circumstances(), "results": {}, "skipped": {}, "failed": {}}
-    path = None if out is None else _new_file(Path(out), record["date"])
+    path = None if out is None else _new_file(Path(out), record)
     for it in wanted:
         name, why, kind = it["name"], it["lacks"], "skipped"
         rows: Rows = []
         if not why:
             try:
-                rows = record["results"][name] = MEASUREMENTS[name].rows()
+                rows = record["results"][name] = _checked(MEASUREMENTS[name].rows())
             except Exception as error:  # the measurements after it, and those before it, are worth having
                 kind, why = "failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if why:
@@ -98,23 +101,26 @@ def run(
     return record | ({} if path is None else {"file": str(path)})
 
 
-def _new_file(folder: Path, date: str) -> Path:
-    """bench-DATE.json in the folder, which is made: a name that is free."""
-    stem = f"bench-{date.replace(':', '').replace('T', '-')[:17]}"
+def _checked(rows: Rows) -> Rows:
+    """The rows; RunError for one that lacks a key, ValueError for a number that is not finite."""
+    files.to_json(rows)
+    for row in rows:
+        if lacking := [key for key in KEYS if key not in row]:
+            raise RunError(f"a row has no {', '.join(lacking)}")
+    return rows
+
+
+def _new_file(folder: Path, record: dict[str, Any]) -> Path:
+    """A new bench-DATE.json with the record in the folder, which is made where it is not there."""
+    stem = "bench-" + re.sub(r"\D", "", record["date"][:19])
+    names = (f"{stem}{f'-{n}' if n > 1 else ''}.json" for n in count(1))
     try:
         files.make_folder(folder)
-        there = {path.name for path in folder.iterdir()}
+        path = next(path for name in names if not (path := folder / name).exists())
+        files.write_atomic(path, files.to_json(record))
     except OSError as error:
         raise ConfigError(f"{folder}: cannot keep results there: {error.strerror}.") from None
-    number = next(n for n in range(1, len(there) + 2) if _named(stem, n) not in there)
-    path = folder / _named(stem, number)
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"{folder}: cannot keep results there: it may not be written to.")
     return path
-
-
-def _named(stem: str, number: int) -> str:
-    return f"{stem}.json" if number == 1 else f"{stem}-{number}.json"
 
 
 def _circumstances() -> dict[str, Any]:

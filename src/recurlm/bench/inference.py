@@ -28,7 +28,7 @@ class Plain(nn.Module):
 
     def __init__(self, model: NeuralModel):
         super().__init__()
-        self.embedding = nn.Embedding(*model.embedding.shape)
+        self.embedding = nn.Embedding(model.vocab_size, EMBEDDING)
         self.lstm = nn.LSTM(EMBEDDING, HIDDEN, LAYERS)
         self.head = nn.Linear(HIDDEN, model.vocab_size)
         names = dict(model.named_parameters())

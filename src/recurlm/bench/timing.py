@@ -164,32 +164,43 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows as a table for people, two lines a row; columns that no row fills are left out, only words are wrapped."""
+def table(title: str, rows: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """The rows as a table for people, two lines a row or more, in at most `width` characters.
+
+    Columns that no row fills are left out. Numbers are always whole; words are wrapped, and broken where they must be.
+    """
     from rich import box
     from rich.table import Column, Table
     from rich.text import Text
 
     cells = {
         "measure\n  shape": [f"{row['measure']}\n  {row['shape']}" for row in rows],
-        "ours": [duration(row["ours_us"]) for row in rows],
+        "ours": [duration(row["ours_us"]) + _memory(row.get("memory_mb")) for row in rows],
         "peer": [f"{duration(row['peer_us'])}\n{row['peer']}" for row in rows],
         "ratio": [_digits(row["peer_us"] / row["ours_us"]) if row["peer_us"] else "" for row in rows],
-        "limit\nshare": [_limit(row) for row in rows],
+        "limit\nshare": [_limit(row["limit_us"], row["share"]) for row in rows],
         "target\nrate": [f"{row['target'] or ''}\n{row.get('rate') or ''}" for row in rows],
-        "MB": [f"{row['memory_mb']:,.0f}" if row.get("memory_mb") is not None else "" for row in rows],
     }
-    numbers = {"ours", "ratio", "limit\nshare", "MB"}
-    kept = {name: column for name, column in cells.items() if any(cell.strip() for cell in column)}
+    cells = {name: column for name, column in cells.items() if any(map(str.strip, column))}
+    widest = {name: max(len(x) for cell in (name, *column) for x in cell.split("\n")) for name, column in cells.items()}
+    words = [name for name in ("target\nrate", "peer", "measure\n  shape") if name in cells]
+    left = width - 1 - 2 * len(cells) - sum(size for name, size in widest.items() if name not in words)
+    for n, name in enumerate(words):  # the last, the measure, gets two parts of what is left, the others one
+        widest[name] = max(1, min(widest[name], left if name == words[-1] else left // (len(words) + 1 - n)))
+        left -= widest[name]
     columns = [
-        Column(name, no_wrap=name in numbers, justify="right" if name in numbers else "left", overflow="fold")
-        for name in kept
+        Column(name, width=size, justify="left" if name in words else "right", overflow="fold")
+        for name, size in widest.items()
     ]
     out = Table(*columns, title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for line in zip(*kept.values(), strict=True):
+    for line in zip(*cells.values(), strict=True):
         out.add_row(*map(Text, line))
     return out
 
 
-def _limit(row: Mapping[str, Any]) -> str:
-    return "" if row["limit_us"] is None else f"{duration(row['limit_us'])}\n{row['share']:.0%}"
+def _memory(megabytes: float | None) -> str:
+    return "" if megabytes is None else f"\n{megabytes:,.0f} MB"
+
+
+def _limit(microseconds: float | None, share: float | None) -> str:
+    return "" if microseconds is None or share is None else f"{duration(microseconds)}\n{share:.0%}"

@@ -43,7 +43,8 @@ def bench(
         elif not as_json:
             from rich.console import Console
 
-            Console().print(table(name, rows))
+            console = Console()
+            console.print(table(name, rows, console.width))
 
     record = room.run(names or [], out=out, show=show)
     if as_json:
