@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import platform
 import re
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -58,13 +56,19 @@ CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `recurlm doctor` prints: versions, cpu, gpus, precision, kernels, numba_cache, data, warnings, ok.
+    """Everything that `recurlm doctor` prints: versions, cpu, gpus, gpu_error, precision, kernels, numba_cache, data,
+    warnings, ok.
 
-    `ok` is false when a kernel in use fails or differs from its slow twin. Nothing is written but numba's cache.
+    `ok` is false when a GPU does not answer, or a kernel in use fails or differs from its slow twin. Nothing is
+    written but numba's cache.
     """
     with warnings.catch_warnings(record=True) as said:  # such as torch's, of a driver that is too old
         warnings.simplefilter("always")
-        facts = {"versions": versions(), "cpu": cpu(), "gpus": gpus()}
+        facts = {"versions": versions(), "cpu": cpu(), "gpus": [], "gpu_error": ""}
+        try:
+            facts["gpus"] = gpus()
+        except RuntimeError as error:  # torch sees a GPU that does not answer
+            facts["gpu_error"] = _sentence(error)
     devices = [torch.device("cpu"), *(torch.device("cuda", gpu["index"]) for gpu in facts["gpus"])]
     chosen = [(str(device), precision.resolve_dtype("auto", device)) for device in devices]
     rows = [row for device in devices for row in kernel_checks(device)]
@@ -76,18 +80,20 @@ def examine() -> dict[str, Any]:
         "numba_cache": cache,
         "data": {"folder": str(folder), "present": [name for name in corpora.NAMED_SETS if corpora.is_present(name)]},
         "warnings": [*(_sentence(w.message) for w in said), *_warnings(facts["cpu"], facts["gpus"], rows, cache)],
-        "ok": all(row["check"] == "ok" for row in rows),
+        "ok": not facts["gpu_error"] and all(row["check"] == "ok" for row in rows),
     }
 
 
 def versions() -> dict[str, str]:
     """Version by name: recurlm, python and the packages it computes with; "" for what is not installed."""
 
+    sold_as = metadata.packages_distributions()  # torch's own builds of triton have other names
+
     def version(name: str) -> str:
         try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:  # perhaps under another name, as torch's own builds of triton
-            return "unknown" if importlib.util.find_spec(name) else ""
+            return metadata.version(sold_as.get(name, [name])[0])
+        except metadata.PackageNotFoundError:
+            return ""
 
     return {"recurlm": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
@@ -202,10 +208,12 @@ def _sentence(error: object) -> str:
 
 
 def numba_cache() -> str | None:
-    """The folder in which numba keeps compiled functions of the kernels; None when it can write none."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{kernels.__name__}.")]
-    paths = [_cache_path(value) for module in modules for value in vars(module).values()]
-    return next((path for path in paths if path), None)
+    """The folder in which numba keeps compiled kernels; None when it can write none, or cannot be imported."""
+    try:
+        from recurlm.kernels import pool_numba
+    except Exception:  # said in the kernels' rows
+        return None
+    return next((path for value in pool_numba.__dict__.values() if (path := _cache_path(value))), None)
 
 
 def _cache_path(value: object) -> str | None:

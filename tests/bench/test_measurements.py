@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recurlm import bench
-from recurlm.bench import inference, startup, timing
+from recurlm.bench import hardware, inference, startup, timing
 from recurlm.errors import RunError
 
 
@@ -44,6 +44,15 @@ def test_inference_refuses_to_time_two_different_models(small, monkeypatch):
         inference.rows()
 
 
+def test_hardware_rows(monkeypatch):
+    monkeypatch.setattr(hardware, "copy_bandwidth", lambda device: 2e12)
+    monkeypatch.setattr(hardware, "gemm_rate", lambda dtype, device: 1e12)
+    rows = {row["measure"]: row for row in hardware.rows()}
+    assert rows["copy on cpu"]["ours_us"] == 1 and rows["copy on cpu"]["rate"] == "2,000.0 GB/s"
+    assert rows["bf16 product on cpu"]["rate"] == "1.00 TFLOP/s" and "tf32 product on cpu" not in rows
+    assert ("fp32 product on cuda" in rows) == torch.cuda.is_available()
+
+
 def test_startup_row(monkeypatch):
     monkeypatch.setattr(startup, "cpu_time", functools.partial(timing.cpu_time, seconds=0))
     monkeypatch.setattr(startup, "COMMANDS", {name: ["-c", "pass"] for name in startup.COMMANDS})
@@ -61,7 +70,7 @@ def test_what_the_gpu_measurements_lack(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "GPU" in bench.gpu() and "GPU" in bench.gpu_with_triton()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench.doctor, "versions", lambda: {"triton": ""})
     assert bench.gpu() == "" and "triton" in bench.gpu_with_triton()
 
 

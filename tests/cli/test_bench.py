@@ -49,7 +49,7 @@ def test_a_table_a_measurement_and_a_line_for_what_is_skipped(run, monkeypatch, 
     assert out.splitlines()[0].strip() == "pooling" and max(map(len, out.splitlines())) <= columns
     for cell in ("20.0 us", "50.0 us", "2.50", "15.0 us", "75%", "torch", "70 x 20 x 1,150"):
         assert cell in out
-    assert err == "gpu-pooling: skipped: it needs a CUDA GPU\n"
+    assert err == "Measuring pooling ...\ngpu-pooling: skipped: it needs a CUDA GPU\n"
 
 
 def test_json_is_one_object(run):

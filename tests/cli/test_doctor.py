@@ -13,7 +13,7 @@ from recurlm.cli import doctor as cli
 from recurlm.cli import main
 from recurlm.kernels import reference
 
-KEYS = {"versions", "cpu", "gpus", "precision", "kernels", "numba_cache", "data", "warnings", "ok"}
+KEYS = {"versions", "cpu", "gpus", "gpu_error", "precision", "kernels", "numba_cache", "data", "warnings", "ok"}
 OPERATIONS = {operation for operation, _, _ in kernels.TABLE}
 CPU = torch.device("cpu")
 
@@ -162,7 +162,7 @@ def test_triton_missing_from_the_versions(no_triton, monkeypatch):
 def test_with_triton_its_version_is_the_reason(monkeypatch):
     triton = pytest.importorskip("triton", reason="triton is not installed")
     name, why = kernels.in_use("pool", "cuda", torch.bfloat16)
-    assert name == "recurlm.kernels.pool_triton.pool" and why == f"triton {triton.__version__}"
+    assert name == "recurlm.kernels.pool_triton.pool" and why.startswith(f"triton {triton.__version__}")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "not compiled because TRITON_INTERPRET is set" in kernels.in_use("pool", "cuda", torch.bfloat16)[1]
 
@@ -171,6 +171,15 @@ def test_what_the_table_does_not_name_is_the_reference():
     for operation in OPERATIONS:
         name, why = kernels.in_use(operation, "xpu", torch.float32)
         assert name == f"{reference.__name__}.{operation}" and "no fast twin" in why
+
+
+def test_a_gpu_that_does_not_answer_is_a_failure(run, monkeypatch):
+    def fail():
+        raise RuntimeError("CUDA error: devices are busy\nor unavailable")
+
+    monkeypatch.setattr(doctor, "gpus", fail)
+    code, out, _ = run()
+    assert code == 1 and "failed: RuntimeError: CUDA error: devices are busy or unavailable" in out
 
 
 def test_driver_version(monkeypatch):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from importlib import util
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ def gpu() -> str:
 
 def gpu_with_triton() -> str:
     """What a measurement of a Triton kernel lacks here."""
-    return gpu() or ("" if util.find_spec("triton") else "it needs triton, which is not installed")
+    return gpu() or ("" if doctor.versions()["triton"] else "it needs triton, which is not installed")
 
 
 class Measurement(NamedTuple):
@@ -71,14 +70,15 @@ def run(
     names: Sequence[str] = (),
     *,
     out: str | Path | None = None,
+    begin: Callable[[str], object] = lambda name: None,
     show: Callable[[str, Rows, str], object] = lambda name, rows, why: None,
 ) -> dict[str, Any]:
     """The record of the named measurements, or without names of all that this machine can run.
 
     Keys: recurlm, commit, date, command, machine, results {name: rows}, skipped {name: why}, failed {name: why}. With
-    `out` it is also the file bench-DATE.json in that folder, written anew after each measurement. `show(name, rows, why)`
-    is called after each: no rows and the reason where it was skipped or failed. ConfigError for a name that is not
-    known, or that cannot run here.
+    `out` it is also the file bench-DATE.json in that folder, written anew after each measurement. `begin(name)` is
+    called before each that can run, `show(name, rows, why)` after each: no rows and the reason where it was skipped or
+    failed. ConfigError for a name that is not known, or that cannot run here.
     """
     wanted = listing(names)
     if names and (lacking := [f"{it['name']}: {it['lacks']}" for it in wanted if it["lacks"]]):
@@ -89,6 +89,7 @@ def run(
         name, why, kind = it["name"], it["lacks"], "skipped"
         rows: Rows = []
         if not why:
+            begin(name)
             try:
                 rows = record["results"][name] = _checked(MEASUREMENTS[name].rows())
             except Exception as error:  # the measurements after it, and those before it, are worth having

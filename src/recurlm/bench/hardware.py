@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from recurlm.bench.timing import Row, copy_bandwidth, gemm_rate
+from recurlm.model.precision import applied, resolve_dtype
 
 
 def rows() -> list[dict[str, Any]]:
@@ -21,10 +22,13 @@ def rows() -> list[dict[str, Any]]:
         out.append(
             _row(f"copy on {device}", "1 MB read, 1 MB written", 2e12 / bandwidth, f"{bandwidth / 1e9:,.1f} GB/s")
         )
-        for dtype in (torch.float32, torch.bfloat16):
-            rate, name = gemm_rate(dtype, device), str(dtype).removeprefix("torch.")
-            shape = "1,024 x 1,024 x 1,024"
-            out.append(_row(f"{name} product on {device}", shape, 2e6 * 1024**3 / rate, f"{rate / 1e12:,.2f} TFLOP/s"))
+        for name in ("fp32", "tf32", "bf16"):
+            how = resolve_dtype(name, torch.device(device))
+            if how.name == name:
+                with applied(how):
+                    rate = gemm_rate(how.dtype, device)
+                shape, spent = "1,024 x 1,024 x 1,024", 2e6 * 1024**3 / rate
+                out.append(_row(f"{name} product on {device}", shape, spent, f"{rate / 1e12:,.2f} TFLOP/s"))
     return out
 
 

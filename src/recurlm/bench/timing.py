@@ -184,9 +184,10 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], width: int) -> Table:
     cells = {name: column for name, column in cells.items() if any(map(str.strip, column))}
     widest = {name: max(len(x) for cell in (name, *column) for x in cell.split("\n")) for name, column in cells.items()}
     words = [name for name in ("target\nrate", "peer", "measure\n  shape") if name in cells]
-    left = width - 1 - 2 * len(cells) - sum(size for name, size in widest.items() if name not in words)
-    for n, name in enumerate(words):  # the last, the measure, gets two parts of what is left, the others one
-        widest[name] = max(1, min(widest[name], left if name == words[-1] else left // (len(words) + 1 - n)))
+    left = width - 2 * len(cells) - sum(size for name, size in widest.items() if name not in words)
+    for name in words:  # the measure, last, gets what is left
+        share = min(max(left // 4, *(len(word) for cell in cells[name] for word in cell.split())), left // 2)
+        widest[name] = max(1, min(widest[name], left if name == words[-1] else share))
         left -= widest[name]
     columns = [
         Column(name, width=size, justify="left" if name in words else "right", overflow="fold")

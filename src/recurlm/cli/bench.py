@@ -46,7 +46,7 @@ def bench(
             console = Console()
             console.print(table(name, rows, console.width))
 
-    record = room.run(names or [], out=out, show=show)
+    record = room.run(names or [], out=out, begin=lambda name: note(f"Measuring {name} ..."), show=show)
     if as_json:
         print_json(record)
     if "file" in record:

@@ -44,7 +44,7 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"     {gpu['memory'] / 1e9:.1f} GB, {gpu['memory_free'] / 1e9:.1f} GB free")
         print(f"     driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn'] or 'none'}")
     if not facts["gpus"]:
-        print("  none that torch sees")
+        print("  failed: " + facts["gpu_error"] if facts["gpu_error"] else "  none that torch sees")
     print("\n--dtype auto")
     print_table({f"  {row['device']}": f"{row['dtype']} ({row['reason']})" for row in facts["precision"]})
     print("\nKernels: what serves each operation, and its largest relative difference from the slow twin")

@@ -6,12 +6,13 @@ does not name. Only torch, triton, numba and numpy are imported here, the latter
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
-import sys
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -74,7 +75,9 @@ def in_use(operation: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     if module == reference.__name__:
         return f"{module}.{operation}", "; ".join(str(w.message) for w in said) or "its loader chose the reference"
     compiler = module.rpartition("_")[2]  # the last word of the file's name: pool_triton
-    why = f"{compiler} {getattr(sys.modules.get(compiler), '__version__', '')}".rstrip()
+    why = compiler
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        why += f" {metadata.version(compiler)}"
     switch = {"triton": "TRITON_INTERPRET", "numba": "NUMBA_DISABLE_JIT"}.get(compiler, "")
     if os.environ.get(switch, "0") not in ("", "0"):
         why += f", not compiled because {switch} is set"
