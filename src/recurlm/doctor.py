@@ -161,7 +161,7 @@ def _driver() -> str:
 
 
 def kernel_checks(device: torch.device) -> list[dict[str, Any]]:
-    """A row for each operation and type: operation, device, dtype, function, reason, check, difference, said.
+    """A row for each operation and type: operation, device, dtype, function, reason, slower, check, difference, said.
 
     `check` is ok, differs or failed, of a real run against the slow twin in float64; `difference` is the largest, relative
     to the largest value where that is above 1; `said` holds an error or what the kernel warned of.
@@ -175,10 +175,10 @@ def kernel_checks(device: torch.device) -> list[dict[str, Any]]:
 def _row(operation: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     row: dict[str, Any] = {
         "operation": operation, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
-        "function": "", "reason": "", "check": "failed", "difference": None, "said": "",
+        "function": "", "reason": "", "slower": False, "check": "failed", "difference": None, "said": "",
     }  # fmt: skip
     try:
-        row["function"], row["reason"] = kernels.in_use(operation, device.type, dtype)
+        row |= kernels.in_use(operation, device.type, dtype)._asdict()
         function, twin, outcome = CHECKS[operation]
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -225,9 +225,8 @@ def _warnings(cpu: dict, gpus: list[dict], rows: Iterable[dict], cache: str | No
     """What is slower or nearer to a failure than it need be, a sentence each."""
     out, environment = [], os.environ
     for row in rows:
-        if row["check"] == "ok" and row["device"] != "cpu" and "fast twin" not in row["reason"]:
-            slow = row["function"].startswith(reference.__name__) or "not compiled" in row["reason"]
-            out += [f"{row['operation']} on the GPU is slow: {row['reason']}"] * slow
+        if row["slower"]:
+            out.append(f"{row['operation']} on {row['device'].partition(':')[0]} is slow: {row['reason']}")
     if cpu["threads"] > cpu["cores"]:
         out.append(
             f"torch uses {cpu['threads']} threads on {cpu['cores']} usable cores; set OMP_NUM_THREADS={cpu['cores']} "

@@ -143,8 +143,11 @@ def test_what_a_kernel_warns_of_is_said(monkeypatch):
 def test_without_triton_the_reference_serves_the_gpu_and_says_why(no_triton):
     for operation, device, dtype in kernels.TABLE:
         if device == "cuda":
-            name, why = kernels.in_use(operation, device, dtype)
-            assert name == f"{reference.__name__}.{operation}" and "triton is not installed" in why
+            served = kernels.in_use(operation, device, dtype)
+            assert "triton" not in served.function
+            assert not served.slower or "triton is not installed" in served.reason
+    assert kernels.in_use("pool", "cuda", torch.bfloat16).function == f"{reference.__name__}.pool"
+    assert kernels.in_use("pool", "cuda", torch.bfloat16).slower
 
 
 def test_triton_missing_from_the_versions(no_triton, monkeypatch):
@@ -161,16 +164,18 @@ def test_triton_missing_from_the_versions(no_triton, monkeypatch):
 
 def test_with_triton_its_version_is_the_reason(monkeypatch):
     triton = pytest.importorskip("triton", reason="triton is not installed")
-    name, why = kernels.in_use("pool", "cuda", torch.bfloat16)
-    assert name == "recurlm.kernels.pool_triton.pool" and why.startswith(f"triton {triton.__version__}")
+    served = kernels.in_use("pool", "cuda", torch.bfloat16)
+    assert served.function == "recurlm.kernels.pool_triton.pool" and not served.slower
+    assert served.reason.startswith(f"triton {triton.__version__}")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "not compiled because TRITON_INTERPRET is set" in kernels.in_use("pool", "cuda", torch.bfloat16)[1]
+    served = kernels.in_use("pool", "cuda", torch.bfloat16)
+    assert served.slower and "not compiled because TRITON_INTERPRET is set" in served.reason
 
 
 def test_what_the_table_does_not_name_is_the_reference():
     for operation in OPERATIONS:
-        name, why = kernels.in_use(operation, "xpu", torch.float32)
-        assert name == f"{reference.__name__}.{operation}" and "no fast twin" in why
+        served = kernels.in_use(operation, "xpu", torch.float32)
+        assert served.function == f"{reference.__name__}.{operation}" and "no fast twin" in served.reason
 
 
 def test_a_gpu_that_does_not_answer_is_a_failure(run, monkeypatch):
@@ -195,8 +200,7 @@ def test_driver_version(monkeypatch):
 
 def test_warnings(monkeypatch):
     cpu = {"threads": 8, "cores": 2, "memory_free": 5e8}
-    slow = {"operation": "pool", "device": "cuda:0", "check": "ok", "function": "recurlm.kernels.reference.pool",
-            "reason": "triton is not installed"}  # fmt: skip
+    slow = {"operation": "pool", "device": "cuda:0", "slower": True, "reason": "triton is not installed"}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
@@ -204,7 +208,7 @@ def test_warnings(monkeypatch):
     said = "\n".join(doctor._warnings(cpu, [], [slow, slow], None))
     for words in (
         "8 threads on 2 usable cores", "OMP_NUM_THREADS=1 leaves 1 of 2", "CUDA_LAUNCH_BLOCKING", "torch sees no GPU",
-        "NUMBA_CACHE_DIR", "GB are free in the temporary folder", "0.5 GB of memory", "pool on the GPU is slow: triton is",
+        "NUMBA_CACHE_DIR", "GB are free in the temporary folder", "0.5 GB of memory", "pool on cuda is slow: triton is",
     ):  # fmt: skip
         assert said.count(words) == 1, words
 

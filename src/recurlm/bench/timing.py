@@ -185,8 +185,9 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], width: int) -> Table:
     widest = {name: max(len(x) for cell in (name, *column) for x in cell.split("\n")) for name, column in cells.items()}
     words = [name for name in ("target\nrate", "peer", "measure\n  shape") if name in cells]
     left = width - 2 * len(cells) - sum(size for name, size in widest.items() if name not in words)
-    for name in words:  # the measure, last, gets what is left
-        share = min(max(left // 4, *(len(word) for cell in cells[name] for word in cell.split())), left // 2)
+    for n, name in enumerate(words):  # each gets what the later ones leave, or else a quarter; the measure the rest
+        longest = max(len(word) for cell in cells[name] for word in cell.split())
+        share = max(left - sum(widest[later] for later in words[n + 1 :]), min(max(left // 4, longest), left // 2))
         widest[name] = max(1, min(widest[name], left if name == words[-1] else share))
         left -= widest[name]
     columns = [

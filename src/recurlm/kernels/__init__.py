@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from importlib import metadata
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,24 +62,33 @@ def pool(gates_TBG: Tensor, c_BH: Tensor, scale_TBH: Tensor | None, pooling: str
     return _load("pool", gates_TBG.device.type, gates_TBG.dtype)(gates_TBG, c_BH, scale_TBH, pooling)
 
 
-def in_use(operation: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(function, why): the full name of what serves an operation of the table here, and the reason in a few words.
+class InUse(NamedTuple):
+    """What serves an operation here: its full name, why, and whether that is slower than it need be."""
 
-    A loader that falls back to the reference says why in a RuntimeWarning: that text is the reason. Whatever the
-    import of a fast twin raises is raised.
+    function: str
+    reason: str
+    slower: bool
+
+
+def in_use(operation: str, device: str, dtype: torch.dtype) -> InUse:
+    """What serves the operation of the table on this machine; raises what the import of a fast twin raises.
+
+    A loader that falls back says why in a RuntimeWarning: that text is the reason.
     """
     if (operation, device, dtype) not in TABLE:
-        return f"{reference.__name__}.{operation}", "there is no fast twin for this device and type"
+        return InUse(f"{reference.__name__}.{operation}", "there is no fast twin for this device and type", False)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         module = TABLE[operation, device, dtype]().__module__
-    if module == reference.__name__:
-        return f"{module}.{operation}", "; ".join(str(w.message) for w in said) or "its loader chose the reference"
+    if said:
+        return InUse(f"{module}.{operation}", "; ".join(str(warning.message) for warning in said), True)
     compiler = module.rpartition("_")[2]  # the last word of the file's name: pool_triton
-    why = compiler
+    switches = {"triton": "TRITON_INTERPRET", "numba": "NUMBA_DISABLE_JIT"}
+    if compiler not in switches:
+        return InUse(f"{module}.{operation}", f"torch {torch.__version__}", False)
+    version, switch = "", switches[compiler]
     with contextlib.suppress(metadata.PackageNotFoundError):
-        why += f" {metadata.version(compiler)}"
-    switch = {"triton": "TRITON_INTERPRET", "numba": "NUMBA_DISABLE_JIT"}.get(compiler, "")
-    if os.environ.get(switch, "0") not in ("", "0"):
-        why += f", not compiled because {switch} is set"
-    return f"{module}.{operation}", why
+        version = f" {metadata.version(compiler)}"
+    interpreted = os.environ.get(switch, "0") not in ("", "0")
+    why = compiler + version + f", not compiled because {switch} is set" * interpreted
+    return InUse(f"{module}.{operation}", why, interpreted)
