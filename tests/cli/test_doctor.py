@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -37,11 +38,13 @@ def no_triton(monkeypatch):
     )
 
 
-def spoilt(monkeypatch, function):
-    """Every operation is served by the function, made from its true one."""
-    monkeypatch.setattr(
-        doctor, "CHECKS", {name: (function(fast), twin, look) for name, (fast, twin, look) in doctor.CHECKS.items()}
-    )
+def spoilt(monkeypatch, spoil):
+    """What each fast function gives is changed by `spoil` before it is compared."""
+
+    def check(fast, twin, look):
+        return fast, twin, lambda function, *rest: (spoil if function is fast else list)(look(function, *rest))
+
+    monkeypatch.setattr(doctor, "CHECKS", {name: check(*parts) for name, parts in doctor.CHECKS.items()})
 
 
 def test_every_operation_is_checked():
@@ -83,19 +86,16 @@ def test_a_gpu_is_shown(capsys):
     assert "pool on cuda:0: kernels.pool_triton.pool (triton 3.6)\n    bfloat16  differs  5.0e-01  why" in out
 
 
-def off_by_a_little(fast):
-    return lambda *given: tuple(part * 1.1 for part in fast(*given))
+def off_by_a_little(found):
+    return [part * 1.1 for part in found]
 
 
-def not_finite(fast):
-    return lambda *given: tuple(part * float("nan") for part in fast(*given))
+def not_finite(found):
+    return [part * float("nan") for part in found]
 
 
-def broken(fast):
-    def function(*given):
-        raise RuntimeError("the compiler\nis missing")
-
-    return function
+def broken(found):
+    raise RuntimeError("the compiler\nis missing")
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,9 @@ def test_a_fast_twin_that_cannot_be_imported_fails(monkeypatch):
 
 
 def test_what_a_kernel_warns_of_is_said(monkeypatch):
-    import warnings
-
-    def warning(fast):
-        def function(*given):
-            warnings.warn("slow here", RuntimeWarning, stacklevel=2)
-            return fast(*given)
-
-        return function
+    def warning(found):
+        warnings.warn("slow here", RuntimeWarning, stacklevel=2)
+        return found
 
     spoilt(monkeypatch, warning)
     assert {(row["check"], row["said"]) for row in doctor.kernel_checks(CPU)} == {("ok", "slow here")}
