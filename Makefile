@@ -34,8 +34,8 @@ chaos: $(VENV)/dev.stamp  ## the fault tests at full count (an hour or more); fi
 docs: $(VENV)/dev.stamp  ## the generated page
 	$(BIN)/python -m recurlm.config > docs/configuration.md
 
-bench: $(VENV)/dev.stamp  ## the claims that a CPU can check, each against its peer in the same run
-	$(BIN)/python bench/startup.py
+bench: $(VENV)/dev.stamp  ## every measurement that this machine can run, kept in bench/results/, and memory of stores
+	$(BIN)/recurlm bench -o bench/results
 	$(BIN)/python bench/store_memory.py
 
 golden: $(VENV)/dev.stamp  ## write the golden loss traces anew: a change of numerics, in its own commit, saying why

@@ -24,6 +24,8 @@ ALLOWED = {
     ("text/corpora.py", "http", "_fetch"): "its errors",
     ("text/corpora.py", "json.loads", "_documents"): "a line of a .jsonl text, of which only a string is taken",
     ("kernels/__init__.py", "importlib.util", "_triton_pool"): "whether triton is installed, by its literal name",
+    ("bench/__init__.py", "subprocess", ""): "git in our own checkout, for the commit",
+    ("bench/startup.py", "subprocess", ""): "Python and recurlm itself, to time their start",
     ("files.py", "json.loads", "parse_json"): "the strict reader that all other files go through",
     ("config.py", "json.loads", "to_dict"): "what json.dumps has just written",
     ("text/tokenizers/byte_level.py", "json.loads", "train"): "what the tokenizers library has just made",

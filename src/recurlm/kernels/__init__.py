@@ -6,11 +6,14 @@ does not name. Only torch, triton, numba and numpy are imported here, the latter
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
-from typing import Any
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,3 +93,35 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     """
     arguments = hidden_NH, weight_VH, bias_V, targets_N
     return _load("linear_cross_entropy", hidden_NH.device.type, hidden_NH.dtype)(*arguments)
+
+
+class InUse(NamedTuple):
+    """What serves an operation here: its full name, why, and whether that is slower than it need be."""
+
+    function: str
+    reason: str
+    slower: bool
+
+
+def in_use(operation: str, device: str, dtype: torch.dtype) -> InUse:
+    """What serves the operation of the table on this machine; raises what the import of a fast twin raises.
+
+    A loader that falls back says why in a RuntimeWarning: that text is the reason.
+    """
+    if (operation, device, dtype) not in TABLE:
+        return InUse(f"{reference.__name__}.{operation}", "there is no fast twin for this device and type", False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module = TABLE[operation, device, dtype]().__module__
+    if said:
+        return InUse(f"{module}.{operation}", "; ".join(str(warning.message) for warning in said), True)
+    compiler = module.rpartition("_")[2]  # the last word of the file's name: pool_triton
+    switches = {"triton": "TRITON_INTERPRET", "numba": "NUMBA_DISABLE_JIT"}
+    if compiler not in switches:
+        return InUse(f"{module}.{operation}", f"torch {torch.__version__}", False)
+    version, switch = "", switches[compiler]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        version = f" {metadata.version(compiler)}"
+    interpreted = os.environ.get(switch, "0") not in ("", "0")
+    why = compiler + version + f", not compiled because {switch} is set" * interpreted
+    return InUse(f"{module}.{operation}", why, interpreted)

@@ -1,0 +1,208 @@
+"""The one place that measures time, bandwidth and memory, and prints what was measured.
+
+GPU times are the device's own, CPU times those of the wall clock with the functions that are compared taking turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FLUSH_BYTES = 1 << 28  # more than the L2 cache of any GPU
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a measurement; times in microseconds, None for what there is not.
+
+    `limit_us` is the time that the hardware needs at least, by a bandwidth or rate measured in the same run; `share` the
+    part of it that is reached. `target` and `rate` are for people: "under 0.4 s", "12,300 tokens/s".
+    """
+
+    measure: str
+    shape: str
+    ours_us: float
+    peer_us: float | None = None
+    peer: str = ""
+    limit_us: float | None = None
+    target: str = ""
+    rate: str = ""
+    memory_mb: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """limit_us / ours_us."""
+        return None if self.limit_us is None else self.limit_us / self.ours_us
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as it is printed and kept, `share` included."""
+        return {**asdict(self), "share": self.share}
+
+
+class Times(NamedTuple):
+    """The fastest and the middle of some repeats, in microseconds."""
+
+    best: float
+    median: float
+
+
+def cpu_time(works: Mapping[str, Work], *, seconds: float = 2.0, rounds: int = 5) -> dict[str, Times]:
+    """The Times of each function by its name.
+
+    The functions take turns, every other round in reverse order, so that whatever else the machine does meets all of
+    them: at least `rounds` rounds, then until about `seconds` are over. Each is called once before.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()
+    started, turns = time.perf_counter(), list(works.items())
+    while len(spent[turns[0][0]]) < rounds or time.perf_counter() - started < seconds:
+        for name, work in turns:
+            start = time.perf_counter()
+            work()
+            spent[name].append(time.perf_counter() - start)
+        turns.reverse()
+    return {name: Times(1e6 * min(times), 1e6 * statistics.median(times)) for name, times in spent.items()}
+
+
+def gpu_time(work: Work, *, flush: bool = True, graph: bool = True, repeats: int = 30) -> float:
+    """Median microseconds of the work on the current GPU, after three calls to warm up.
+
+    With `graph` a captured CUDA graph is replayed, so no Python or launch stands between its kernels (the work must be
+    capturable); without, it is timed as Python launches it. With `flush` a buffer larger than the L2 cache is written
+    before each repeat; without, the mean of ten calls in a row on warm data counts as one repeat.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            work()
+        work = captured.replay
+    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if flush else None
+    calls = 1 if flush else 10
+    work()
+    marks = []
+    for _ in range(repeats):
+        if buffer is not None:
+            buffer.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        marks.append((start, end))
+    torch.cuda.synchronize()
+    return 1000 * statistics.median(start.elapsed_time(end) for start, end in marks) / calls
+
+
+def gpu_memory(work: Work) -> float:
+    """Megabytes (1e6 bytes) that one call of the work takes at its peak beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+@cache
+def copy_bandwidth(device: str = "cuda") -> float:
+    """Bytes a second, read and written together, of copying a large random tensor; measured once in a process."""
+    source = torch.randn((1 << 28) if device == "cuda" else (1 << 24), device=device)  # 1 GiB, 64 MiB
+    copy = torch.empty_like(source)
+    return 2 * source.nbytes / (1e-6 * _time(lambda: copy.copy_(source), device))
+
+
+def gemm_rate(dtype: torch.dtype, device: str = "cuda") -> float:
+    """Multiplications and additions a second of a large square matrix product; measured once in a process.
+
+    float32 multiplies as torch.set_float32_matmul_precision says at the time of the call.
+    """
+    return _gemm_rate(dtype, device, torch.get_float32_matmul_precision())
+
+
+@cache
+def _gemm_rate(dtype: torch.dtype, device: str, how: str) -> float:
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / (1e-6 * _time(lambda: torch.mm(a, b, out=out), device))
+
+
+def _time(work: Work, device: str) -> float:
+    """Microseconds: the median on the GPU, the fastest of about a second on the CPU."""
+    return gpu_time(work) if device == "cuda" else cpu_time({"": work}, seconds=1.0)[""].best
+
+
+def duration(microseconds: float | None) -> str:
+    """A time with three digits and its unit, such as '4.56 ms'; '' for None."""
+    if microseconds is None:
+        return ""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= 0.9995 * size:
+            return f"{_digits(microseconds / size)} {unit}"
+    return f"{_digits(microseconds)} us"
+
+
+def _digits(value: float) -> str:
+    """Three digits, more before the point where there are more."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """The rows as a table for people, two lines a row or more, in at most `width` characters.
+
+    Columns that no row fills are left out. Numbers are always whole; words are wrapped, and broken where they must be.
+    """
+    from rich import box
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    cells = {
+        "measure\n  shape": [f"{row['measure']}\n  {row['shape']}" for row in rows],
+        "ours": [duration(row["ours_us"]) + _memory(row.get("memory_mb")) for row in rows],
+        "peer": [f"{duration(row['peer_us'])}\n{row['peer']}" for row in rows],
+        "ratio": [_digits(row["peer_us"] / row["ours_us"]) if row["peer_us"] else "" for row in rows],
+        "limit\nshare": [_limit(row["limit_us"], row["share"]) for row in rows],
+        "target\nrate": [f"{row['target'] or ''}\n{row.get('rate') or ''}" for row in rows],
+    }
+    cells = {name: column for name, column in cells.items() if any(map(str.strip, column))}
+    widest = {name: max(len(x) for cell in (name, *column) for x in cell.split("\n")) for name, column in cells.items()}
+    words = [name for name in ("target\nrate", "peer", "measure\n  shape") if name in cells]
+    left = width - 2 * len(cells) - sum(size for name, size in widest.items() if name not in words)
+    for n, name in enumerate(words):  # each gets what the later ones leave, or else a quarter; the measure the rest
+        longest = max(len(word) for cell in cells[name] for word in cell.split())
+        share = max(left - sum(widest[later] for later in words[n + 1 :]), min(max(left // 4, longest), left // 2))
+        widest[name] = max(1, min(widest[name], left if name == words[-1] else share))
+        left -= widest[name]
+    columns = [
+        Column(name, width=size, justify="left" if name in words else "right", overflow="fold")
+        for name, size in widest.items()
+    ]
+    out = Table(*columns, title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for line in zip(*cells.values(), strict=True):
+        out.add_row(*map(Text, line))
+    return out
+
+
+def _memory(megabytes: float | None) -> str:
+    return "" if megabytes is None else f"\n{megabytes:,.0f} MB"
+
+
+def _limit(microseconds: float | None, share: float | None) -> str:
+    return "" if microseconds is None or share is None else f"{duration(microseconds)}\n{share:.0%}"
