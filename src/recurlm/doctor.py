@@ -49,9 +49,28 @@ def _pool_outcome(
     return out
 
 
+def _linear_cross_entropy_outcome(
+    function: Callable[..., Any], device: torch.device, rounded: torch.dtype, dtype: torch.dtype
+) -> list[Tensor]:
+    N, H, V, draw = 40, 24, 130, torch.Generator().manual_seed(1)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(rounded).to(device, dtype)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # a model's weights are never narrower
+    hidden_NH = values(N, H).requires_grad_()
+    weight_VH, bias_V = values(V, H).to(wide).requires_grad_(), values(V).to(wide).requires_grad_()
+    targets_N = torch.randint(V, (N,), generator=draw).to(device)
+    nll_N = function(hidden_NH, weight_VH, bias_V, targets_N)
+    return [nll_N, *torch.autograd.grad(nll_N, (hidden_NH, weight_VH, bias_V), values(N).to(nll_N.dtype))]
+
+
 # operation -> (the function that everything calls, its slow twin, what to compare of them)
 CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
     "pool": (kernels.pool, reference.pool, _pool_outcome),
+    "linear_cross_entropy": (
+        kernels.linear_cross_entropy, reference.linear_cross_entropy, _linear_cross_entropy_outcome,
+    ),
 }
 
 
