@@ -43,7 +43,8 @@ def small_text(lines: int, seed: int = 1) -> str:
 
 
 TINY = (
-    "data.batch_size=4", "data.eval_batch_size=3", "data.bptt=12", "data.bptt_spread=2", "data.bptt_step=1", "data.bptt_full_share=0.9",
+    "data.batch_size=4", "data.eval_batch_size=3", "data.bptt=12", "data.bptt_spread=2", "data.bptt_step=1",
+    "data.bptt_full_share=0.9",
     "tokenizer.kind=word", "model.embedding_size=12", "model.hidden_size=16", "model.num_layers=2", "model.windows=[3,2]",
     "dropout.embedding=0.1", "dropout.input=0.1", "dropout.hidden=0.1", "dropout.output=0.1", "dropout.weight=0.2",
     "objective.ar=2", "objective.tar=1", "optimizer.lr=0.01", "train.tensorboard=false", "train.log_every=1",

@@ -69,7 +69,9 @@ def _linear_cross_entropy_outcome(
 CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
     "pool": (kernels.pool, reference.pool, _pool_outcome),
     "linear_cross_entropy": (
-        kernels.linear_cross_entropy, reference.linear_cross_entropy, _linear_cross_entropy_outcome,
+        kernels.linear_cross_entropy,
+        reference.linear_cross_entropy,
+        _linear_cross_entropy_outcome,
     ),
 }
 

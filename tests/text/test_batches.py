@@ -61,15 +61,18 @@ def test_published_streams_are_those_of_awd_lstm_lm():
 
 
 def test_window_lengths_have_the_published_distribution():
-    config = DataConfig(bptt=70, bptt_full_share=0.95, bptt_spread=5.0)
+    config = DataConfig(bptt=70, bptt_full_share=0.95, bptt_spread=5.0, bptt_step=1)
     lengths = np.array([window_length(config, 1, step) for step in range(4000)])
     assert np.array_equal(lengths, [window_length(config, 1, step) for step in range(4000)])
     assert abs(lengths.mean() - 67.75) < 0.6
     assert abs((lengths < 52).mean() - 0.05) < 0.015
     assert lengths.min() >= 5
-    capped = DataConfig(bptt=70, bptt_spread=5.0, bptt_cap=72, bptt_min=69)
+    capped = DataConfig(bptt=70, bptt_spread=5.0, bptt_cap=72, bptt_min=69, bptt_step=1)
     assert {window_length(capped, 2, step) for step in range(200)} == {69, 70, 71, 72}
     assert window_length(DataConfig(bptt=33), 1, 5) == 33
+    rounded = DataConfig(bptt=70, bptt_full_share=0.95, bptt_spread=5.0)
+    fives = np.array([window_length(rounded, 1, step) for step in range(4000)])
+    assert set(fives % 5) == {0} and abs(fives - lengths).max() <= 3
 
 
 def test_sentences_end_with_their_line():

@@ -497,7 +497,7 @@ def test_before_any_validation_the_newest_weights_are_published(text_file, tmp_p
         return real(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
+        patch.setattr(Trainer, "advance", step)
         with pytest.raises(RunError, match="enough"):
             api.train(config, tmp_path / "run", quiet=True)
     assert api.load(tmp_path / "run").facts["step"] == 13

@@ -3,9 +3,9 @@
 A mask is Philox 4x32-10 (Salmon et al. 2011) of a seed on the device, the number of the draw, and the element.
 """
 
-# The types of jitted code are Triton's, not Python's:
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-
+# The kernels are Triton's language, which a type checker of Python cannot follow:
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import torch

@@ -9,9 +9,9 @@ A weight is a matrix of R x C in `PARTS` row blocks and `SPLITS` column blocks (
 larger, each block padded by zeros. A vector is a matrix of one row. One program works on 8 rows of BLOCK columns.
 """
 
-# The types of jitted code are Triton's, not Python's:
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-
+# The kernels are Triton's language, which a type checker of Python cannot follow:
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 from typing import NamedTuple
