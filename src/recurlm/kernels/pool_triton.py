@@ -16,7 +16,7 @@ Arithmetic is fp32 for every storage type, and its order is fixed: equal calls g
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalOperand=false
 # pyright: reportArgumentType=false, reportReturnType=false
-# ruff: noqa: RUF005, SIM102, SIM108 - Triton compiles no starred tuple, and a constant condition must stand alone
+# ruff: noqa: SIM102, SIM108 - Triton compiles no starred tuple, and a constant condition must stand alone
 from __future__ import annotations
 
 from typing import Any, NamedTuple
