@@ -55,12 +55,12 @@ def embed(
     return locked(x_TBE.to(dtype), p, source)
 
 
-def locked(x_TBF: Tensor, p: float, source: Source | None) -> Tensor:
-    """x with one mask (1, B, F) for all time steps (variational dropout, Gal & Ghahramani 2016)."""
+def locked(x_TBF: Tensor, p: float, source: Source | None, draw: int | None = None) -> Tensor:
+    """x with one mask (1, B, F) for all time steps (variational dropout, Gal & Ghahramani 2016); that of a `draw` taken before."""
     if source is None or p == 0:
         return x_TBF
     if isinstance(source, Noise):
-        return source.kernels.locked(x_TBF, p, source.seed, source.take())
+        return source.kernels.locked(x_TBF, p, source.seed, source.take() if draw is None else draw)
     return (x_TBF * mask((1, *x_TBF.shape[1:]), p, x_TBF, source)).to(x_TBF.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,13 @@ from recurlm.config import DropoutConfig, ModelConfig
 from recurlm.errors import lookup
 from recurlm.model import dropout as drop
 from recurlm.model.heads import HEADS
+from recurlm.model.lanes import Lane, overlapped
 from recurlm.model.layers import LAYERS
 from recurlm.model.layers.base import uniform
 from recurlm.model.precision import FP32, Precision, applied
 from recurlm.protocol import State, StatefulModel
 
+PARTS, LEAST_PART = 3, 4  # of a window whose layers overlap: their number, and steps at least
 NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0, recurrent=0)
 
 
@@ -75,11 +78,17 @@ class NeuralModel(nn.Module, StatefulModel):
         state: State,
         dropout: DropoutConfig | None = None,
         generator: drop.Source | None = None,
+        lanes: Sequence[Lane] = (),
     ) -> Activations:
-        """The activations for `ids_TB`. With `dropout` and `generator` it is a training pass, without an evaluation."""
+        """The activations for `ids_TB`. With `dropout` and `generator` it is a training pass, without an evaluation.
+
+        With `lanes`, one a layer, the layers overlap in PARTS parts of the window (see `model.lanes`).
+        """
         p = dropout if dropout is not None and generator is not None else NO_DROPOUT
         noise = generator if dropout is not None else None
         x = drop.embed(ids_TB, self.embedding, p.embedding, p.input, self._dtype(), noise)
+        if lanes and isinstance(noise, drop.Noise) and len(ids_TB) >= LEAST_PART * PARTS:
+            return Activations(*overlapped(list(self.layers), x, state, p, noise, lanes, PARTS))  # type: ignore[arg-type]
         raw, states = x, []
         for n, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
             weight = drop.weight_drop(layer.droppable, p.weight, noise)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from recurlm.config import Config, ModelConfig
 from recurlm.model import dropout as drop
+from recurlm.model.lanes import Lane
 from recurlm.model.neural import NeuralModel, layer_sizes
 from recurlm.protocol import State, map_state, state_leaves
 from recurlm.text.batches import Batches, Streams
@@ -103,21 +104,24 @@ class CapturedStep:
             for n, layer in enumerate(model.layers)
             for name, counts in layer.parts().items()  # type: ignore[operator]
         }
-        self.weights, working, kernels = [], {}, self.kernels
-        for number, (name, p) in enumerate(model.named_parameters()):
-            raw, padded = tuple(p.shape), shapes[name]
-            p_drop = self.config.dropout.weight if id(p) in droppable else 0.0
-            shape = kernels.shape_of(raw, padded, parts.get(name, (1,) * len(raw)))
-            copy = None
-            if raw != padded or p_drop or model.precision.dtype != p.dtype:
-                copy = torch.zeros(padded, dtype=model.precision.dtype, device=device)
-            working[name] = p if copy is None else nn.Parameter(copy)
-            bits = kernels.empty_bits(shape, device) if p_drop else None
-            moments = self._moments(p)
-            self.weights.append(kernels.Weight(number, shape, p_drop, p.detach(), copy, bits, moments))
+        own = {id(p) for layer in model.layers for p in layer.parameters()}  # packed, so never the model's own
+        working = {}
+        for name, p in model.named_parameters():
+            same = tuple(p.shape) == shapes[name] and model.precision.dtype == p.dtype and id(p) not in own
+            working[name] = p if same else torch.zeros(shapes[name], dtype=model.precision.dtype, device=device)
         twin.load_state_dict(working, assign=True)
-        self.twin, self.leaves = twin, list(twin.parameters())
-        self.ready = False
+        for layer in twin.layers:
+            layer.pack()  # type: ignore[operator]
+        self.weights, self.leaves = [], list(twin.parameters())
+        for number, ((name, p), leaf) in enumerate(zip(model.named_parameters(), self.leaves, strict=True)):
+            p_drop = self.config.dropout.weight if id(p) in droppable else 0.0
+            shape = self.kernels.shape_of(tuple(p.shape), shapes[name], parts.get(name, (1,) * p.dim()))
+            bits = self.kernels.empty_bits(shape, device) if p_drop else None
+            copy = None if leaf is p else leaf.detach()
+            self.weights.append(self.kernels.Weight(number, shape, p_drop, p.detach(), copy, bits, self._moments(p)))
+        self.twin, self.ready = twin, False
+        recurrent = self.config.dropout.recurrent == 0 and all(layer.overlaps for layer in model.layers)
+        self.lanes = [Lane(device) for _ in model.layers] if recurrent and len(model.layers) > 1 else []
         self.updates = int(max((float(s.get("step", 0)) for s in self.optimizer.state.values()), default=0))
 
     def _moments(self, p: nn.Parameter) -> tuple[Tensor, ...]:
@@ -213,11 +217,13 @@ class CapturedStep:
         at_B = self.starts + self.controls[self.kernels.POSITION].long()
         block_TB = self.ids[at_B + torch.arange(length + 1, device=self.ids.device)[:, None]]
         noise = drop.Noise(self.controls[self.kernels.SEED :])
-        out = self.twin(block_TB[:-1], self.carried, self.dropout, noise)
+        out = self.twin(block_TB[:-1], self.carried, self.dropout, noise, self.lanes)
         mask = None if counted is None else torch.from_numpy(counted).to(self.ids.device)
         terms = objective.terms(self.twin, out, block_TB[1:], self.config.objective, mask)
         stacked = torch.stack([term.float() for term in terms.values()])
         gradients = torch.autograd.grad(stacked.sum(), self.leaves)
+        for lane in self.lanes:
+            torch.cuda.current_stream().wait_stream(lane.stream)
         return stacked.detach(), list(terms), gradients, out.state
 
     def _body(self, length: int, counted: Any) -> None:

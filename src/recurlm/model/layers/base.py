@@ -50,6 +50,14 @@ class RecurrentLayer(nn.Module, ABC):
         """
         return {}
 
+    def pack(self) -> None:
+        """Moves the weights, in place, to where the library that computes the layer wants them; by default nowhere."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether parts of a window may run on a lane (`model.lanes`): the whole layer is one library call."""
+        return False
+
     @abstractmethod
     def initial_state(self, batch: int, like: Tensor) -> LayerState:
         """The state before any input: batch-first tensors with the dtype and device of `like`."""

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from recurlm.model import dropout as drop
 from recurlm.model.dropout import Source
+from recurlm.model.lanes import CURRENT, Lane
 from recurlm.model.layers.base import LayerState, uniform
 
 # True of every call here, and meant: see `run`.
@@ -64,22 +65,67 @@ def run(
     return _steps(cell, x_TBI, state, weights, mask_BH, [_keep(shape, p, x_TBI, generator) for p in zoneout])
 
 
+def pack(kind: str, weights: list[nn.Parameter]) -> None:
+    """Makes the weights views of one buffer in cuDNN's layout, so that it need not copy them at each call."""
+    if weights[0].is_cuda and torch.backends.cudnn.is_available():
+        hidden_size, input_size = weights[1].shape[1], weights[0].shape[1]
+        with torch.no_grad():
+            torch._cudnn_rnn_flatten_weight(
+                list(weights), len(weights), input_size, CUDNN_MODE[kind], hidden_size, 0, 1, False, False
+            )
+
+
+def _buffer(weights: Sequence[Tensor]) -> Tensor | None:
+    """The buffer of packed weights; None for others."""
+    storage = weights[0].untyped_storage()
+    if any(w.untyped_storage().data_ptr() != storage.data_ptr() for w in weights):
+        return None
+    size = storage.nbytes() // weights[0].element_size()
+    return torch.empty(0, dtype=weights[0].dtype, device=weights[0].device).set_(storage, 0, (size,), (1,))  # type: ignore[arg-type]
+
+
 def _call(kind: str, x_TBI: Tensor, hidden: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, ...]:
     """(y_TBH, *state) by cuDNN or oneDNN.
 
-    cuDNN is called below torch's module, which expects weights as views of one flat buffer; a dropped weight
-    never is one, so cuDNN packs them at each call.
+    cuDNN is called below torch's module, which expects weights as views of one flat buffer; where they are none (a
+    dropped weight never is), cuDNN packs them at each call.
     """
     training = torch.is_grad_enabled()
     if x_TBI.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
-        cell = hidden[1].contiguous() if len(hidden) > 1 else None
+        cell, lane = (hidden[1].contiguous() if len(hidden) > 1 else None), CURRENT.get()
+        if lane is not None:
+            return _OnLane.apply(lane, CUDNN_MODE[kind], x_TBI, hidden[0].contiguous(), cell, *weights)  # type: ignore[return-value]
         return torch._cudnn_rnn(
-            x_TBI, weights, 4, None, hidden[0].contiguous(), cell, CUDNN_MODE[kind], hidden[0].shape[-1], 0, 1, False, 0.0,
-            training, False, [], None,
+            x_TBI, weights, 4, _buffer(weights), hidden[0].contiguous(), cell, CUDNN_MODE[kind], hidden[0].shape[-1], 0, 1,
+            False, 0.0, training, False, [], None,
         )  # fmt: skip
     if kind == "lstm":
         return torch.lstm(x_TBI, hidden, weights, True, 1, 0.0, training, False, False)
     return TORCH[kind](x_TBI, hidden[0], weights, True, 1, 0.0, training, False, False)
+
+
+class _OnLane(torch.autograd.Function):
+    """cuDNN's call and its gradient, both in the thread of a lane."""
+
+    @staticmethod
+    def forward(ctx, lane: Lane, mode: int, x_TBI: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor):  # type: ignore[override]
+        how = mode, h.shape[-1], 0, 1, False, 0.0, True, False, [], None
+        y_TBH, h_new, c_new, reserve, buffer = lane.call(
+            torch._cudnn_rnn, x_TBI, weights, 4, _buffer(weights), h, c, *how
+        )
+        ctx.save_for_backward(x_TBI, h, c, y_TBH, reserve, buffer, *weights)
+        ctx.lane, ctx.how = lane, how
+        return (y_TBH, h_new) if c is None else (y_TBH, h_new, c_new)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+        x_TBI, h, c, y_TBH, reserve, buffer, *weights = ctx.saved_tensors
+        grad_y, grad_h, grad_c = (*grads, None)[:3]
+        dx, dh, dc, dw = ctx.lane.call(
+            torch.ops.aten._cudnn_rnn_backward, x_TBI, weights, 4, buffer, h, c, y_TBH, grad_y.contiguous(),  # type: ignore[union-attr]
+            grad_h, grad_c, *ctx.how, reserve, [True, True, c is not None, True],
+        )  # fmt: skip
+        return None, None, dx, dh, (None if c is None else dc), *dw
 
 
 def _steps(

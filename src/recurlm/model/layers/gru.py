@@ -40,6 +40,13 @@ class GRU(RecurrentLayer):
     def parts(self) -> dict[str, tuple[int, ...]]:
         return gated.parts(3)
 
+    def pack(self) -> None:
+        gated.pack("gru", [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh])
+
+    @property
+    def overlaps(self) -> bool:
+        return not self.zoneout
+
     def initial_state(self, batch: int, like: Tensor) -> LayerState:
         return (like.new_zeros(batch, self.hidden_size),)
 

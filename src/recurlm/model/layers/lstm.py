@@ -43,6 +43,13 @@ class LSTM(RecurrentLayer):
     def parts(self) -> dict[str, tuple[int, ...]]:
         return gated.parts(4)
 
+    def pack(self) -> None:
+        gated.pack("lstm", [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh])
+
+    @property
+    def overlaps(self) -> bool:
+        return not any(self.zoneout)
+
     def initial_state(self, batch: int, like: Tensor) -> LayerState:
         zeros = like.new_zeros(batch, self.hidden_size)
         return zeros, zeros

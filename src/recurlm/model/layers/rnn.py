@@ -39,6 +39,13 @@ class RNN(RecurrentLayer):
     def parts(self) -> dict[str, tuple[int, ...]]:
         return gated.parts(1)
 
+    def pack(self) -> None:
+        gated.pack(f"rnn_{self.nonlinearity}", [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh])
+
+    @property
+    def overlaps(self) -> bool:
+        return not self.zoneout
+
     def initial_state(self, batch: int, like: Tensor) -> LayerState:
         return (like.new_zeros(batch, self.hidden_size),)
 
