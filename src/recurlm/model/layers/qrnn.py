@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from recurlm import kernels
 from recurlm.config import ModelConfig
+from recurlm.kernels.window import window
 from recurlm.model import dropout as drop
 from recurlm.model.dropout import Source
 from recurlm.model.layers.base import LayerState, RecurrentLayer, uniform
@@ -64,11 +65,8 @@ class QRNN(RecurrentLayer):
             gates_TBG = linear(x_TBI, weight, bias)
             carried: tuple[Tensor, ...] = ()
         else:
-            past_TBI = torch.cat((state[1].transpose(0, 1), x_TBI))
-            gates_TBG = bias
-            for back, part in enumerate(weight.split(self.input_size, dim=1)):
-                start = self.window - 1 - back
-                gates_TBG = gates_TBG + linear(past_TBI[start : start + T], part)
-            carried = (past_TBI[T:].transpose(0, 1),)
+            gates_TBG = window(x_TBI, state[1].transpose(0, 1), weight) + bias
+            last_BWI = x_TBI[max(0, T - self.window + 1) :].transpose(0, 1)
+            carried = (torch.cat((state[1][:, last_BWI.shape[1] :], last_BWI), dim=1),)
         h_TBH, c_BH = kernels.pool(gates_TBG, state[0], self._scale(x_TBI, generator), self.pooling)
         return h_TBH, (c_BH, *carried)
