@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from recurlm.config import Config, ModelConfig
 from recurlm.model import dropout as drop
@@ -80,13 +81,14 @@ class CapturedStep:
         self.state = state
         terms = 1 + bool(config.objective.ar) + bool(config.objective.tar)
         self.controls = torch.zeros(update_triton.CONTROLS, dtype=torch.float64, device=device)
-        self.orders_host = torch.zeros(2 * self.lag, update_triton.CONTROLS, dtype=torch.float64).pin_memory()
+        cuda = device.type == "cuda"  # elsewhere only in tests, in Triton's interpreter
+        self.orders_host = torch.zeros(2 * self.lag, update_triton.CONTROLS, dtype=torch.float64, pin_memory=cuda)
         self.status = torch.ones(2, device=device)
         self.ring = torch.zeros(2 * self.lag, terms + 2, device=device)
         self.pending: list[Order] = []
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None
+        self.most_graphs = MOST_GRAPHS if cuda else 0
         self.slot = 0
 
     # ---- the twin -------------------------------------------------------------------------------------------
@@ -121,7 +123,8 @@ class CapturedStep:
             self.weights.append(self.kernels.Weight(number, shape, p_drop, p.detach(), copy, bits, self._moments(p)))
         self.twin, self.ready = twin, False
         recurrent = self.config.dropout.recurrent == 0 and all(layer.overlaps for layer in model.layers)
-        self.lanes = [Lane(device) for _ in model.layers] if recurrent and len(model.layers) > 1 else []
+        overlaps = recurrent and len(model.layers) > 1 and device.type == "cuda"
+        self.lanes = [Lane(device) for _ in model.layers] if overlaps else []
         self.updates = int(max((float(s.get("step", 0)) for s in self.optimizer.state.values()), default=0))
 
     def _moments(self, p: nn.Parameter) -> tuple[Tensor, ...]:
@@ -175,7 +178,7 @@ class CapturedStep:
             self._refresh()
         length, counted = len(order.window.inputs_TB), order.window.counted_TB
         key = length, bool(self.averaging.mean)
-        if counted is not None or (key not in self.graphs and len(self.graphs) >= MOST_GRAPHS):
+        if counted is not None or (key not in self.graphs and len(self.graphs) >= self.most_graphs):
             self._body(length, counted)
         elif key not in self.graphs:
             self._body(length, None)
@@ -224,7 +227,8 @@ class CapturedStep:
         gradients = torch.autograd.grad(stacked.sum(), self.leaves)
         for lane in self.lanes:
             torch.cuda.current_stream().wait_stream(lane.stream)
-        return stacked.detach(), list(terms), gradients, out.state
+        stacked = pad(stacked.detach(), (0, self.ring.shape[1] - 2 - len(terms)))  # a window of one step has no tar
+        return stacked, list(terms), gradients, out.state
 
     def _body(self, length: int, counted: Any) -> None:
         terms, _, gradients, state = self._gradients(length, counted)
@@ -237,12 +241,12 @@ class CapturedStep:
                 self.kernels.keep_if_ok(old, new, self.status)
 
     def _capture(self, length: int) -> torch.cuda.CUDAGraph:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self.stream.wait_stream(current)
+        graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
         collects = gc.isenabled()
         gc.disable()  # a collection during the capture could free what belongs to another graph
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(side):
                 graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
                 try:
                     self._body(length, None)
@@ -251,7 +255,7 @@ class CapturedStep:
         finally:
             if collects:
                 gc.enable()
-        current.wait_stream(self.stream)
+        current.wait_stream(side)
         return graph
 
     # ---- what came of it ------------------------------------------------------------------------------------
@@ -278,4 +282,4 @@ class CapturedStep:
         _, names, gradients, _ = self._gradients(len(order.window.inputs_TB), order.window.counted_TB)
         named = dict(zip(dict(self.twin.named_parameters()), gradients, strict=True))
         self.status.fill_(1.0)
-        return objective.explain_nonfinite(dict(zip(names, values, strict=True)), self.model, self.state, named)
+        return objective.explain_nonfinite(dict(zip(names, values, strict=False)), self.model, self.state, named)

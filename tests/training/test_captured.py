@@ -1,0 +1,180 @@
+"""The captured step: its bookkeeping and arithmetic on the CPU in Triton's interpreter, and as CUDA graphs on a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recurlm.config import ModelConfig, apply_assignments
+from recurlm.model.layers import LAYERS
+from recurlm.model.neural import NeuralModel
+from recurlm.training import captured
+from recurlm.training.step import PlainStep
+from recurlm.training.trainer import Trainer
+from support import tiny_config
+
+CUDA = torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_units_padded_with_zeros_change_nothing(layer, generator):
+    """What `parts` promises, for sizes of which none is padded alone."""
+    sizes = {"embedding_size": 6, "hidden_sizes": (5, 7, 6), "windows": (2, 3)}
+    model = NeuralModel(ModelConfig(layer=layer, **sizes), 11, generator).double()
+    padded = NeuralModel(ModelConfig(layer=layer, **sizes | {"hidden_sizes": (8, 8, 6)}), 11, generator).double()
+    assert captured.padded_sizes(model, 8) == (8, 8, 6)
+    for n, (small, large) in enumerate(zip(model.layers, padded.layers, strict=True)):
+        assert small.parts().keys() == dict(small.named_parameters()).keys(), n
+        for name, counts in small.parts().items():
+            raw, out = getattr(small, name).data, torch.zeros_like(getattr(large, name))
+            places = [
+                torch.cat([torch.arange(r // c) + i * (p // c) for i in range(c)])
+                for r, p, c in zip(raw.shape, out.shape, counts, strict=True)
+            ]
+            out[torch.meshgrid(*places, indexing="ij")] = raw
+            getattr(large, name).data = out
+    padded.embedding.data, padded.head.bias.data = model.embedding.data, model.head.bias.data
+    ids = torch.randint(11, (9, 3), generator=generator)
+    state, wide = model.initial_state(3), padded.initial_state(3)
+    for _ in range(2):
+        out, same = model(ids, state), padded(ids, wide)
+        state, wide = out.state, same.state
+        torch.testing.assert_close(same.raw_TBH, out.raw_TBH, rtol=0, atol=1e-14)
+    for layer_state, layer_wide in zip(state[:-1], wide[:-1], strict=True):
+        assert (layer_wide[0][:, layer_state[0].shape[1] :] == 0).all()
+
+
+def trainer_of(store, folder: Path, *settings: str, capture: bool = True) -> Trainer:
+    """A Trainer whose step is captured, on the GPU, or in the interpreter on the CPU."""
+    folder.mkdir(exist_ok=True)
+    device = "cuda" if CUDA else "cpu"
+    config = apply_assignments(
+        tiny_config(*settings), [f"train.device={device}", f"train.capture={str(capture).lower()}"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if capture:
+            patch.setattr(captured, "obstacle", lambda *_: "")
+        return Trainer(config, store, folder, quiet=True)
+
+
+NO_DROPOUT = tuple(f"dropout.{name}=0" for name in ("embedding", "input", "hidden", "output", "weight"))
+OPTIMIZERS = (
+    ("optimizer.name=sgd", "optimizer.lr=2"),
+    ("optimizer.name=sgd", "optimizer.lr=0.5", "optimizer.momentum=0.8", "optimizer.nesterov=true"),
+    ("optimizer.name=adam", "optimizer.lr=0.01", "optimizer.weight_decay=0.001"),
+    (
+        "optimizer.name=adamw",
+        "optimizer.lr=0.01",
+        "optimizer.weight_decay=0.1",
+        "averaging.name=ema",
+        "averaging.start=0",
+    ),
+)
+
+
+def check_against_the_plain_step(store, folder: Path) -> None:
+    steps = 30 if CUDA else 3
+    cases = [(layer, OPTIMIZERS[0]) for layer in LAYERS] + [("qrnn", optimizer) for optimizer in OPTIMIZERS[1:]]
+    for layer, optimizer in cases:
+        settings = (f"model.layer={layer}", "model.num_layers=1", "data.bptt_step=4", *optimizer)
+        plain = trainer_of(store, folder, *settings, *NO_DROPOUT, capture=False)
+        step = trainer_of(store, folder, *settings, *NO_DROPOUT)
+        assert isinstance(plain.stepper, PlainStep) and not isinstance(step.stepper, PlainStep)
+        for _ in range(steps):
+            a, b = plain.step(), step.step()
+            assert a.keys() == b.keys()
+            for key in a:
+                assert abs(a[key] - b[key]) <= 2e-4 * abs(a[key]), (layer, optimizer, key, a, b)
+        for a, b in zip(plain.parameters, step.parameters, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def check_that_a_resumed_run_is_equal(store, folder: Path) -> None:
+    from recurlm.training import checkpoint
+
+    for layer in LAYERS:
+        settings = (
+            f"model.layer={layer}",
+            "averaging.name=ema",
+            "averaging.start=0.01",
+            "optimizer.name=adam",
+            "data.bptt_step=4",
+        )
+        one = trainer_of(store, folder / layer, *settings)
+        for _ in range(2):
+            one.advance()
+        one.read()
+        (folder / layer / "checkpoints").mkdir()
+        one.save(0.0)
+        saved, _ = checkpoint.newest(folder / layer / "checkpoints")
+        two = trainer_of(store, folder / layer, *settings)
+        two.resume(saved)
+        assert [one.step() for _ in range(2)] == [two.step() for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters, two.parameters, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.averaging.mean, two.averaging.mean, strict=True))
+
+
+def check_that_a_bad_step_moves_nothing(store, folder: Path) -> None:
+    from recurlm.errors import RunError
+
+    one = trainer_of(store, folder, "optimizer.name=adam", "averaging.name=swa", "averaging.start=0")
+    for _ in range(2):
+        one.advance()
+    one.read()
+    ids = one.stepper.ids
+    bad = one.parameters[0][3].clone()
+    kept = [p.detach().clone() for p in (*one.parameters, *one.averaging.mean)]
+    words = ids.clone()
+    ids.fill_(3)  # every input is the word whose vector is about to go bad
+    one.stepper.ready = False
+    one.parameters[0].data[3] = float("nan")
+    for _ in range(3):  # all three wait to be read: the first fails, the others must not count
+        one.advance()
+    with pytest.raises(RunError, match=r"Step 3: .*first tensor that is not finite: weight embedding"):
+        one.read()
+    assert one.cursor.step == 2 and one.averaging.count == 2
+    one.parameters[0].data[3] = bad
+    assert all(torch.equal(a, b) for a, b in zip(kept, (*one.parameters, *one.averaging.mean), strict=True))
+    assert all(s["step"] == 2 for s in one.optimizer.state.values())
+    ids.copy_(words)
+    one.stepper.ready = False
+    numbers = one.step()
+    other = trainer_of(store, folder, "optimizer.name=adam", "averaging.name=swa", "averaging.start=0")
+    assert [other.step() for _ in range(3)][-1] == numbers
+
+
+CHECKS = (check_against_the_plain_step, check_that_a_resumed_run_is_equal, check_that_a_bad_step_moves_nothing)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_captured_step(check, store, tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    if CUDA:
+        check(store, tmp_path)
+        return
+    code = (
+        "import sys; sys.path[:0] = ['tests', 'tests/training']; import test_captured as t\n"
+        "from pathlib import Path; from recurlm.text.store import open_store\n"
+        f"t.{check.__name__}(open_store({str(store.path)!r}), Path({str(tmp_path)!r}))\nprint('ok')"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU here")
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_graphs_give_the_bits_of_the_same_step_uncaptured(layer, dtype, store, tmp_path):
+    settings = (f"model.layer={layer}", f"train.dtype={dtype}", "data.bptt_step=4", "model.hidden_sizes=[20,16,12]")
+    graphs, bare = (trainer_of(store, tmp_path, *settings) for _ in range(2))
+    bare.stepper.most_graphs = 0
+    for one in (graphs, bare):
+        for _ in range(60):
+            one.advance()
+    assert graphs.read() == bare.read()
+    assert sum(graph is not None for graph in graphs.stepper.graphs.values()) >= 3 and not bare.stepper.graphs
+    assert all(torch.equal(a, b) for a, b in zip(graphs.parameters, bare.parameters, strict=True))
