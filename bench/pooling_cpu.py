@@ -6,10 +6,13 @@ each counts, for the machine may be shared. `onto memory that is there` is the c
 `with its own results` is `pool` and autograd, which get new memory from the system each time, as `clone` does.
 """
 
+import os
 import time
 from collections.abc import Callable
 
 import numpy as np
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does: torch's idle threads give the core away
 import torch
 
 from recurlm.kernels import pool_numba, reference
@@ -34,14 +37,14 @@ def best(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def kernels_alone(T: int, B: int, H: int) -> tuple[Callable[[], object], Callable[[], object]]:
     """Forward and backward as `pool` calls them, onto arrays that exist."""
-    g, dtype = np.random.default_rng(1), np.float32
-    gates, c, grad_h, grad_last = (g.standard_normal(n, dtype) for n in (T * B * 3 * H, B * H, T * B * H, B * H))
-    h, last, kept = (
-        np.ones(T * B * H, dtype),
-        np.ones(B * H, dtype),
-        np.ones(-(-T // pool_numba.SEGMENT) * B * H, dtype),
-    )
-    grad_gates, grad_c, mask = np.ones_like(gates), np.ones_like(c), (np.empty(0, dtype), dtype(1))
+
+    def array(size: int) -> np.ndarray:
+        return torch.randn(size, generator=g).numpy()
+
+    g = torch.Generator().manual_seed(1)
+    gates, c, grad_h, grad_last = array(T * B * 3 * H), array(B * H), array(T * B * H), array(B * H)
+    h, last, kept = array(T * B * H), array(B * H), array(-(-T // pool_numba.SEGMENT) * B * H)
+    grad_gates, grad_c, mask = array(T * B * 3 * H), array(B * H), (np.empty(0, np.float32), np.float32(1))
     head = (T, B, H, 3, gates)
     return (
         lambda: pool_numba._spread(pool_numba._forward, *head, c, *mask, h, last, kept),

@@ -18,12 +18,13 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.extending import overload
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recurlm.kernels.reference import GATES
 
-BLOCK = 512  # units: a row of 2 KB an array
+BLOCK = 2560  # units: a row of 10 KB an array; shorter ones leave the memory's prefetcher too little to go on
 SEGMENT = 8  # time steps from one stored c to the next
 ELEMENTS = 32768  # h values that are worth a thread: some 30 µs
 
@@ -49,7 +50,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _exp_parts(x: float) -> tuple[float, float]:
+def _exp_parts(x: Any) -> tuple[Any, Any]:
     """(2^k, p) with exp(x) = 2^k + 2^k p, in fp32 for -88 <= x <= 88.8; plain arithmetic, which LLVM vectorises."""
     shifted = x * INVERSE_LN2 + ROUND
     k = shifted - ROUND
@@ -60,7 +61,7 @@ def _exp_parts(x: float) -> tuple[float, float]:
 
 
 @_compiled
-def _sigmoid(x: float) -> float:
+def _sigmoid32(x: Any) -> Any:
     """In fp32, to 2 units in the last place; 0 below -88.4. The comparisons let NaN pass."""
     x = -x
     x = LARGE if x > LARGE else x
@@ -70,7 +71,7 @@ def _sigmoid(x: float) -> float:
 
 
 @_compiled
-def _tanh(x: float) -> float:
+def _tanh32(x: Any) -> Any:
     """In fp32, to 2 units in the last place: e / (e + 2) = 1 - 2 / (e + 2) with e = exp(2 |x|) - 1, never rounded away.
 
     The second form is exact near 1, where 1 - tanh² is wanted.
@@ -84,9 +85,31 @@ def _tanh(x: float) -> float:
     return -part if x < 0 else part
 
 
+def _sigmoid(x):
+    """The logistic function of a float32 or float64, in compiled code; as `_tanh` is the hyperbolic tangent."""
+    return 1 / (1 + math.exp(-x))
+
+
+def _tanh(x):
+    return math.tanh(x)
+
+
+@overload(_sigmoid)
+def _sigmoid_of_type(x):
+    return (lambda x: _sigmoid32(x)) if x == numba.float32 else lambda x: 1 / (1 + math.exp(-x))
+
+
+@overload(_tanh)
+def _tanh_of_type(x):
+    return (lambda x: _tanh32(x)) if x == numba.float32 else lambda x: math.tanh(x)
+
+
 @_compiled
 def _row(x: np.ndarray, at: int, size: int) -> np.ndarray:
     return x[at : at + size]
+
+
+# The loops have few arrays each: LLVM vectorises one only if few comparisons show that its arrays do not overlap.
 
 
 @_compiled
@@ -100,22 +123,34 @@ def _copy(x_N: np.ndarray, out_N: np.ndarray) -> None:
 
 @_compiled
 def _sigmoids(x_N: np.ndarray, out_N: np.ndarray) -> None:
-    if x_N.itemsize == 4:
-        for n in range(x_N.size):
-            out_N[n] = _sigmoid(x_N[n])
-    else:
-        for n in range(x_N.size):
-            out_N[n] = 1 / (1 + math.exp(-x_N[n]))
+    for n in range(x_N.size):
+        out_N[n] = _sigmoid(x_N[n])
 
 
 @_compiled
 def _tanhs(x_N: np.ndarray, out_N: np.ndarray) -> None:
-    if x_N.itemsize == 4:
-        for n in range(x_N.size):
-            out_N[n] = _tanh(x_N[n])
-    else:
-        for n in range(x_N.size):
-            out_N[n] = math.tanh(x_N[n])
+    for n in range(x_N.size):
+        out_N[n] = _tanh(x_N[n])
+
+
+@_compiled
+def _advance(z_N: np.ndarray, f_N: np.ndarray, scale_N: np.ndarray, c_N: np.ndarray) -> None:
+    """The next c from pre-activations, in place."""
+    for n in range(z_N.size):
+        c_N[n] = c_N[n] + _sigmoid(f_N[n]) * scale_N[n] * (_tanh(z_N[n]) - c_N[n])
+
+
+@_compiled
+def _advance_ifo(z_N: np.ndarray, f_N: np.ndarray, i_N: np.ndarray, scale_N: np.ndarray, c_N: np.ndarray) -> None:
+    for n in range(z_N.size):
+        s, i = _sigmoid(f_N[n]), _sigmoid(i_N[n])
+        c_N[n] = c_N[n] - s * scale_N[n] * c_N[n] + i * scale_N[n] * _tanh(z_N[n])
+
+
+@_compiled
+def _output(o_N: np.ndarray, c_N: np.ndarray, h_N: np.ndarray) -> None:
+    for n in range(h_N.size):
+        h_N[n] = _sigmoid(o_N[n]) * c_N[n]
 
 
 @_compiled
@@ -145,12 +180,6 @@ def _activate(
         _step_ifo(rows[0], rows[1], rows[3], scale_N, c_N, next_N)
     else:
         _step(rows[0], rows[1], scale_N, c_N, next_N)
-
-
-@_compiled
-def _output(o_N: np.ndarray, c_N: np.ndarray, h_N: np.ndarray) -> None:
-    for n in range(h_N.size):
-        h_N[n] = o_N[n] * c_N[n]
 
 
 @_compiled
@@ -213,8 +242,7 @@ def _forward(
     """Fills h, the last c and, unless it is empty, `kept` with the c before each segment; arrays are flat."""
     blocks = (H + BLOCK - 1) // BLOCK
     width = (H + blocks - 1) // blocks
-    rows, constants = np.empty((4, width), h.dtype), np.empty(width, h.dtype)
-    c, other = np.empty(width, h.dtype), np.empty(width, h.dtype)
+    constants, c = np.empty(width, h.dtype), np.empty(width, h.dtype)
     for n in range(width):
         constants[n] = constant
     for block in range(first, stop):
@@ -222,14 +250,17 @@ def _forward(
         W, column = min(width, H - unit), b * H + unit
         _copy(_row(c0, column, W), c)
         for t in range(T):
-            at = t * B * H + column
+            at, gate = t * B * H + column, (t * B + b) * G * H + unit
             if kept.size and t % SEGMENT == 0:
                 _copy(c, _row(kept, t // SEGMENT * B * H + column, W))
             scale_N = _row(mask, at, W) if mask.size else constants
-            _activate(gates, (t * B + b) * G * H + unit, W, H, G, scale_N, rows, c, other)
-            c, other = other, c
+            z_N, f_N = _row(gates, gate, W), _row(gates, gate + H, W)
+            if G == 4:
+                _advance_ifo(z_N, f_N, _row(gates, gate + 3 * H, W), scale_N, c)
+            else:
+                _advance(z_N, f_N, scale_N, c)
             if G >= 3:
-                _output(rows[2], c, _row(h, at, W))
+                _output(_row(gates, gate + 2 * H, W), c, _row(h, at, W))
             else:
                 _copy(c, _row(h, at, W))
         _copy(c, _row(last, column, W))
