@@ -32,9 +32,7 @@ ELEMENTS = 32768  # h values that are worth a thread: some 30 µs
 INVERSE_LN2 = np.float32(1 / math.log(2))
 LN2 = (np.float32(0.693359375), np.float32(math.log(2) - 0.693359375))  # in two parts: k times the first is exact
 P2, P3, P4, P5, P6 = (np.float32(c) for c in (0.50000001, 0.16666543, 0.04166628, 0.00836661, 0.00139465))
-ROUND = np.float32(
-    1.5 * 2**23 + 127
-)  # adding it rounds to an integer and leaves k + 127, an exponent, in the last bits
+ROUND = np.float32(1.5 * 2**23 + 127)  # x + ROUND has the rounded x, as the exponent of 2^x, in its last 8 bits
 LARGE, TINY, FLAT = np.float32(88.8), np.float32(-88.0), np.float32(18.1)  # exp overflows; is 0 beside 1; tanh is 1
 ONE, TWO = np.float32(1), np.float32(2)
 
@@ -62,7 +60,7 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
 
 @_compiled
 def _sigmoid32(x: Any) -> Any:
-    """In fp32, to 2 units in the last place; 0 below -88.4. The comparisons let NaN pass."""
+    """In fp32, to 3 units in the last place; 0 below -88.4. The comparisons let NaN pass."""
     x = -x
     x = LARGE if x > LARGE else x
     x = TINY if x < TINY else x
@@ -72,9 +70,9 @@ def _sigmoid32(x: Any) -> Any:
 
 @_compiled
 def _tanh32(x: Any) -> Any:
-    """In fp32, to 2 units in the last place: e / (e + 2) = 1 - 2 / (e + 2) with e = exp(2 |x|) - 1, never rounded away.
+    """In fp32, to 3 units in the last place: e / (e + 2) = 1 - 2 / (e + 2) with e = exp(2 |x|) - 1, never rounded away.
 
-    The second form is exact near 1, where 1 - tanh² is wanted.
+    The second form is the better one near 1, where 1 - tanh² is wanted.
     """
     y = abs(x + x)
     y = FLAT if y > FLAT else y
@@ -116,9 +114,6 @@ def _row(x: np.ndarray, at: int, size: int) -> np.ndarray:
 def _copy(x_N: np.ndarray, out_N: np.ndarray) -> None:
     for n in range(min(x_N.size, out_N.size)):
         out_N[n] = x_N[n]
-
-
-# The loops have few arrays each: LLVM vectorises one only if few comparisons show that its arrays do not overlap.
 
 
 @_compiled
