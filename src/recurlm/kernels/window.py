@@ -53,6 +53,7 @@ def _older(parts: tuple[Tensor, ...]) -> list[tuple[int, Tensor]]:
 def window(x_TBI: Tensor, previous_WBI: Tensor, weight: Tensor) -> Tensor:
     """gates_TBG = W [x_t; x_{t-1}; ...; x_{t-k}] with k = len(previous).
 
-    The inputs before the first are in `previous`, oldest first. `weight` is (G, (k + 1) I), its first I columns for the newest input.
+    The inputs before the first are in `previous`, oldest first. `weight` is (G, (k + 1) I), its first I columns for the
+    newest input.
     """
     return _Window.apply(x_TBI, previous_WBI, weight)  # type: ignore[return-value]
