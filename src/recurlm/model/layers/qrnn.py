@@ -59,16 +59,19 @@ class QRNN(RecurrentLayer):
     def forward(
         self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Source | None
     ) -> tuple[Tensor, LayerState]:
-        weight, bias, T = weight.to(x_TBI.dtype), self.bias.to(x_TBI.dtype), x_TBI.shape[0]
+        weight, T = weight.to(x_TBI.dtype), x_TBI.shape[0]
+        # On a GPU the pooling adds the bias and sums its gradient, in a pass over the gates that it makes anyway.
+        added, pooled = (None, self.bias) if x_TBI.is_cuda else (self.bias.to(x_TBI.dtype), None)
         if self.window == 1:
-            gates_TBG = linear(x_TBI, weight, bias)
+            gates_TBG = linear(x_TBI, weight, added)
             carried: tuple[Tensor, ...] = ()
         else:
             past_TBI = torch.cat((state[1].transpose(0, 1), x_TBI))
-            gates_TBG = bias
+            gates_TBG = added
             for back, part in enumerate(weight.split(self.input_size, dim=1)):
                 start = self.window - 1 - back
-                gates_TBG = gates_TBG + linear(past_TBI[start : start + T], part)
+                product_TBG = linear(past_TBI[start : start + T], part)
+                gates_TBG = product_TBG if gates_TBG is None else gates_TBG + product_TBG
             carried = (past_TBI[T:].transpose(0, 1),)
-        h_TBH, c_BH = kernels.pool(gates_TBG, state[0], self._scale(x_TBI, generator), self.pooling)
+        h_TBH, c_BH = kernels.pool(gates_TBG, state[0], self._scale(x_TBI, generator), self.pooling, pooled)
         return h_TBH, (c_BH, *carried)
