@@ -113,26 +113,27 @@ def _tanh_approx(x):
 
 
 @triton.jit
-def _one_plus_exp(x, RATE: tl.constexpr, ACT: tl.constexpr):
-    """1 + e^(-RATE x), at most 1 + 2^30; a NaN stays one."""
-    power = x * (-1.4426950408889634 * RATE)
+def _one_plus_exp(x, bias, RATE: tl.constexpr, ACT: tl.constexpr):
+    """1 + e^(-RATE (x + bias)), at most 1 + 2^30; a NaN stays one."""
+    power = x.to(tl.float32) * (-1.4426950408889634 * RATE) + bias * (-1.4426950408889634 * RATE)  # one operation
     return 1.0 + _exp2(tl.minimum(power, 30.0, propagate_nan=tl.PropagateNan.ALL), ACT)
 
 
 @triton.jit
-def _sigmoid(x, ACT: tl.constexpr):
+def _sigmoid(x, bias, ACT: tl.constexpr):
     if ACT == "approx":
-        return 0.5 + 0.5 * _tanh_approx(0.5 * x)
-    return _reciprocal(1.0 + _exp2(x * -1.4426950408889634, ACT), ACT)
+        return 0.5 + 0.5 * _tanh_approx(0.5 * x.to(tl.float32) + 0.5 * bias)
+    return _reciprocal(1.0 + _exp2((x.to(tl.float32) + bias) * -1.4426950408889634, ACT), ACT)
 
 
 @triton.jit
-def _tanh(x, ACT: tl.constexpr):
-    if ACT == "approx":
-        return _tanh_approx(x)
-    fading = _exp2(tl.abs(x) * -2.8853900817779268, ACT)  # e^(-2 |x|), so that no digits cancel where |z| is near 1
+def _tanh(x, bias, ACT: tl.constexpr):
+    total = x.to(tl.float32) + bias
+    if ACT == "approx" or ACT == "mixed":
+        return _tanh_approx(total)
+    fading = _exp2(tl.abs(total) * -2.8853900817779268, ACT)  # e^(-2 |x|): no digits cancel where |z| is near 1
     size = (1.0 - fading) * _reciprocal(1.0 + fading, ACT)
-    return tl.where(x < 0.0, -size, size)
+    return tl.where(total < 0.0, -size, size)
 
 
 @triton.jit
@@ -142,27 +143,25 @@ def _activated(row, bias, WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_I: tl
     if ACT == "shared" or ACT == "mixed":  # each denominator is at most 2^30 + 1, so their product is finite
         over_z, over_o, over_i = 1.0, 1.0, 1.0
         if WITH_Z and ACT == "shared":
-            over_z = _one_plus_exp(row[0].to(tl.float32) + bias[0], 2.0, ACT)
-        over_f = _one_plus_exp(row[1].to(tl.float32) + bias[1], 1.0, ACT)
+            over_z = _one_plus_exp(row[0], bias[0], 2.0, ACT)
+        over_f = _one_plus_exp(row[1], bias[1], 1.0, ACT)
         if WITH_O:
-            over_o = _one_plus_exp(row[2].to(tl.float32) + bias[2], 1.0, ACT)
+            over_o = _one_plus_exp(row[2], bias[2], 1.0, ACT)
         if WITH_I:
-            over_i = _one_plus_exp(row[3].to(tl.float32) + bias[3], 1.0, ACT)
+            over_i = _one_plus_exp(row[3], bias[3], 1.0, ACT)
         zf, oi = over_z * over_f, over_o * over_i
         inverse = _reciprocal(zf * oi, ACT)
         inverse_zf, inverse_oi = inverse * oi, inverse * zf
         z, f = 2.0 * (inverse_zf * over_f) - 1.0, inverse_zf * over_z
         o, i = inverse_oi * over_i, inverse_oi * over_o
-        if WITH_Z and ACT == "mixed":
-            z = _tanh_approx(row[0].to(tl.float32) + bias[0])
     else:
-        f = _sigmoid(row[1].to(tl.float32) + bias[1], ACT)
-        if WITH_Z:
-            z = _tanh(row[0].to(tl.float32) + bias[0], ACT)
+        f = _sigmoid(row[1], bias[1], ACT)
         if WITH_O:
-            o = _sigmoid(row[2].to(tl.float32) + bias[2], ACT)
+            o = _sigmoid(row[2], bias[2], ACT)
         if WITH_I:
-            i = _sigmoid(row[3].to(tl.float32) + bias[3], ACT)
+            i = _sigmoid(row[3], bias[3], ACT)
+    if WITH_Z and ACT != "shared":
+        z = _tanh(row[0], bias[0], ACT)
     return z, f, o, i
 
 

@@ -67,11 +67,13 @@ class QRNN(RecurrentLayer):
             carried: tuple[Tensor, ...] = ()
         else:
             past_TBI = torch.cat((state[1].transpose(0, 1), x_TBI))
-            gates_TBG = added
-            for back, part in enumerate(weight.split(self.input_size, dim=1)):
-                start = self.window - 1 - back
-                product_TBG = linear(past_TBI[start : start + T], part)
-                gates_TBG = product_TBG if gates_TBG is None else gates_TBG + product_TBG
+            first, *others = (
+                linear(past_TBI[start : start + T], part)
+                for start, part in zip(range(self.window)[::-1], weight.split(self.input_size, dim=1), strict=True)
+            )
+            gates_TBG = first if added is None else added + first
+            for product_TBG in others:
+                gates_TBG = gates_TBG + product_TBG
             carried = (past_TBI[T:].transpose(0, 1),)
         h_TBH, c_BH = kernels.pool(gates_TBG, state[0], self._scale(x_TBI, generator), self.pooling, pooled)
         return h_TBH, (c_BH, *carried)
