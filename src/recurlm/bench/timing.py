@@ -102,14 +102,22 @@ def gpu_time(work: Work | Sequence[Work], *, graph: bool = True, repeats: int = 
         for _ in range(3):
             _call_in_turn(works, len(works))
     torch.cuda.current_stream().wait_stream(side)
-    calls = max(1, round(CAPTURED_US / _elapsed([lambda: _call_in_turn(works, len(works))]))) * len(works)
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            _call_in_turn(works, calls)
-        captured.replay()
-        return _elapsed([captured.replay] * repeats) / calls
-    return _elapsed([lambda: _call_in_turn(works, calls)] * repeats) / calls
+    series = _series(works, 1, graph)
+    turns = max(1, round(CAPTURED_US / _elapsed([series] * 3)))
+    if turns > 1:
+        series = _series(works, turns, graph)
+    return _elapsed([series] * repeats) / (turns * len(works))
+
+
+def _series(works: Sequence[Work], turns: int, graph: bool) -> Work:
+    """The works in turn, so many times; with `graph` as one CUDA graph, which ran once."""
+    if not graph:
+        return lambda: _call_in_turn(works, turns * len(works))
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        _call_in_turn(works, turns * len(works))
+    captured.replay()
+    return captured.replay
 
 
 def _call_in_turn(works: Sequence[Work], calls: int) -> None:
