@@ -43,9 +43,10 @@ def _pool_outcome(
     for pooling, gates in reference.GATES.items():
         gates_TBG, c_BH = values(T, B, gates * H).requires_grad_(), values(B, H).requires_grad_()
         scale_TBH = (values(T, B, H) > 0).to(dtype) if pooling != "f" else None
-        results = function(gates_TBG, c_BH, scale_TBH, pooling)
+        bias_G = values(gates * H).requires_grad_()
+        results = function(gates_TBG, c_BH, scale_TBH, pooling, bias_G)
         weights = [values(*result.shape) for result in results]
-        out += [*results, *torch.autograd.grad(results, (gates_TBG, c_BH), weights)]
+        out += [*results, *torch.autograd.grad(results, (gates_TBG, c_BH, bias_G), weights)]
     return out
 
 

@@ -71,12 +71,39 @@ def test_empty_columns_are_left_out():
     assert "ours" in text and not any(name in text for name in ("peer", "ratio", "limit", "target", "MB"))
 
 
+def test_works_in_turn():
+    made = iter(range(99))
+    assert timing.in_turn(lambda: next(made), timing.ROTATED_BYTES // 3) == [0, 1, 2, 3]
+    assert len(timing.in_turn(lambda: next(made), 10 * timing.ROTATED_BYTES)) == 1
+
+
+def test_each_call_is_made_while_the_other_works_results_live():
+    alive, seen = [], []
+
+    class Result:
+        def __init__(self, name):
+            self.name = name
+            seen.append("".join(alive) + name)
+            alive.append(name)
+
+        def __del__(self):
+            alive.remove(self.name)
+
+    timing._call_in_turn([lambda name=name: Result(name) for name in "abc"], 5)
+    assert seen == ["a", "ab", "abc", "bca", "cab"] and not alive
+
+
 @pytest.mark.skipif(not CUDA, reason="no GPU here")
 @pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize("flush", [True, False])
-def test_gpu_time_runs_and_measures(flush, graph):
-    x = torch.randn(1 << 20, device="cuda")
-    assert timing.gpu_time(lambda: x.mul_(1.0), flush=flush, graph=graph) > 0
+def test_gpu_time_runs_and_measures(graph):
+    def make():
+        x = torch.randn(1 << 20, device="cuda")
+        return lambda: x + 1.0
+
+    assert timing.gpu_time(make(), graph=graph) > 0
+    works = timing.in_turn(make, 8 << 20)
+    assert len(works) == 32
+    assert timing.gpu_time(works, graph=graph) > 1  # 8 MB take more than 1 us in the memory of any GPU
     assert timing.gpu_memory(lambda: torch.empty(1 << 20, device="cuda")) == pytest.approx(4.2, abs=0.1)
 
 

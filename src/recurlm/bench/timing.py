@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -17,7 +18,8 @@ import torch
 if TYPE_CHECKING:
     from rich.table import Table
 
-FLUSH_BYTES = 1 << 28  # more than the L2 cache of any GPU
+ROTATED_BYTES = 1 << 28  # several times the L2 cache of any GPU
+CAPTURED_US = 2000.0  # of calls in a row, beside which the few microseconds of a launch are nothing
 Work = Callable[[], Any]
 
 
@@ -75,39 +77,66 @@ def cpu_time(works: Mapping[str, Work], *, seconds: float = 2.0, rounds: int = 5
     return {name: Times(1e6 * min(times), 1e6 * statistics.median(times)) for name, times in spent.items()}
 
 
-def gpu_time(work: Work, *, flush: bool = True, graph: bool = True, repeats: int = 30) -> float:
-    """Median microseconds of the work on the current GPU, after three calls to warm up.
+def in_turn(make: Callable[[], Work], nbytes: int) -> list[Work]:
+    """So many works, each made with data of its own, that calls in turn find nothing of theirs in the GPU's L2 cache.
 
-    With `graph` a captured CUDA graph is replayed, so no Python or launch stands between its kernels (the work must be
-    capturable); without, it is timed as Python launches it. With `flush` a buffer larger than the L2 cache is written
-    before each repeat; without, the mean of ten calls in a row on warm data counts as one repeat.
+    One call reads and writes `nbytes`; a single work is enough where that is several times the cache.
     """
+    return [make() for _ in range(-(-ROTATED_BYTES // nbytes))]
+
+
+def gpu_time(work: Work | Sequence[Work], *, graph: bool = True, repeats: int = 20) -> float:
+    """Median microseconds of one call on the current GPU, after three to warm up.
+
+    Many calls in a row are timed as one, some 2 ms of them or each work once, and several works take turns: each then
+    meets a cache full of the others' data, and pays for the write-back of what the others wrote as they do for its own.
+    A work alone finds its data in the L2 cache as far as it fits there: give `in_turn(...)` unless its data is far
+    larger. What a call returns is kept for one turn, so that results do not share memory either. With `graph` the
+    calls are captured in one CUDA graph, so no Python stands between their kernels (they must be capturable);
+    without, they are timed as Python launches them.
+    """
+    works = [work] if callable(work) else list(work)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            work()
+            _call_in_turn(works, len(works))
     torch.cuda.current_stream().wait_stream(side)
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            work()
-        work = captured.replay
-    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if flush else None
-    calls = 1 if flush else 10
-    work()
+    series = _series(works, 1, graph)
+    turns = max(1, round(CAPTURED_US / _elapsed([series] * 3)))
+    if turns > 1:
+        series = _series(works, turns, graph)
+    return _elapsed([series] * repeats) / (turns * len(works))
+
+
+def _series(works: Sequence[Work], turns: int, graph: bool) -> Work:
+    """The works in turn, so many times; with `graph` as one CUDA graph, which ran once."""
+    if not graph:
+        return lambda: _call_in_turn(works, turns * len(works))
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        _call_in_turn(works, turns * len(works))
+    captured.replay()
+    return captured.replay
+
+
+def _call_in_turn(works: Sequence[Work], calls: int) -> None:
+    kept: deque[Any] = deque(maxlen=len(works) - 1)
+    for n in range(calls):
+        kept.append(works[n % len(works)]())
+
+
+def _elapsed(works: Sequence[Work]) -> float:
+    """Median microseconds of the works, one after the other, on the current GPU."""
     marks = []
-    for _ in range(repeats):
-        if buffer is not None:
-            buffer.zero_()
+    for work in works:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for _ in range(calls):
-            work()
+        work()
         end.record()
         marks.append((start, end))
     torch.cuda.synchronize()
-    return 1000 * statistics.median(start.elapsed_time(end) for start, end in marks) / calls
+    return 1000 * statistics.median(start.elapsed_time(end) for start, end in marks)
 
 
 def gpu_memory(work: Work) -> float:

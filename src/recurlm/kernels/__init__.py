@@ -81,9 +81,11 @@ def _load(operation: str, device: str, dtype: torch.dtype) -> Callable[..., Any]
     return TABLE[operation, device, dtype]() if (operation, device, dtype) in TABLE else getattr(reference, operation)
 
 
-def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
+def pool(
+    gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str, bias_G: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(h_TBH, last c_BH) of QRNN pooling (f, fo or ifo); see `reference.pool` for the formula."""
-    return _load("pool", gates_TBG.device.type, gates_TBG.dtype)(gates_TBG, c_BH, scale, pooling)
+    return _load("pool", gates_TBG.device.type, gates_TBG.dtype)(gates_TBG, c_BH, scale, pooling, bias_G)
 
 
 def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:

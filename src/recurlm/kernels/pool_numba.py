@@ -372,8 +372,12 @@ class _Pool(torch.autograd.Function):
         return torch.from_numpy(grad_gates), torch.from_numpy(grad_c), None, None
 
 
-def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
+def pool(
+    gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str, bias_G: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(h_TBH, last c_BH); the same as `reference.pool`, for CPU tensors; 16-bit types compute in fp32."""
+    if bias_G is not None:
+        gates_TBG = gates_TBG + bias_G.to(gates_TBG.dtype)
     if gates_TBG.shape[0] == 0:
         return gates_TBG.new_empty((0, *c_BH.shape)), c_BH
     if gates_TBG.dtype in (torch.bfloat16, torch.float16):

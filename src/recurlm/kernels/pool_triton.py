@@ -1,5 +1,6 @@
 """QRNN pooling on the GPU: activations, recurrence and output gate in one pass over memory.
 
+The pre-activations are those given plus a bias, if there is one; the sum of its gradient over time comes with the others'.
 A program owns BLOCK columns of one batch row and walks through time, K steps at a time; the next K steps are loaded
 before the current ones are computed, so that memory never waits for arithmetic. The forward pass writes h, and, only
 where a gradient is needed, c before every `spacing`-th step. The backward pass reads the gates and these marks,
@@ -29,10 +30,12 @@ from torch import Tensor
 from recurlm.kernels import reference
 
 INTERPRETED = triton.knobs.runtime.interpret
+WHOLE = 1 << 30
+"""A chunk that holds any time: it is not split."""
 
 
 class Plan(NamedTuple):
-    """How a kernel is laid out: columns and warps a program, steps in flight, and steps a chunk (T: not split)."""
+    """How a kernel is laid out: columns and warps a program, steps in flight, and steps a chunk."""
 
     block: int
     warps: int
@@ -40,29 +43,54 @@ class Plan(NamedTuple):
     chunk: int
     ahead: bool
     """Whether the next steps are loaded before the current ones are computed."""
+    activation: str
+    """A key of ACTIVATIONS."""
+
+
+ACTIVATIONS = {
+    "plain": "the compiler's exponentials and divisions; any GPU",
+    "exact": "the same as single instructions of NVIDIA's; as near to the truth as torch's in fp32",
+    "shared": "as exact, with one reciprocal for all gates: fewer operations of the scarce special function unit",
+    "mixed": "as shared, with the hardware's tanh for z, of which 10 bits are right: NVIDIA from 7.5",
+    "approx": "the hardware's tanh for all gates",
+}
+
+
+def _activation(gates_TBG: Tensor) -> str:
+    device = gates_TBG.device
+    if INTERPRETED or device.type != "cuda" or torch.version.hip:
+        return "plain"
+    if gates_TBG.dtype == torch.float32:
+        return "exact"
+    return "mixed" if torch.cuda.get_device_capability(device) >= (7, 5) else "shared"
 
 
 def _chunk(T: int, columns: int, unroll: int) -> int:
-    """Steps a chunk, a multiple of `unroll`: so many chunks that about 48,000 columns run at once; T if that is < 3."""
-    chunks = min(48_000 // columns, T // 64)
-    return T if chunks < 3 else triton.cdiv(triton.cdiv(T, chunks), unroll) * unroll
+    """Steps a chunk, a multiple of `unroll`: so many chunks that about 120,000 columns run at once; WHOLE if < 3."""
+    chunks = min(120_000 // columns, T // 64)
+    return WHOLE if chunks < 3 else triton.cdiv(triton.cdiv(T, chunks), unroll) * unroll
 
 
-def forward_plan(T: int, B: int, H: int, itemsize: int) -> Plan:
+def forward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     """The forward kernel's layout. `unroll` is a multiple of the backward kernel's."""
-    few = B * H < 64_000  # little parallelism: more bytes in flight a thread, fewer columns each
-    block, unroll = (64, 16) if few else (128, 8)
-    return Plan(block, 2 if few or itemsize == 4 else 1, unroll, _chunk(T, B * H, unroll), True)
+    T, columns, how = gates_TBG.shape[0], c_BH.numel(), _activation(gates_TBG)
+    chunk = _chunk(T, columns, 8)
+    if chunk != WHOLE:
+        return Plan(64, 1, 8, chunk, True, how)
+    if columns < 64_000:  # little parallelism: more bytes in flight a thread, one column each
+        return Plan(32, 1, 24, WHOLE, True, how)
+    return Plan(128, 2, 8, WHOLE, False, how)
 
 
-def backward_plan(T: int, B: int, H: int, itemsize: int) -> Plan:
+def backward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     """The backward kernel's layout; its `unroll` is also the spacing of the marks."""
-    return Plan(64 if B * H < 64_000 or itemsize == 4 else 128, 2, 8, _chunk(T, B * H, 8), True)
-
-
-def activation(device: torch.device, dtype: torch.dtype) -> str:
-    """ "ptx": exponentials and reciprocals as single instructions, on NVIDIA cards; "plain": the compiler's, elsewhere."""
-    return "plain" if INTERPRETED or device.type != "cuda" or torch.version.hip else "ptx"
+    T, columns, how = gates_TBG.shape[0], c_BH.numel(), _activation(gates_TBG)
+    chunk = _chunk(T, columns, 8)
+    if chunk != WHOLE:
+        return Plan(64, 1, 8, chunk, True, how)
+    if columns < 64_000:
+        return Plan(32, 1, 8, WHOLE, True, how)
+    return Plan(128, 2, 8 if gates_TBG.dtype == torch.float32 else 4, WHOLE, True, how)
 
 
 @triton.jit
@@ -85,42 +113,72 @@ def _tanh_approx(x):
 
 
 @triton.jit
-def _one_plus_exp(x, RATE: tl.constexpr, ACT: tl.constexpr):
-    """1 + e^(-RATE x), at most 1 + 2^30; a NaN stays one."""
-    power = x.to(tl.float32) * (-1.4426950408889634 * RATE)
+def _one_plus_exp(x, bias, RATE: tl.constexpr, ACT: tl.constexpr):
+    """1 + e^(-RATE (x + bias)), at most 1 + 2^30; a NaN stays one."""
+    power = x.to(tl.float32) * (-1.4426950408889634 * RATE) + bias * (-1.4426950408889634 * RATE)  # one operation
     return 1.0 + _exp2(tl.minimum(power, 30.0, propagate_nan=tl.PropagateNan.ALL), ACT)
 
 
 @triton.jit
-def _activated(row, WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_I: tl.constexpr, ACT: tl.constexpr):
-    """(tanh Z, sigmoid F, sigmoid O, sigmoid I) of a row of pre-activations; what is not asked for is no number.
-
-    The denominators share one reciprocal, for the special function unit is nearly as scarce here as memory: 4
-    operations for 3 gates, not 6. Each is at most 2^30 + 1, so their product is finite.
-    """
-    over_z, over_o, over_i = 1.0, 1.0, 1.0
-    if WITH_Z and ACT != "mixed" and ACT != "approx":
-        over_z = _one_plus_exp(row[0], 2.0, ACT)
+def _sigmoid(x, bias, ACT: tl.constexpr):
     if ACT == "approx":
-        z, f, o, i = 0.0, 0.5 + 0.5 * _tanh_approx(0.5 * row[1].to(tl.float32)), 0.0, 0.0
+        return 0.5 + 0.5 * _tanh_approx(0.5 * x.to(tl.float32) + 0.5 * bias)
+    return _reciprocal(1.0 + _exp2((x.to(tl.float32) + bias) * -1.4426950408889634, ACT), ACT)
+
+
+@triton.jit
+def _tanh(x, bias, ACT: tl.constexpr):
+    total = x.to(tl.float32) + bias
+    if ACT == "approx" or ACT == "mixed":
+        return _tanh_approx(total)
+    fading = _exp2(tl.abs(total) * -2.8853900817779268, ACT)  # e^(-2 |x|): no digits cancel where |z| is near 1
+    size = (1.0 - fading) * _reciprocal(1.0 + fading, ACT)
+    return tl.where(total < 0.0, -size, size)
+
+
+@triton.jit
+def _activated(row, bias, WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_I: tl.constexpr, ACT: tl.constexpr):
+    """(tanh Z, sigmoid F, sigmoid O, sigmoid I) of a row of pre-activations; what is not asked for is no number."""
+    z, o, i = 0.0, 0.0, 0.0
+    if ACT == "shared" or ACT == "mixed":  # each denominator is at most 2^30 + 1, so their product is finite
+        over_z, over_o, over_i = 1.0, 1.0, 1.0
+        if WITH_Z and ACT == "shared":
+            over_z = _one_plus_exp(row[0], bias[0], 2.0, ACT)
+        over_f = _one_plus_exp(row[1], bias[1], 1.0, ACT)
         if WITH_O:
-            o = 0.5 + 0.5 * _tanh_approx(0.5 * row[2].to(tl.float32))
+            over_o = _one_plus_exp(row[2], bias[2], 1.0, ACT)
         if WITH_I:
-            i = 0.5 + 0.5 * _tanh_approx(0.5 * row[3].to(tl.float32))
-    else:
-        over_f = _one_plus_exp(row[1], 1.0, ACT)
-        if WITH_O:
-            over_o = _one_plus_exp(row[2], 1.0, ACT)
-        if WITH_I:
-            over_i = _one_plus_exp(row[3], 1.0, ACT)
+            over_i = _one_plus_exp(row[3], bias[3], 1.0, ACT)
         zf, oi = over_z * over_f, over_o * over_i
         inverse = _reciprocal(zf * oi, ACT)
         inverse_zf, inverse_oi = inverse * oi, inverse * zf
         z, f = 2.0 * (inverse_zf * over_f) - 1.0, inverse_zf * over_z
         o, i = inverse_oi * over_i, inverse_oi * over_o
-    if WITH_Z and (ACT == "mixed" or ACT == "approx"):
-        z = _tanh_approx(row[0].to(tl.float32))
+    else:
+        f = _sigmoid(row[1], bias[1], ACT)
+        if WITH_O:
+            o = _sigmoid(row[2], bias[2], ACT)
+        if WITH_I:
+            i = _sigmoid(row[3], bias[3], ACT)
+    if WITH_Z and ACT != "shared":
+        z = _tanh(row[0], bias[0], ACT)
     return z, f, o, i
+
+
+@triton.jit
+def _load_bias(bias, h, H: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr):
+    """The columns' biases of the gates Z, F, O, I; 0 where there is none."""
+    found = (0.0, 0.0, 0.0, 0.0)
+    if BIAS:
+        z = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)
+        f = tl.load(bias + H + h, mask=h < H, other=0.0).to(tl.float32)
+        o, i = f, f
+        if GATES >= 3:
+            o = tl.load(bias + 2 * H + h, mask=h < H, other=0.0).to(tl.float32)
+        if GATES == 4:
+            i = tl.load(bias + 3 * H + h, mask=h < H, other=0.0).to(tl.float32)
+        found = (z, f, o, i)
+    return found
 
 
 @triton.jit
@@ -174,8 +232,8 @@ def _through(r, maps, h, n, N, last, H: tl.constexpr):
 
 @triton.jit
 def _forward(
-    gates, c0, scale, factor, h_out, last, marks, maps, T, B, chunk,
-    H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
+    gates, scale, factor, bias, c0, h_out, last, marks, maps, T, B, chunk,
+    H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
     SPACING: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """h_out and last, and marks if SPACING > 0; or, if FIND_MAPS, the map of each chunk of time but the last."""
@@ -187,6 +245,7 @@ def _forward(
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, T)
     stride = tl.cast(B, tl.int64) * H
+    biases = _load_bias(bias, h, H, GATES, BIAS)
     gates += begin * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
     scale += begin * stride + n
     h_out += begin * stride + n
@@ -219,7 +278,7 @@ def _forward(
                 if j % SPACING == 0:
                     tl.store(marks, c, mask=inside)
                     marks += stride
-            z, f, o, i = _activated(rows[j], True, WITH_O, GATES == 4, ACT)
+            z, f, o, i = _activated(rows[j], biases, True, WITH_O, GATES == 4, ACT)
             if MASK:
                 f = f * rows[j][4].to(tl.float32)
                 i = i * rows[j][4].to(tl.float32)
@@ -251,11 +310,14 @@ def _forward(
 
 @triton.jit
 def _backward(
-    gates, scale, factor, marks, dh, dlast, dgates, dc0, maps, T, B, chunk,
-    H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
+    gates, scale, factor, bias, marks, dh, dlast, dgates, dc0, dbias, maps, T, B, chunk,
+    H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
     K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """dgates and dc0; or, if FIND_MAPS, the map of dc over each chunk. Chunks are counted from the end of time."""
+    """dgates, dc0, and dbias of each chunk and batch row if BIAS; or, if FIND_MAPS, the map of dc over each chunk.
+
+    Chunks are counted from the end of time.
+    """
     BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
     MASK: tl.constexpr = SCALE == "mask"
     FULL: tl.constexpr = not FIND_MAPS
@@ -268,12 +330,15 @@ def _backward(
     end = tl.minimum(begin + chunk, T)
     start = begin + (end - begin - 1) // K * K
     stride = tl.cast(B, tl.int64) * H
+    biases = _load_bias(bias, h, H, GATES, BIAS)
     offset = start * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
     gates += offset
     dgates += offset
     scale += start * stride + n
     dh += start * stride + n
     a = tl.full((BLOCK,), 1.0, tl.float32)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    sum_z, sum_f, sum_o, sum_i = zero, zero, zero, zero
     if FIND_MAPS:
         r = tl.zeros((BLOCK,), tl.float32)
     else:
@@ -306,7 +371,7 @@ def _backward(
         steps = ()
         for j in tl.static_range(K):
             before = c
-            z, s, o, i = _activated(rows[j], FULL, WITH_O, FULL and GATES == 4, ACT)
+            z, s, o, i = _activated(rows[j], biases, FULL, WITH_O, FULL and GATES == 4, ACT)
             scaled = 1.0
             if MASK:
                 scaled = rows[j][4].to(tl.float32)
@@ -317,6 +382,7 @@ def _backward(
             else:
                 c = c + s * scaled * (z - c)
             steps = steps + ((z, s, o, i, scaled, before, c),)
+        part_z, part_f, part_o, part_i = zero, zero, zero, zero  # of the sums: fewer roundings follow each other
         for j in tl.static_range(K - 1, -1, -1):
             z, s, o, i, scaled, before, after = steps[j]
             inside = h < _width(t + j, 0, end, H)
@@ -325,20 +391,35 @@ def _backward(
             at = dgates + j * GATES * stride
             if GATES >= 3:
                 if FULL:
-                    tl.store(at + 2 * H, g * after * (o * (1.0 - o)), mask=inside)
+                    d = g * after * (o * (1.0 - o))
+                    part_o += d
+                    tl.store(at + 2 * H, d, mask=inside)
                 g = g * o
             r += g
             if FIND_MAPS:
                 a = a - a * f
-            elif GATES == 4:
-                tl.store(at + 3 * H, r * z * (scaled * (i * (1.0 - i))), mask=inside)
-                tl.store(at, r * (i * scaled) * (1.0 - z * z), mask=inside)
-                tl.store(at + H, -(r * before) * (scaled * (s * (1.0 - s))), mask=inside)
             else:
-                rf = r * f
-                tl.store(at, rf * (1.0 - z * z), mask=inside)
-                tl.store(at + H, rf * (1.0 - s) * (z - before), mask=inside)
+                if GATES == 4:
+                    inner = tl.where(t + j < end, r, 0.0)
+                    di = inner * z * (scaled * (i * (1.0 - i)))
+                    dz = inner * (i * scaled) * (1.0 - z * z)
+                    df = -(inner * before) * (scaled * (s * (1.0 - s)))
+                    part_i += di
+                    tl.store(at + 3 * H, di, mask=inside)
+                else:
+                    rf = r * f
+                    dz = rf * (1.0 - z * z)
+                    df = rf * (1.0 - s) * (z - before)
+                part_z += dz
+                part_f += df
+                tl.store(at, dz, mask=inside)
+                tl.store(at + H, df, mask=inside)
             r = r - r * f
+        if BIAS and FULL:
+            sum_z += part_z
+            sum_f += part_f
+            sum_o += part_o
+            sum_i += part_i
         dgates -= K * GATES * stride
         if AHEAD:
             rows = following
@@ -348,40 +429,56 @@ def _backward(
         tl.store(maps + stride, r, mask=keep)
     elif begin == 0:
         tl.store(dc0 + n, r, mask=keep)
+    if BIAS and FULL:
+        dbias += (tl.program_id(1) * B + b) * (GATES * H) + h
+        tl.store(dbias, sum_z, mask=keep)
+        tl.store(dbias + H, sum_f, mask=keep)
+        if GATES >= 3:
+            tl.store(dbias + 2 * H, sum_o, mask=keep)
+        if GATES == 4:
+            tl.store(dbias + 3 * H, sum_i, mask=keep)
+
+
+Scale = Tensor | float | None
 
 
 def _launch(
-    kernel: Any, plan: Plan, T: int, B: int, H: int, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> None:
-    """Runs the kernel over all columns; over time in chunks, after finding their maps, if the plan splits it."""
+    kernel: Any, plan: Plan, shape: tuple[int, int, int], gates_TBG: Tensor, scale: Scale, bias_G: Tensor | None,
+    pooling: str, others: tuple[Tensor, ...], constants: dict[str, int],
+) -> None:  # fmt: skip
+    """Runs the kernel over all columns; over time in chunks, after finding their maps, if the plan splits it.
+
+    The kernel's arguments are the gates, the scale (a mask, or none and a factor), the bias and the others. A mask or
+    bias that is not there is any tensor: it is not read.
+    """
+    (T, B, H), mask = shape, isinstance(scale, Tensor)
     programs, chunks = B * triton.cdiv(H, plan.block), triton.cdiv(T, plan.chunk)
-    options |= {
+    inputs = (
+        gates_TBG, scale if mask else gates_TBG, 1.0 if mask or scale is None else float(scale),
+        gates_TBG if bias_G is None else bias_G,
+    )  # fmt: skip
+    options = constants | {
         "H": H,
+        "GATES": reference.GATES[pooling],
+        "SCALE": "none" if scale is None else "mask" if mask else "constant",
+        "BIAS": bias_G is not None,
         "SPLIT": chunks > 1,
         "K": plan.unroll,
         "AHEAD": plan.ahead,
         "BLOCK": plan.block,
+        "ACT": plan.activation,
         "num_warps": plan.warps,
         "enable_fp_fusion": True,
     }
-    maps = torch.empty((chunks - 1, 2, B, H) if chunks > 1 else (1,), dtype=torch.float32, device=arguments[0].device)
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+    maps = torch.empty((chunks - 1, 2, B, H) if chunks > 1 else (1,), dtype=torch.float32, device=gates_TBG.device)
+    with torch.cuda.device_of(gates_TBG):  # Triton launches on the current device
         for find_maps in (True, False) if chunks > 1 else (False,):
-            kernel[programs, chunks - find_maps](*arguments, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options)
-
-
-def _options(gates_TBG: Tensor, scale: Tensor | float | None, pooling: str) -> dict[str, Any]:
-    kind = "none" if scale is None else "mask" if isinstance(scale, Tensor) else "constant"
-    return {"GATES": reference.GATES[pooling], "SCALE": kind, "ACT": activation(gates_TBG.device, gates_TBG.dtype)}
-
-
-def _scale_arguments(gates_TBG: Tensor, scale: Tensor | float | None) -> tuple[Tensor, float]:
-    """(mask, factor); a mask is any tensor, not read, where there is none."""
-    return (scale, 1.0) if isinstance(scale, Tensor) else (gates_TBG, 1.0 if scale is None else float(scale))
+            grid = programs, chunks - find_maps
+            kernel[grid](*inputs, *others, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options)
 
 
 def run_forward(
-    gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str, spacing: int
+    gates_TBG: Tensor, c_BH: Tensor, scale: Scale, pooling: str, bias_G: Tensor | None, plan: Plan, spacing: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h_TBH, last c_BH, marks_SBH): c before steps 0, spacing, 2 spacing, ...; no marks if spacing is 0."""
     T, B, H = gates_TBG.shape[0], *c_BH.shape
@@ -390,51 +487,62 @@ def run_forward(
     marks_SBH = (
         torch.empty((triton.cdiv(T, spacing), B, H), dtype=h_TBH.dtype, device=c_BH.device) if spacing else h_TBH
     )
-    arguments = (gates_TBG, c_BH, *_scale_arguments(gates_TBG, scale), h_TBH, last_BH, marks_SBH)
-    options = _options(gates_TBG, scale, pooling) | {"SPACING": spacing}
-    _launch(_forward, forward_plan(T, B, H, gates_TBG.element_size()), T, B, H, arguments, options)
+    others = (c_BH, h_TBH, last_BH, marks_SBH)
+    _launch(_forward, plan, (T, B, H), gates_TBG, scale, bias_G, pooling, others, {"SPACING": spacing})
     return h_TBH, last_BH, marks_SBH
 
 
 def run_backward(
-    gates_TBG: Tensor, marks_SBH: Tensor, scale: Tensor | float | None, pooling: str, plan: Plan,
+    gates_TBG: Tensor, marks_SBH: Tensor, scale: Scale, pooling: str, bias_G: Tensor | None, plan: Plan,
     grad_h_TBH: Tensor, grad_last_BH: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(grad_gates_TBG, grad_c_BH), from marks whose spacing is the plan's `unroll`."""
-    T, B, H = grad_h_TBH.shape
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(grad_gates_TBG, grad_c_BH, grad_bias_G), from marks whose spacing is the plan's `unroll`."""
+    shape = T, B, H = tuple(grad_h_TBH.shape)
     grad_gates_TBG = torch.empty(gates_TBG.shape, dtype=gates_TBG.dtype, device=gates_TBG.device)
     grad_c_BH = torch.empty((B, H), dtype=grad_last_BH.dtype, device=gates_TBG.device)
-    arguments = (
-        gates_TBG, *_scale_arguments(gates_TBG, scale), marks_SBH, grad_h_TBH, grad_last_BH, grad_gates_TBG, grad_c_BH
-    )  # fmt: skip
-    _launch(_backward, plan, T, B, H, arguments, _options(gates_TBG, scale, pooling))
-    return grad_gates_TBG, grad_c_BH
+    parts_NG = grad_c_BH  # not written without a bias
+    if bias_G is not None:
+        parts_NG = torch.empty(
+            (triton.cdiv(T, plan.chunk) * B, gates_TBG.shape[-1]), dtype=torch.float32, device=gates_TBG.device
+        )
+    others = (marks_SBH, grad_h_TBH, grad_last_BH, grad_gates_TBG, grad_c_BH, parts_NG)
+    _launch(_backward, plan, shape, gates_TBG, scale, bias_G, pooling, others, {})
+    return grad_gates_TBG, grad_c_BH, None if bias_G is None else parts_NG.sum(0).to(bias_G.dtype)
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str):  # type: ignore[override]
-        ctx.plan = backward_plan(gates_TBG.shape[0], *c_BH.shape, gates_TBG.element_size())
-        h_TBH, last_BH, marks_SBH = run_forward(gates_TBG, c_BH, scale, pooling, ctx.plan.unroll)
-        ctx.save_for_backward(gates_TBG, marks_SBH, scale if isinstance(scale, Tensor) else None)
+    def forward(ctx, gates_TBG: Tensor, c_BH: Tensor, scale: Scale, pooling: str, bias_G: Tensor | None):  # type: ignore[override]
+        ctx.plan = backward_plan(gates_TBG, c_BH)
+        plan, spacing = forward_plan(gates_TBG, c_BH), ctx.plan.unroll
+        h_TBH, last_BH, marks_SBH = run_forward(gates_TBG, c_BH, scale, pooling, bias_G, plan, spacing)
+        ctx.save_for_backward(gates_TBG, marks_SBH, scale if isinstance(scale, Tensor) else None, bias_G)
         ctx.factor, ctx.pooling = None if isinstance(scale, Tensor) else scale, pooling
         return h_TBH, last_BH
 
     @staticmethod
     def backward(ctx, grad_h_TBH: Tensor, grad_last_BH: Tensor):  # type: ignore[override]
-        gates_TBG, marks_SBH, mask_TBH = ctx.saved_tensors
+        gates_TBG, marks_SBH, mask_TBH, bias_G = ctx.saved_tensors
         scale = ctx.factor if mask_TBH is None else mask_TBH
         given = grad_h_TBH.contiguous(), grad_last_BH.contiguous()
-        return *run_backward(gates_TBG, marks_SBH, scale, ctx.pooling, ctx.plan, *given), None, None
+        gates, c, bias = run_backward(gates_TBG, marks_SBH, scale, ctx.pooling, bias_G, ctx.plan, *given)
+        return gates, c, None, None, bias
 
 
-def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
-    """(h_TBH, last c_BH); the same as `reference.pool`, for GPU tensors of float32, bfloat16 or float16."""
+def pool(
+    gates_TBG: Tensor, c_BH: Tensor, scale: Scale, pooling: str, bias_G: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(h_TBH, last c_BH); the same as `reference.pool`, for GPU tensors of float32, bfloat16 or float16.
+
+    The bias is added in fp32.
+    """
     if gates_TBG.shape[0] == 0:
         return gates_TBG.new_empty((0, *c_BH.shape)), c_BH
     gates_TBG, c_BH = gates_TBG.contiguous(), c_BH.contiguous()
     if isinstance(scale, Tensor):
         scale = scale.expand(gates_TBG.shape[0], *c_BH.shape).contiguous()
-    if torch.is_grad_enabled() and (gates_TBG.requires_grad or c_BH.requires_grad):
-        return _Pool.apply(gates_TBG, c_BH, scale, pooling)  # type: ignore[return-value]
-    return run_forward(gates_TBG, c_BH, scale, pooling, spacing=0)[:2]
+    if bias_G is not None:
+        bias_G = bias_G.contiguous()
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gates_TBG, c_BH, bias_G)):
+        return _Pool.apply(gates_TBG, c_BH, scale, pooling, bias_G)  # type: ignore[return-value]
+    return run_forward(gates_TBG, c_BH, scale, pooling, bias_G, forward_plan(gates_TBG, c_BH), spacing=0)[:2]

@@ -10,7 +10,9 @@ GATES = {"f": 2, "fo": 3, "ifo": 4}
 """Gates of each QRNN pooling, in the order Z, F, O, I along the last axis."""
 
 
-def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str) -> tuple[Tensor, Tensor]:
+def pool(
+    gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling: str, bias_G: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(h_TBH, last c_BH) of QRNN pooling from pre-activations Z, F, O, I (as many as the pooling has, G = GATES H).
 
     z = tanh Z, f = scale * sigmoid F, o = sigmoid O, i = scale * sigmoid I.
@@ -19,7 +21,10 @@ def pool(gates_TBG: Tensor, c_BH: Tensor, scale: Tensor | float | None, pooling:
     ifo: c_t = i_t z_t + (1 - f_t) c_{t-1};  h_t = o_t c_t.
     Bradbury et al. 2017 (Quasi-recurrent neural networks), eq. 3-5, with the f of awd-lstm-lm, which is their 1 - f.
     `scale` carries zoneout: a 0/1 mask (T, B, H) in training, the constant 1 - p in evaluation, None for none.
+    A bias, of any type, is added to the pre-activations first.
     """
+    if bias_G is not None:
+        gates_TBG = gates_TBG + bias_G.to(gates_TBG.dtype)
     z_TBH, f_TBH, *rest = gates_TBG.chunk(GATES[pooling], dim=-1)
     z_TBH, f_TBH, rest = z_TBH.tanh(), f_TBH.sigmoid(), [gate.sigmoid() for gate in rest]
     i_TBH = rest[1] if pooling == "ifo" else f_TBH

@@ -60,13 +60,13 @@ class QRNN(RecurrentLayer):
     def forward(
         self, x_TBI: Tensor, state: LayerState, weight: Tensor, recurrent: float, generator: Source | None
     ) -> tuple[Tensor, LayerState]:
-        weight, bias, T = weight.to(x_TBI.dtype), self.bias.to(x_TBI.dtype), x_TBI.shape[0]
+        weight, T = weight.to(x_TBI.dtype), x_TBI.shape[0]
         if self.window == 1:
-            gates_TBG = linear(x_TBI, weight, bias)
+            gates_TBG = linear(x_TBI, weight)
             carried: tuple[Tensor, ...] = ()
         else:
-            gates_TBG = window(x_TBI, state[1].transpose(0, 1), weight) + bias
+            gates_TBG = window(x_TBI, state[1].transpose(0, 1), weight)
             last_BWI = x_TBI[max(0, T - self.window + 1) :].transpose(0, 1)
             carried = (torch.cat((state[1][:, last_BWI.shape[1] :], last_BWI), dim=1),)
-        h_TBH, c_BH = kernels.pool(gates_TBG, state[0], self._scale(x_TBI, generator), self.pooling)
+        h_TBH, c_BH = kernels.pool(gates_TBG, state[0], self._scale(x_TBI, generator), self.pooling, self.bias)
         return h_TBH, (c_BH, *carried)

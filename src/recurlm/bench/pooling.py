@@ -1,0 +1,221 @@
+"""QRNN pooling on the GPU beside a plain loop over the columns and the limit of the memory.
+
+The limit counts what must be read and written, at the bandwidth of a copy: TBH elements (G + 1) times forwards and
+(2 G + 1) times backwards, G = 3 gates. The marks that the forward pass leaves for the backward pass are not counted.
+
+    python -m recurlm.bench.pooling --sweep     layouts and activations of the kernels side by side
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import multiprocessing
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recurlm.bench.timing import Row, copy_bandwidth, gpu_time, in_turn
+from recurlm.kernels import reference
+
+if TYPE_CHECKING:
+    from recurlm.kernels.pool_triton import Plan
+
+Shape = tuple[int, int, int]
+SHAPES: tuple[Shape, ...] = ((140, 60, 2500), (200, 128, 1840), (70, 20, 1550), (5000, 1, 1550))
+TARGETS = {
+    ("forward", SHAPES[0]): ">= 85 %",
+    ("forward", SHAPES[1]): ">= 85 %",
+    ("backward", SHAPES[0]): ">= 80 %",
+    ("backward", SHAPES[1]): ">= 80 %",
+    ("forward", SHAPES[2]): "<= 9 us",
+    ("forward", SHAPES[3]): ">= 50 %",
+}
+DIRECTIONS = ("forward", "backward")
+
+
+def rows() -> list[dict[str, Any]]:
+    """fo-pooling in bfloat16, with and without a bias, and in float32."""
+    found = []
+    for dtype, shape, direction in itertools.product((torch.bfloat16, torch.float32), SHAPES, DIRECTIONS):
+        limit, nbytes = _limit(direction, shape, dtype), _bytes(direction, shape, dtype)
+        peer = gpu_time(in_turn(lambda: _naive(direction, shape, dtype), nbytes))  # noqa: B023 - called at once
+        for with_bias in (False, True) if dtype == torch.bfloat16 else (False,):
+            row = Row(
+                measure=f"pool {direction}" + ", bias" * with_bias,
+                shape=" x ".join(f"{n:,}" for n in shape) + f" {str(dtype).removeprefix('torch.')}",
+                ours_us=gpu_time(in_turn(lambda: _ours(direction, shape, dtype, with_bias), nbytes)),  # noqa: B023
+                peer_us=None if with_bias else peer,
+                peer="" if with_bias else "plain loop",
+                limit_us=limit,
+                target=TARGETS.get((direction, shape), "") if dtype == torch.bfloat16 else "",
+            )
+            found.append(row.as_dict())
+    return found
+
+
+def _bytes(direction: str, shape: Shape, dtype: torch.dtype) -> int:
+    T, B, H = shape
+    return (4 if direction == "forward" else 7) * T * B * H * dtype.itemsize
+
+
+def _limit(direction: str, shape: Shape, dtype: torch.dtype) -> float:
+    return 1e6 * _bytes(direction, shape, dtype) / copy_bandwidth()
+
+
+def _given(shape: Shape, dtype: torch.dtype, gates: int = 3, memory: float = 0.0) -> tuple[Tensor, ...]:
+    """Random (gates_TBG, c_BH, grad_h_TBH, bias_G); forget gates are `memory` lower than the others."""
+    T, B, H = shape
+    g = torch.Generator("cuda").manual_seed(1)
+    sizes = ((T, B, gates * H), (B, H), (T, B, H), (gates * H,))
+    x_TBG, *others = (torch.randn(size, generator=g, device="cuda") for size in sizes)
+    x_TBG[..., H : 2 * H] -= memory
+    return tuple(x.to(dtype) for x in (x_TBG, *others))
+
+
+def _ours(
+    direction: str, shape: Shape, dtype: torch.dtype, with_bias: bool, plan: Plan | None = None
+) -> Callable[[], Any]:
+    """A call of the forward or the backward kernel on data of its own, in the plan given or else its own."""
+    from recurlm.kernels import pool_triton
+
+    gates_TBG, c_BH, grad_h_TBH, bias_G = _given(shape, dtype)
+    bias = bias_G.float() if with_bias else None
+    back = pool_triton.backward_plan(gates_TBG, c_BH)
+    if direction == "forward":
+        plan = plan or pool_triton.forward_plan(gates_TBG, c_BH)
+        return lambda: pool_triton.run_forward(gates_TBG, c_BH, None, "fo", bias, plan, back.unroll)
+    plan = plan or back
+    forward = pool_triton.forward_plan(gates_TBG, c_BH)._replace(unroll=plan.unroll)
+    marks_SBH = pool_triton.run_forward(gates_TBG, c_BH, None, "fo", bias, forward, plan.unroll)[2]
+    grad_last_BH = torch.zeros_like(c_BH)
+    return lambda: pool_triton.run_backward(gates_TBG, marks_SBH, None, "fo", bias, plan, grad_h_TBH, grad_last_BH)
+
+
+def _naive(direction: str, shape: Shape, dtype: torch.dtype) -> Callable[[], Any]:
+    from recurlm.bench import pooling_naive
+
+    gates_TBG, c_BH, grad_h_TBH, _ = _given(shape, dtype)
+    if direction == "forward":
+        return lambda: pooling_naive.forward(gates_TBG, c_BH)
+    c_TBH = pooling_naive.forward(gates_TBG, c_BH)[1]
+    return lambda: pooling_naive.backward(gates_TBG, c_BH, c_TBH, grad_h_TBH)
+
+
+Variant = tuple[str, Shape, torch.dtype, tuple[Any, ...]]
+
+
+def variants() -> list[Variant]:
+    """(direction, shape, dtype, the Plan's fields) of the layouts that are compared."""
+    whole, bf16, (first, second, short, long) = 1 << 30, torch.bfloat16, SHAPES
+    found: list[tuple[str, Shape, tuple[Any, ...]]] = []
+
+    def add(direction: str, shape: Shape, tiles: Any, unrolls: Any, aheads: Any, acts: Any, chunks: Any = (whole,)):
+        for (block, warps), unroll, ahead, act, chunk in itertools.product(tiles, unrolls, aheads, acts, chunks):
+            found.append((direction, shape, (block, warps, unroll, chunk, ahead, act)))
+
+    one, two, four, wide = (64, 1), (128, 2), (128, 1), (256, 4)
+    add("forward", first, (one, two, wide, four), (8,), (False,), ("mixed", "approx"))
+    add("forward", first, (one, two), (4,), (False, True), ("mixed",))
+    add("forward", first, (two,), (8,), (False,), ("shared",))
+    add("forward", second, (one, two, (256, 2), four), (8,), (False,), ("mixed", "approx"))
+    add("forward", second, (one, two), (8,), (True,), ("mixed",))
+    add("backward", first, (one, two, four), (4,), (True, False), ("mixed",))
+    add("backward", first, (two, four), (4,), (True,), ("approx",))
+    add("backward", second, (one, two), (4,), (True,), ("mixed", "approx"))
+    add("backward", second, (four,), (8,), (False,), ("mixed", "approx"))
+    add("forward", short, ((32, 1),), (16, 24), (True,), ("mixed", "approx"))
+    add("forward", short, ((32, 1),), (24, 40), (False,), ("mixed",))
+    add("forward", short, ((64, 2),), (24,), (True,), ("mixed",))
+    add("backward", short, ((32, 1),), (8, 16), (True,), ("mixed",))
+    add("forward", long, (one,), (8,), (True,), ("mixed",), (48, 64, 96))
+    add("forward", long, ((32, 1),), (16,), (True,), ("mixed",), (64, 112))
+    add("backward", long, (one,), (8,), (True,), ("mixed",), (64, 96))
+    return [(direction, shape, bf16, plan) for direction, shape, plan in dict.fromkeys(found)]
+
+
+def _prepared(variant: Variant) -> Callable[[], Any]:
+    from recurlm.kernels.pool_triton import Plan
+
+    direction, shape, dtype, plan = variant
+    return _ours(direction, shape, dtype, True, Plan(*plan))
+
+
+def _compiled(variant: Variant) -> str:
+    """Puts a variant into Triton's cache on disk; returns what went wrong, if anything."""
+    try:
+        _prepared(variant)()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{variant}: {error!r}"[:300]
+    return ""
+
+
+def _errors() -> None:
+    """Prints how far each activation is from float64, as a multiple of the reference's distance in the same type."""
+    from recurlm.kernels.pool_triton import WHOLE, Plan, run_backward, run_forward
+
+    print("bfloat16, distance from float64 beside the reference's: h, gradients of gates, c and bias")
+    for memory, act in itertools.product((0.0, 5.0, 10.0), ("shared", "mixed", "approx")):
+        values = _given((70, 20, 1550), torch.bfloat16, memory=memory)
+        outcomes = []
+        for dtype in (torch.float64, torch.bfloat16):
+            gates, c, grad, bias = (x.to(dtype).requires_grad_() for x in values)
+            h = reference.pool(gates, c, None, "fo", bias)[0]
+            outcomes.append([h.detach(), *torch.autograd.grad(h, (gates, c, bias), grad)])
+        gates, c, grad, bias = values
+        plan = Plan(128, 2, 8, WHOLE, False, act)
+        h, last, marks = run_forward(gates, c, None, "fo", bias, plan, 8)
+        ours = (h, *run_backward(gates, marks, None, "fo", bias, plan, grad, torch.zeros_like(last)))
+        found = [((a.double() - b).norm() / (e - b).norm()).item() for a, b, e in zip(ours, *outcomes, strict=True)]
+        print(f"  F - {memory:<4.0f} {act:<7}", *(f"{x:6.3f}" for x in found))
+
+
+def sweep(processes: int) -> None:
+    """Prints the variants' times with a bias, best first for each direction and shape."""
+    start, tried = time.perf_counter(), variants()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as workers:
+        for fault in filter(None, workers.map(_compiled, tried)):
+            print("FAILED", fault)
+    print(f"{len(tried)} variants compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    print(torch.cuda.get_device_name(), f"copies {copy_bandwidth() / 1e9:,.0f} GB/s")
+    _errors()
+    timed: dict[tuple[Any, ...], list[tuple[float, tuple[Any, ...]]]] = {}
+    for variant in tried:
+        direction, shape, dtype, plan = variant
+        try:
+            us = gpu_time(in_turn(lambda: _prepared(variant), _bytes(direction, shape, dtype)))  # noqa: B023
+        except Exception as error:
+            print("FAILED", variant, repr(error)[:200])
+            continue
+        timed.setdefault((direction, shape, dtype), []).append((us, plan))
+    for key, times in timed.items():
+        print(*key, f"limit {_limit(*key):.1f} us; us, share, (block, warps, unroll, chunk, ahead, activation)")
+        for us, plan in sorted(times):
+            print(f"  {us:7.1f} {_limit(*key) / us:6.1%} {plan}")
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+def main() -> None:
+    """Measures as the arguments say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="compare layouts and activations")
+    parser.add_argument("--processes", type=int, default=14, help="that compile side by side (default: 14)")
+    arguments = parser.parse_args()
+    if arguments.sweep:
+        sweep(arguments.processes)
+        return
+    print(f"{'measure':<22} {'shape':<25} {'us':>7} {'share':>6} {'naive':>7} {'limit':>6}  target")
+    for row in rows():
+        peer = "" if row["peer_us"] is None else f"{row['peer_us']:.1f}"
+        figures = f"{row['ours_us']:7.1f} {row['share']:6.1%} {peer:>7} {row['limit_us']:6.1f}"
+        print(f"{row['measure']:<22} {row['shape']:<25} {figures}  {row['target']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
