@@ -39,22 +39,28 @@ class Tiles(NamedTuple):
     flatten: bool  # whether loads run ahead across tiles
 
 
-HOPPER = Tiles(128, 128, 64, 4, 3, 2, True), Tiles(128, 128, 64, 4, 2, 2, True)
-OLDER = Tiles(64, 128, 32, 4, 3, 2, False), Tiles(64, 128, 32, 4, 3, 2, False)
-CHUNK_BYTES = 48 << 20  # of P at once
+FORWARD = Tiles(128, 128, 64, 4, 3, 2, True)
+FORWARD_LARGE = Tiles(128, 256, 64, 8, 3, 1, True)  # for LARGE logits or more
+BACKWARD = Tiles(256, 128, 64, 8, 3, 1, True)
+OLDER = Tiles(64, 128, 32, 4, 3, 2, False)  # less shared memory than Hopper's
+HOPPER_SHARED = 227 << 10  # bytes for one program
+LARGE = 1 << 26
+CHUNK_BYTES = 72 << 20  # of P at once, and more for large vocabularies: CHUNK_SHARE of the weight
+CHUNK_SHARE = 1.75
+COLUMNS = 256  # of a program of `_sum_rows`
 
 
 @triton.jit
 def _forward(
-    h, w, bias, tops, sums, N, V, per,
+    h, w, bias, tops, sums, N, V, splits,
     D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Row n's maximum and sum of exponentials over `per` tiles of the vocabulary."""
-    row_tiles = tl.cdiv(N, BN)
+    """Row n's maximum and sum of exponentials over one of `splits` near-equal parts of the vocabulary's tiles."""
+    row_tiles, v_tiles = tl.cdiv(N, BN), tl.cdiv(V, BV)
     split, n0 = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles * BN
     top = tl.full((BN,), -1e30, tl.float32)
     total = tl.zeros((BN,), tl.float32)
-    for tile in tl.range(split * per, tl.minimum(split * per + per, tl.cdiv(V, BV)), flatten=FLATTEN):
+    for tile in tl.range(split * v_tiles // splits, (split + 1) * v_tiles // splits, flatten=FLATTEN):
         acc = tl.zeros((BN, BV), tl.float32)
         for k in tl.range(0, D, BK):
             acc = tl.dot(h.load([n0, k]), w.load([tile * BV, k]).T, acc)
@@ -116,9 +122,20 @@ def _backward(
         p.store([v0, n0], acc.to(p.dtype))
 
 
+@triton.jit
+def _sum_rows(parts, out, R, V, COLUMNS: tl.constexpr):
+    """out_V: the sum of parts_RV, row after row."""
+    v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for r in range(R):
+        total += tl.load(parts + tl.cast(r, tl.int64) * V + v, mask=v < V, other=0.0)
+    tl.store(out + v, total.to(out.dtype.element_ty), mask=v < V)
+
+
 def _matrix(x: Tensor) -> Tensor:
     """`x` as the kernels read matrices: rows whole, beginning at multiples of 16 bytes, filled up with zeros."""
-    x = pad(x, (0, -x.shape[1] % (16 // x.element_size()))).contiguous()
+    if missing := -x.shape[1] % (16 // x.element_size()):
+        return pad(x, (0, missing))
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -131,9 +148,16 @@ def _slots(x: Tensor, tiles: Tiles) -> int:
     return tiles.per_sm * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
 
 
-def _tiles(x: Tensor) -> tuple[Tiles, Tiles]:
+def _tiles(x: Tensor, vocab: int) -> tuple[Tiles, Tiles]:
     """The shapes of the forward and of the backward kernel."""
-    return HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) else OLDER
+    if not x.is_cuda or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < HOPPER_SHARED:
+        return OLDER, OLDER
+    return FORWARD if len(x) * vocab < LARGE else FORWARD_LARGE, BACKWARD
+
+
+def _splits(row_tiles: int, v_tiles: int, slots: int) -> int:
+    """Into how many parts the vocabulary is split, so that the slots are evenly busy."""
+    return min(range(1, min(v_tiles, 64) + 1), key=lambda s: triton.cdiv(row_tiles * s, slots) * v_tiles / s)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -148,9 +172,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def chunk_size(rows: int, vocab: int, itemsize: int) -> int:
-    """Columns of P at once: near-equal chunks, multiples of 128, of at most CHUNK_BYTES unless 128 are more."""
-    most = max(1, CHUNK_BYTES // (itemsize * rows) // 128) * 128
+def chunk_size(rows: int, vocab: int, depth: int, itemsize: int) -> int:
+    """Columns of P at once: near-equal chunks, multiples of 128, within the allowed bytes unless 128 are more."""
+    most = max(CHUNK_BYTES, int(CHUNK_SHARE * vocab * depth * itemsize))
+    most = max(1, most // (itemsize * rows) // 128) * 128
     return triton.cdiv(triton.cdiv(vocab, triton.cdiv(vocab, most)), 128) * 128
 
 
@@ -159,17 +184,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor):  # type: ignore[override]
         h_NH, w_VH = hidden_NH.contiguous(), weight_VH.to(hidden_NH.dtype).contiguous()
         bias_V, targets_N = bias_V.contiguous(), targets_N.contiguous()
-        (N, H), V, tiles = h_NH.shape, w_VH.shape[0], _tiles(h_NH)[0]
-        row_tiles, v_tiles, slots = triton.cdiv(N, tiles.n), triton.cdiv(V, tiles.v), _slots(h_NH, tiles)
-        splits = min(range(1, 65), key=lambda s: triton.cdiv(row_tiles * s, slots) * triton.cdiv(v_tiles, s))
-        per = triton.cdiv(v_tiles, splits)
-        splits = triton.cdiv(v_tiles, per)
+        (N, H), V = h_NH.shape, w_VH.shape[0]
+        tiles = _tiles(h_NH, V)[0]
+        row_tiles = triton.cdiv(N, tiles.n)
+        splits = _splits(row_tiles, triton.cdiv(V, tiles.v), _slots(h_NH, tiles))
         partial_2SN = torch.empty(2, splits, N, device=h_NH.device)
         nll_N, lse2_N = torch.empty(N, device=h_NH.device), torch.empty(N, device=h_NH.device)
         h, w = _matrix(h_NH), _matrix(w_VH)
         with torch.cuda.device_of(h_NH):  # Triton launches on the current device
             _forward[(row_tiles * splits,)](
-                _described(h, tiles.n, tiles.k), _described(w, tiles.v, tiles.k), bias_V, *partial_2SN, N, V, per,
+                _described(h, tiles.n, tiles.k), _described(w, tiles.v, tiles.k), bias_V, *partial_2SN, N, V, splits,
                 h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
             _combine[(triton.cdiv(N, ROWS),)](
@@ -184,9 +208,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream_N: Tensor):  # type: ignore[override]
         refuse_second_derivative()
         h_NH, w_VH, bias_V, targets_N, lse2_N = ctx.saved_tensors
-        N, V, tiles = h_NH.shape[0], w_VH.shape[0], _tiles(h_NH)[1]
+        (N, H), V = h_NH.shape, w_VH.shape[0]
+        tiles = _tiles(h_NH, V)[1]
         for_hidden, for_weight, *_ = ctx.needs_input_grad
-        chunk = chunk_size(N, V, h_NH.element_size())
+        chunk = chunk_size(N, V, H, h_NH.element_size())
         row_tiles, slots = triton.cdiv(N, tiles.n), _slots(h_NH, tiles)
         p_CN = h_NH.new_empty(min(chunk, V), N + -N % 8)[:, :N]
         dbias_RV = torch.empty(row_tiles, V, device=h_NH.device)
@@ -207,7 +232,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _product(p, h_NH, dw_VH[first:last])
             if dh_NH is not None:
                 _product(p.t(), w_VH[first:last], dh_NH, add=first > 0)
-        return None if dh_NH is None else dh_NH.to(h_NH.dtype), dw_VH, dbias_RV.sum(0).to(bias_V.dtype), None
+        db_V = torch.empty_like(bias_V)
+        with torch.cuda.device_of(h_NH):
+            _sum_rows[(triton.cdiv(V, COLUMNS),)](dbias_RV, db_V, row_tiles, V, COLUMNS, num_warps=2)
+        return None if dh_NH is None else dh_NH.to(h_NH.dtype), dw_VH, db_V, None
 
 
 def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
