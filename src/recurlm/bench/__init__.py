@@ -20,7 +20,7 @@ import torch
 
 import recurlm
 from recurlm import doctor, files
-from recurlm.bench import hardware, inference, startup
+from recurlm.bench import cross_entropy, hardware, inference, startup, step_kernels
 from recurlm.errors import ConfigError, RunError, UserError, lookup
 
 Rows = list[dict[str, Any]]
@@ -54,6 +54,12 @@ MEASUREMENTS: dict[str, Measurement] = {
     "hardware": Measurement("copy bandwidth and rate of matrix products: what limits are made of", hardware.rows),
     "startup": Measurement("recurlm --help beside import torch", startup.rows),
     "inference": Measurement("scoring and generating on the CPU beside plain torch", inference.rows),
+    "cross-entropy": Measurement(
+        "time and memory of the linear cross-entropy beside torch's", cross_entropy.rows, gpu_with_triton
+    ),
+    "step-kernels": Measurement(
+        "activation penalties and the embedding's gradient beside torch's", step_kernels.rows, gpu_with_triton
+    ),
 }
 
 

@@ -12,6 +12,7 @@ dW = P' h and dh += P W are library products. Sums are fp32 and in a fixed order
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -148,9 +149,15 @@ def _slots(x: Tensor, tiles: Tiles) -> int:
     return tiles.per_sm * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
 
 
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes that one program may have."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+
+
 def _tiles(x: Tensor, vocab: int) -> tuple[Tiles, Tiles]:
     """The shapes of the forward and of the backward kernel."""
-    if not x.is_cuda or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < HOPPER_SHARED:
+    if not x.is_cuda or _shared_memory(x.device.index) < HOPPER_SHARED:
         return OLDER, OLDER
     return FORWARD if len(x) * vocab < LARGE else FORWARD_LARGE, BACKWARD
 
