@@ -74,7 +74,7 @@ def _penalties_outcome(
         for _ in range(2)
     )
     terms = function(raw_TBH, dropped_TBH, 300.0, 200.0)
-    return [*terms, *torch.autograd.grad(sum(terms), (raw_TBH, dropped_TBH))]
+    return [*terms, *torch.autograd.grad(terms[0] + terms[1], (raw_TBH, dropped_TBH))]
 
 
 # operation -> (the function that everything calls, its slow twin, what to compare of them)

@@ -93,7 +93,7 @@ def sweep(seconds: float = 45) -> None:
     start = time.perf_counter()
     given = {name: inputs(shape) for name, (shape, _) in SHAPES.items()}
     tiles = [
-        fused.Tiles(*numbers, True)
+        fused.Tiles(*numbers, flatten=True)
         for numbers in (
             (128, 128, 64, 4, 3, 2), (128, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1),
             (256, 128, 64, 8, 3, 1),
@@ -124,12 +124,19 @@ def sweep(seconds: float = 45) -> None:
             setattr(fused, key, value)
         print(f"  {label!s:28} {'  '.join(times)}", flush=True)
 
-    print("forward alone, PTB and WT2: n v k warps stages per_sm")
+    print("forward alone, nothing kept, PTB and WT2: n v k warps stages per_sm")
     for it in tiles:
-        line(("PTB", "WT2"), forward, it[:-1], FORWARD=it, FORWARD_LARGE=it)
-    print("both, PTB and WT2, with a kernel of the backward pass of n v k warps stages per_sm")
+        line(("PTB", "WT2"), forward, it[:-1], FORWARD=it, FORWARD_LARGE=it, KEPT_BYTES=0)
+    print("both, nothing kept, PTB and WT2, with a kernel of the backward pass of n v k warps stages per_sm")
     for it in tiles[:3] + tiles[4:]:
-        line(("PTB", "WT2"), whole, it[:-1], BACKWARD=it)
+        line(("PTB", "WT2"), whole, it[:-1], BACKWARD=it, KEPT_BYTES=0)
+    print("forward and both, exponentials kept, PTB: n v k warps stages per_sm, rows of a program of `_rescale`")
+    for numbers in ((128, 128, 64, 4, 2, 2), (128, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 3, 1)):
+        it = fused.Tiles(*numbers, flatten=True)
+        for part in (forward, whole):
+            line(("PTB",), part, numbers, FORWARD_KEPT=it)
+    for size in (16, 32, 128):
+        line(("PTB",), whole, size, KEPT_ROWS=size)
     for name, sizes in {"WT2": (32, 48, 64, 72, 96), "WT103": (96, 192, 320, 375, 450)}.items():
         print(f"both, {name}, chunks of at most that many MB (2^20)")
         for size in sizes:

@@ -6,6 +6,7 @@ thousand positions of a training step); then one program for each id that occurs
 
 # Triton's kernels are not Python to a type checker:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
