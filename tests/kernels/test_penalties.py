@@ -12,43 +12,35 @@ from recurlm import kernels
 from recurlm.kernels import reference
 
 CUDA = torch.cuda.is_available()
-SHAPES = [(1, 1, 1), (1, 3, 50), (2, 1, 1), (5, 3, 7), (3, 40, 100), (0, 2, 3)]
+SHAPES = [(1, 1, 1), (1, 3, 50), (2, 1, 1), (5, 3, 7), (3, 40, 100)]
 LARGE = [(70, 20, 400), (71, 33, 401), (300, 80, 400)]
 WEIGHTS = [(2.0, 1.0), (0.0, 3.0), (0.5, 0.0), (0.0, 0.0)]
 
 
 def outcome(function, raw, dropped, ar, tar):
-    """The terms, and the gradients of their sum with unequal weights (0 where there is none)."""
-    terms = function(raw, dropped, ar, tar)
-    total = 1.5 * terms[0] - 0.5 * terms[1]
-    if not total.requires_grad:
-        return [*terms]
-    gradients = torch.autograd.grad(total, (raw, dropped), allow_unused=True)
-    return [*terms, *(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, (raw, dropped), strict=True))]
+    """The terms, and the gradients of a sum of them with unequal weights (0 where there is none)."""
+    leaves, terms = (raw, dropped), function(raw, dropped, ar, tar)
+    total, gradients = 1.5 * terms[0] - 0.5 * terms[1], (None, None)
+    if total.requires_grad:
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [*terms, *(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True))]
 
 
 def compare(function, shape, dtype, device="cpu"):
+    """Terms and gradients against float64, each gradient rounded once, and two runs equal bit by bit."""
     g = torch.Generator().manual_seed(1)
     raw, dropped = (torch.randn(shape, generator=g).to(device, dtype).requires_grad_() for _ in range(2))
     wide = [x.detach().double().requires_grad_() for x in (raw, dropped)]
-    rtol = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    # The interpreter cuts bfloat16 off instead of rounding; differences of like numbers are rounded in fp32.
+    rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}[dtype] + 1e-6
     for ar, tar in WEIGHTS:
-        if not raw.numel() and ar:
-            continue  # the mean of nothing
         found = outcome(function, raw, dropped, ar, tar)
         expected = outcome(reference.penalties, *wide, ar, tar)
-        for n, (a, b) in enumerate(itertools.zip_longest(found[:2] + found[2:], expected)):
-            if b is None:  # no graph in the formula: a gradient of 0
-                assert not a.any()
-                continue
-            assert a.dtype == (torch.float32 if n < 2 else dtype)
-            close = {
-                "rtol": 2e-6 if n < 2 else rtol,
-                "atol": 1e-12 if n < 2 else rtol * float(b.abs().max() if b.numel() else 0) / 4,
-            }
-            assert torch.allclose(a.double(), b, **close), (shape, dtype, ar, tar, n)
-        again = outcome(function, raw, dropped, ar, tar)
-        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        assert [x.dtype for x in found] == [torch.float32, torch.float32, dtype, dtype]
+        for a, b, relative in zip(found, expected, (2e-6, 2e-6, rounding, rounding), strict=True):
+            least = 1e-7 + 1e-6 * b.abs().max()
+            assert bool(((a.double() - b).abs() <= relative * b.abs() + least).all()), (shape, dtype, ar, tar)
+        assert all(map(torch.equal, found, outcome(function, raw, dropped, ar, tar)))
 
 
 def interpreted():
@@ -56,7 +48,7 @@ def interpreted():
     from recurlm.kernels.penalties_triton import penalties
 
     torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
-    for shape, dtype in itertools.product(SHAPES[:-1], (torch.float32, torch.float16, torch.bfloat16)):
+    for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.float16, torch.bfloat16)):
         compare(penalties, shape, dtype)
     x = torch.randn(3, 4, 5).transpose(0, 1).requires_grad_()
     assert torch.allclose(penalties(x, x, 1, 1)[1], reference.penalties(x, x, 1, 1)[1])
@@ -87,7 +79,7 @@ def test_what_is_not_there_is_0():
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES[:-1], *LARGE])
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
 def test_triton_on_the_gpu(shape, dtype):
     torch.full((1 << 28,), float("nan"), device="cuda")  # what the allocator hands out next holds NaN
     compare(kernels.penalties, shape, dtype, "cuda")

@@ -67,14 +67,13 @@ class _Penalties(torch.autograd.Function):
     def forward(ctx, raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float):  # type: ignore[override]
         raw_TBH, dropped_TBH = raw_TBH.contiguous(), dropped_TBH.contiguous()
         n, width = raw_TBH.numel(), raw_TBH[0].numel()
-        has_ar, has_tar = ar != 0 and n > 0, tar != 0 and n > width
+        has_ar, has_tar = ar != 0, tar != 0 and n > width
         ar, tar = ar / n if has_ar else 0.0, tar / (n - width) if has_tar else 0.0
         programs = triton.cdiv(n, BLOCK)
         partials = torch.empty(2 * programs, device=raw_TBH.device)
         out = torch.empty(2, device=raw_TBH.device)
         with torch.cuda.device_of(raw_TBH):  # Triton launches on the current device
-            if n:
-                _squares[(programs,)](raw_TBH, dropped_TBH, partials, n, width, has_ar, has_tar, BLOCK, num_warps=8)
+            _squares[(programs,)](raw_TBH, dropped_TBH, partials, n, width, has_ar, has_tar, BLOCK, num_warps=8)
             _finish[(1,)](partials, out, programs, ar, tar, has_ar, has_tar, 512, num_warps=4)
         ctx.save_for_backward(raw_TBH, dropped_TBH)
         ctx.weights = ar, tar, has_ar, has_tar
