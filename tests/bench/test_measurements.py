@@ -61,6 +61,9 @@ def test_startup_row(monkeypatch):
 
 
 @pytest.mark.skipif(bench.gpu_with_triton() != "", reason="no GPU with Triton here")
+@pytest.mark.filterwarnings(
+    "ignore:The AccumulateGrad node:UserWarning"
+)  # of the leaves, used on the stream that captures
 def test_rows_of_the_gpu_kernels(monkeypatch):
     monkeypatch.setattr(cross_entropy, "SHAPES", {"small": ((60, 40, 500), "soon")})
     monkeypatch.setattr(step_kernels, "SIZES", {"small": (5, 4, 300)})
