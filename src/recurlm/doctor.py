@@ -66,6 +66,18 @@ def _linear_cross_entropy_outcome(
     return [nll_N, *torch.autograd.grad(nll_N, (hidden_NH, weight_VH, bias_V), values(N).to(nll_N.dtype))]
 
 
+def _penalties_outcome(
+    function: Callable[..., Any], device: torch.device, rounded: torch.dtype, dtype: torch.dtype
+) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    raw_TBH, dropped_TBH = (
+        torch.randn(7, 3, 33, generator=draw, dtype=torch.float64).to(rounded).to(device, dtype).requires_grad_()
+        for _ in range(2)
+    )
+    terms = function(raw_TBH, dropped_TBH, 300.0, 200.0)
+    return [*terms, *torch.autograd.grad(terms[0] + terms[1], (raw_TBH, dropped_TBH))]
+
+
 # operation -> (the function that everything calls, its slow twin, what to compare of them)
 CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
     "pool": (kernels.pool, reference.pool, _pool_outcome),
@@ -74,6 +86,7 @@ CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
         reference.linear_cross_entropy,
         _linear_cross_entropy_outcome,
     ),
+    "penalties": (kernels.penalties, reference.penalties, _penalties_outcome),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recurlm import bench
-from recurlm.bench import hardware, inference, startup, timing
+from recurlm.bench import cross_entropy, hardware, inference, startup, step_kernels, timing
 from recurlm.errors import RunError
 
 
@@ -58,6 +58,17 @@ def test_startup_row(monkeypatch):
     monkeypatch.setattr(startup, "COMMANDS", {name: ["-c", "pass"] for name in startup.COMMANDS})
     (row,) = startup.rows()
     assert row["peer"] == "import torch" and row["limit_us"] > 0 and row["share"] > 0
+
+
+@pytest.mark.skipif(bench.gpu_with_triton() != "", reason="no GPU with Triton here")
+@pytest.mark.filterwarnings(
+    "ignore:The AccumulateGrad node:UserWarning"
+)  # of the leaves, used on the stream that captures
+def test_rows_of_the_gpu_kernels(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "SHAPES", {"small": ((60, 40, 500), "soon")})
+    monkeypatch.setattr(step_kernels, "SIZES", {"small": (5, 4, 300)})
+    for row in cross_entropy.rows() + step_kernels.rows():
+        assert row["ours_us"] > 0 and row["peer_us"] > 0 and row["limit_us"] > 0
 
 
 @pytest.mark.parametrize("name", bench.MEASUREMENTS)

@@ -166,13 +166,24 @@ def interpreted():
     from recurlm.kernels import cross_entropy_triton as fused
 
     torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
+    fused.CHUNK_SHARE = 0
     for limit in (1 << 30, 1):  # one chunk of the vocabulary, and as many as there can be
         fused.CHUNK_BYTES = limit
+        fused.KEPT_BYTES = 0
         for shape in SHAPES:
             compare(fused.linear_cross_entropy, shape, torch.float32)
         compare(fused.linear_cross_entropy, (70, 33, 300), torch.float16)
-    for scale in (100, 5000):
-        compare(fused.linear_cross_entropy, (131, 64, 257), torch.float32, scale=scale)
+    for kept in (0, 1 << 30):
+        fused.KEPT_BYTES = kept
+        for scale in (100, 5000):
+            compare(fused.linear_cross_entropy, (131, 64, 257), torch.float32, scale=scale)
+    for shape in SHAPES:
+        compare(fused.linear_cross_entropy, shape, torch.float32)
+    compare(fused.linear_cross_entropy, (70, 33, 300), torch.float16)
+    leaves, targets, upstream = inputs((40, 24, 130), torch.float32)
+    nll = fused.linear_cross_entropy(*leaves, targets)
+    first, second = (torch.autograd.grad(nll, leaves, upstream, retain_graph=True) for _ in range(2))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
     leaves, targets, upstream = inputs((3, 8, 20), torch.float32)
     targets[1] = 20  # outside of the vocabulary
     assert fused.linear_cross_entropy(*leaves, targets).isnan().tolist() == [False, True, False]
@@ -208,11 +219,16 @@ def test_triton_in_the_interpreter():
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")
+@pytest.mark.parametrize("kept", [0, 1 << 30])
 @pytest.mark.parametrize("chunk", [1, 48 << 20])
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
-def test_triton_on_the_gpu(shape, chunk, monkeypatch):
+def test_triton_on_the_gpu(shape, chunk, kept, monkeypatch):
     from recurlm.kernels import cross_entropy_triton as fused
 
+    if kept and chunk == 1:
+        pytest.skip("where the exponentials are kept, there are no chunks")
+    monkeypatch.setattr(fused, "KEPT_BYTES", kept)
+    monkeypatch.setattr(fused, "CHUNK_SHARE", 0)
     monkeypatch.setattr(fused, "CHUNK_BYTES", max(chunk, 2 * shape[0] * shape[2] // 16))
     torch.full((1 << 28,), float("nan"), device="cuda")  # what the allocator hands out next holds NaN
     for scale in (1, 100):

@@ -20,7 +20,7 @@ import torch
 
 import recurlm
 from recurlm import doctor, files
-from recurlm.bench import hardware, inference, pooling, startup
+from recurlm.bench import cross_entropy, hardware, inference, pooling, startup, step_kernels
 from recurlm.errors import ConfigError, RunError, UserError, lookup
 
 Rows = list[dict[str, Any]]
@@ -55,6 +55,12 @@ MEASUREMENTS: dict[str, Measurement] = {
     "startup": Measurement("recurlm --help beside import torch", startup.rows),
     "inference": Measurement("scoring and generating on the CPU beside plain torch", inference.rows),
     "pooling": Measurement("QRNN pooling beside a plain loop over the columns", pooling.rows, gpu_with_triton),
+    "cross-entropy": Measurement(
+        "time and memory of the linear cross-entropy beside torch's", cross_entropy.rows, gpu_with_triton
+    ),
+    "step-kernels": Measurement(
+        "activation penalties and the embedding's gradient beside torch's", step_kernels.rows, gpu_with_triton
+    ),
 }
 
 

@@ -56,6 +56,15 @@ def _triton_linear_cross_entropy() -> Callable[..., Tensor]:
     return linear_cross_entropy
 
 
+def _triton_penalties() -> Callable[..., tuple[Tensor, Tensor]]:
+    if importlib.util.find_spec("triton") is None:
+        _warn("triton is not installed: the activation penalties take several times as long.")
+        return reference.penalties
+    from recurlm.kernels.penalties_triton import penalties
+
+    return penalties
+
+
 def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
@@ -73,6 +82,9 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
     ("linear_cross_entropy", "cpu", torch.bfloat16): _torch_linear_cross_entropy,
     ("linear_cross_entropy", "cuda", torch.float32): _torch_linear_cross_entropy,
     ("linear_cross_entropy", "cuda", torch.bfloat16): _triton_linear_cross_entropy,
+    ("penalties", "cuda", torch.float32): _triton_penalties,
+    ("penalties", "cuda", torch.bfloat16): _triton_penalties,
+    ("penalties", "cuda", torch.float16): _triton_penalties,
 }
 
 
@@ -95,6 +107,12 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     """
     arguments = hidden_NH, weight_VH, bias_V, targets_N
     return _load("linear_cross_entropy", hidden_NH.device.type, hidden_NH.dtype)(*arguments)
+
+
+def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tuple[Tensor, Tensor]:
+    """(ar * mean(dropped^2), tar * mean((raw_t - raw_{t-1})^2)), at least fp32; 0 for a weight of 0 and for T = 1."""
+    arguments = raw_TBH, dropped_TBH, ar, tar
+    return _load("penalties", raw_TBH.device.type, raw_TBH.dtype)(*arguments)
 
 
 class InUse(NamedTuple):

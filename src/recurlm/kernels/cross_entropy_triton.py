@@ -3,15 +3,18 @@
 Forward: tiles of logits on tensor cores, each reduced at once to a maximum and a sum of exponentials per row; the
 vocabulary is split over programs, whose partial results a second kernel combines in a fixed order (online softmax,
 Milakov & Gimelshein 2018). Backward: for a chunk of the vocabulary after the other the logits are computed again and
-P = (softmax - one-hot) * upstream gradient is written in bfloat16, small enough to stay in the L2 cache; then
-dW = P' h and dh += P W are library products. Sums are fp32 and in a fixed order throughout.
+P = (softmax - one-hot) * upstream gradient is written in bfloat16; then dW = P' h and dh += P W are library products.
+Where all of P is small enough for the L2 cache, the forward pass keeps the exponentials in bfloat16, and the backward
+pass scales them instead of computing the logits again. Sums are fp32 and in a fixed order throughout.
 """
 
 # Triton's kernels are not Python to a type checker:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -39,31 +42,47 @@ class Tiles(NamedTuple):
     flatten: bool  # whether loads run ahead across tiles
 
 
-HOPPER = Tiles(128, 128, 64, 4, 3, 2, True), Tiles(128, 128, 64, 4, 2, 2, True)
-OLDER = Tiles(64, 128, 32, 4, 3, 2, False), Tiles(64, 128, 32, 4, 3, 2, False)
-CHUNK_BYTES = 48 << 20  # of P at once
+FORWARD = Tiles(128, 128, 64, 4, 3, 2, True)
+FORWARD_LARGE = Tiles(128, 256, 64, 8, 3, 1, True)  # for LARGE logits or more
+FORWARD_KEPT = Tiles(128, 128, 64, 4, 2, 2, True)  # where the exponentials are kept
+BACKWARD = Tiles(256, 128, 64, 8, 3, 1, True)
+OLDER = Tiles(64, 128, 32, 4, 3, 2, False)  # less shared memory than Hopper's
+HOPPER_SHARED = 227 << 10  # bytes for one program
+LARGE = 1 << 26
+KEPT_BYTES = 32 << 20  # of exponentials, at most
+KEPT_ROWS = 64  # of a program of `_rescale`
+CHUNK_BYTES = 72 << 20  # of P at once, and more for large vocabularies: CHUNK_SHARE of the weight
+CHUNK_SHARE = 1.75
+COLUMNS = 256  # of a program of `_sum_rows`
 
 
 @triton.jit
 def _forward(
-    h, w, bias, tops, sums, N, V, per,
+    h, w, bias, tops, sums, kept, marks, N, V, splits,
     D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Row n's maximum and sum of exponentials over `per` tiles of the vocabulary."""
-    row_tiles = tl.cdiv(N, BN)
+    """Row n's maximum and sum of exponentials over one of `splits` near-equal parts of the vocabulary's tiles.
+
+    Unless `kept` is None, it gets exp(logit - mark), where a row's mark of a tile is the maximum up to there.
+    """
+    row_tiles, v_tiles = tl.cdiv(N, BN), tl.cdiv(V, BV)
     split, n0 = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles * BN
+    n = n0 + tl.arange(0, BN)
     top = tl.full((BN,), -1e30, tl.float32)
     total = tl.zeros((BN,), tl.float32)
-    for tile in tl.range(split * per, tl.minimum(split * per + per, tl.cdiv(V, BV)), flatten=FLATTEN):
+    for tile in tl.range(split * v_tiles // splits, (split + 1) * v_tiles // splits, flatten=FLATTEN):
         acc = tl.zeros((BN, BV), tl.float32)
         for k in tl.range(0, D, BK):
             acc = tl.dot(h.load([n0, k]), w.load([tile * BV, k]).T, acc)
         v = tile * BV + tl.arange(0, BV)
         acc += tl.load(bias + v, mask=v < V, other=float("-inf")).to(tl.float32)[None, :]
         above = tl.maximum(top, tl.max(acc, 1))
-        total = total * tl.exp2((top - above) * LOG2E) + tl.sum(tl.exp2(acc * LOG2E - (above * LOG2E)[:, None]), 1)
+        acc = tl.exp2(acc * LOG2E - (above * LOG2E)[:, None])
+        total = total * tl.exp2((top - above) * LOG2E) + tl.sum(acc, 1)
         top = above
-    n = n0 + tl.arange(0, BN)
+        if kept is not None:
+            tl.store(marks + tile * N + n, above, mask=n < N)
+            kept.store([n0, tile * BV], acc.to(kept.dtype))
     tl.store(tops + split * N + n, top, mask=n < N)
     tl.store(sums + split * N + n, total, mask=n < N)
 
@@ -116,9 +135,42 @@ def _backward(
         p.store([v0, n0], acc.to(p.dtype))
 
 
+@triton.jit
+def _rescale(
+    p, marks, targets, nll, lse2, upstream, dbias, N, V, stride, BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
+):
+    """P (rows x vocabulary) in the place of the exponentials of a tile of `_forward`, and its sums over BN rows."""
+    v = tl.program_id(0) * BV + tl.arange(0, BV)
+    total = tl.zeros((ROWS, BV), tl.float32)
+    for start in range(0, BN, ROWS):
+        n = tl.program_id(1) * BN + start + tl.arange(0, ROWS)
+        g = tl.load(upstream + n, mask=n < N, other=0.0)
+        mark = tl.load(marks + tl.program_id(0) * N + n, mask=n < N, other=0.0)
+        factor = g * tl.exp2(mark * LOG2E - tl.load(lse2 + n, mask=n < N, other=float("inf")))
+        at_target = g * (tl.exp2(tl.load(nll + n, mask=n < N, other=0.0) * -LOG2E) - 1)
+        y = tl.load(targets + n, mask=n < N, other=-1).to(tl.int32)
+        at, keep = p + n.to(tl.int64)[:, None] * stride + v[None, :], (n < N)[:, None] & (v < V)[None, :]
+        x = tl.load(at, mask=keep, other=0.0).to(tl.float32) * factor[:, None]
+        x = tl.where(v[None, :] == y[:, None], at_target[:, None], x)
+        tl.store(at, x.to(p.dtype.element_ty), mask=keep)
+        total += x
+    tl.store(dbias + tl.program_id(1) * V + v, tl.sum(total, 0), mask=v < V)
+
+
+@triton.jit
+def _sum_rows(parts, out, R, V, COLUMNS: tl.constexpr):
+    """out_V: the sum of parts_RV, row after row."""
+    v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for r in range(R):
+        total += tl.load(parts + tl.cast(r, tl.int64) * V + v, mask=v < V, other=0.0)
+    tl.store(out + v, total.to(out.dtype.element_ty), mask=v < V)
+
+
 def _matrix(x: Tensor) -> Tensor:
     """`x` as the kernels read matrices: rows whole, beginning at multiples of 16 bytes, filled up with zeros."""
-    x = pad(x, (0, -x.shape[1] % (16 // x.element_size()))).contiguous()
+    if missing := -x.shape[1] % (16 // x.element_size()):
+        return pad(x, (0, missing))
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -131,9 +183,22 @@ def _slots(x: Tensor, tiles: Tiles) -> int:
     return tiles.per_sm * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
 
 
-def _tiles(x: Tensor) -> tuple[Tiles, Tiles]:
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes that one program may have."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+
+
+def _tiles(x: Tensor, vocab: int, keep: bool) -> tuple[Tiles, Tiles]:
     """The shapes of the forward and of the backward kernel."""
-    return HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) else OLDER
+    if not x.is_cuda or _shared_memory(x.device.index) < HOPPER_SHARED:
+        return OLDER, OLDER
+    return FORWARD_KEPT if keep else FORWARD if len(x) * vocab < LARGE else FORWARD_LARGE, BACKWARD
+
+
+def _splits(row_tiles: int, v_tiles: int, slots: int) -> int:
+    """Into how many parts the vocabulary is split, so that the slots are evenly busy."""
+    return min(range(1, min(v_tiles, 64) + 1), key=lambda s: triton.cdiv(row_tiles * s, slots) * v_tiles / s)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -148,28 +213,31 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def chunk_size(rows: int, vocab: int, itemsize: int) -> int:
-    """Columns of P at once: near-equal chunks, multiples of 128, of at most CHUNK_BYTES unless 128 are more."""
-    most = max(1, CHUNK_BYTES // (itemsize * rows) // 128) * 128
+def chunk_size(rows: int, vocab: int, depth: int, itemsize: int) -> int:
+    """Columns of P at once: near-equal chunks, multiples of 128, within the allowed bytes unless 128 are more."""
+    most = max(CHUNK_BYTES, int(CHUNK_SHARE * vocab * depth * itemsize))
+    most = max(1, most // (itemsize * rows) // 128) * 128
     return triton.cdiv(triton.cdiv(vocab, triton.cdiv(vocab, most)), 128) * 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor):  # type: ignore[override]
+    def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, keep: bool):  # type: ignore[override]
         h_NH, w_VH = hidden_NH.contiguous(), weight_VH.to(hidden_NH.dtype).contiguous()
         bias_V, targets_N = bias_V.contiguous(), targets_N.contiguous()
-        (N, H), V, tiles = h_NH.shape, w_VH.shape[0], _tiles(h_NH)[0]
-        row_tiles, v_tiles, slots = triton.cdiv(N, tiles.n), triton.cdiv(V, tiles.v), _slots(h_NH, tiles)
-        splits = min(range(1, 65), key=lambda s: triton.cdiv(row_tiles * s, slots) * triton.cdiv(v_tiles, s))
-        per = triton.cdiv(v_tiles, splits)
-        splits = triton.cdiv(v_tiles, per)
+        (N, H), V = h_NH.shape, w_VH.shape[0]
+        tiles = _tiles(h_NH, V, keep)[0]
+        row_tiles, v_tiles = triton.cdiv(N, tiles.n), triton.cdiv(V, tiles.v)
+        splits = _splits(row_tiles, v_tiles, _slots(h_NH, tiles))
+        kept_NV = h_NH.new_empty(N, V + -V % 8)[:, :V] if keep else None
+        marks_TN = torch.empty(v_tiles, N, device=h_NH.device) if keep else None
         partial_2SN = torch.empty(2, splits, N, device=h_NH.device)
         nll_N, lse2_N = torch.empty(N, device=h_NH.device), torch.empty(N, device=h_NH.device)
         h, w = _matrix(h_NH), _matrix(w_VH)
         with torch.cuda.device_of(h_NH):  # Triton launches on the current device
             _forward[(row_tiles * splits,)](
-                _described(h, tiles.n, tiles.k), _described(w, tiles.v, tiles.k), bias_V, *partial_2SN, N, V, per,
+                _described(h, tiles.n, tiles.k), _described(w, tiles.v, tiles.k), bias_V, *partial_2SN,
+                None if kept_NV is None else _described(kept_NV, tiles.n, tiles.v), marks_TN, N, V, splits,
                 h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
             _combine[(triton.cdiv(N, ROWS),)](
@@ -177,6 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 triton.next_power_of_2(splits), triton.next_power_of_2(H), ROWS,
             )  # fmt: skip
         ctx.save_for_backward(h_NH, w_VH, bias_V, targets_N, lse2_N)
+        ctx.kept = (kept_NV, marks_TN, nll_N.detach(), tiles.v) if keep else None
         ctx.weight_dtype = weight_VH.dtype
         return nll_N
 
@@ -184,9 +253,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream_N: Tensor):  # type: ignore[override]
         refuse_second_derivative()
         h_NH, w_VH, bias_V, targets_N, lse2_N = ctx.saved_tensors
-        N, V, tiles = h_NH.shape[0], w_VH.shape[0], _tiles(h_NH)[1]
+        kept, ctx.kept = ctx.kept, None  # they are overwritten: a second backward pass computes the logits again
+        if kept is not None:
+            return _from_kept(ctx, *kept, upstream_N.contiguous())
+        (N, H), V = h_NH.shape, w_VH.shape[0]
+        tiles = _tiles(h_NH, V, False)[1]
         for_hidden, for_weight, *_ = ctx.needs_input_grad
-        chunk = chunk_size(N, V, h_NH.element_size())
+        chunk = chunk_size(N, V, H, h_NH.element_size())
         row_tiles, slots = triton.cdiv(N, tiles.n), _slots(h_NH, tiles)
         p_CN = h_NH.new_empty(min(chunk, V), N + -N % 8)[:, :N]
         dbias_RV = torch.empty(row_tiles, V, device=h_NH.device)
@@ -207,7 +280,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _product(p, h_NH, dw_VH[first:last])
             if dh_NH is not None:
                 _product(p.t(), w_VH[first:last], dh_NH, add=first > 0)
-        return None if dh_NH is None else dh_NH.to(h_NH.dtype), dw_VH, dbias_RV.sum(0).to(bias_V.dtype), None
+        return None if dh_NH is None else dh_NH.to(h_NH.dtype), dw_VH, _summed(dbias_RV, bias_V), None, None
+
+
+def _summed(dbias_RV: Tensor, bias_V: Tensor) -> Tensor:
+    """The sum of the rows, in the type of the bias."""
+    (R, V), db_V = dbias_RV.shape, torch.empty_like(bias_V)
+    with torch.cuda.device_of(bias_V):
+        _sum_rows[(triton.cdiv(V, COLUMNS),)](dbias_RV, db_V, R, V, COLUMNS, num_warps=2)
+    return db_V
+
+
+def _from_kept(ctx, p_NV: Tensor, marks_TN: Tensor, nll_N: Tensor, tile: int, upstream_N: Tensor) -> tuple:
+    """The gradients from the exponentials that the forward pass kept."""
+    h_NH, w_VH, bias_V, targets_N, lse2_N = ctx.saved_tensors
+    (N, V), parts = p_NV.shape, triton.cdiv(len(p_NV), KEPT_ROWS)
+    dbias_RV = torch.empty(parts, V, device=p_NV.device)
+    with torch.cuda.device_of(p_NV):
+        _rescale[(triton.cdiv(V, tile), parts)](
+            p_NV, marks_TN, targets_N, nll_N, lse2_N, upstream_N, dbias_RV, N, V, p_NV.stride(0), KEPT_ROWS, tile, 16
+        )
+    for_hidden, for_weight, *_ = ctx.needs_input_grad
+    dh_NH = torch.empty_like(h_NH) if for_hidden else None
+    dw_VH = torch.empty_like(w_VH, dtype=ctx.weight_dtype) if for_weight else None
+    if dw_VH is not None:
+        _product(p_NV.t(), h_NH, dw_VH)
+    if dh_NH is not None:
+        _product(p_NV, w_VH, dh_NH)
+    return dh_NH, dw_VH, _summed(dbias_RV, bias_V), None, None
 
 
 def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
@@ -217,4 +317,6 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     """
     if targets_N.shape[0] == 0:
         return hidden_NH.new_empty(0, dtype=torch.float32)
-    return _LinearCrossEntropy.apply(hidden_NH, weight_VH, bias_V, targets_N)  # type: ignore[return-value]
+    size = hidden_NH.element_size() * len(targets_N) * len(weight_VH)
+    keep = torch.is_grad_enabled() and size <= KEPT_BYTES
+    return _LinearCrossEntropy.apply(hidden_NH, weight_VH, bias_V, targets_N, keep)  # type: ignore[return-value]

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recurlm.kernels import embedding_triton
+
 BLOCK = 512
 
 
@@ -109,7 +111,7 @@ class _Embed(torch.autograd.Function):
     def backward(ctx, grad_TBE: Tensor):  # type: ignore[override]
         (ids_TB, seed), (p_word, p, draw, words) = ctx.saved_tensors, ctx.how
         rows_TBE = _apply_embed(ids_TB, grad_TBE.contiguous(), seed, draw, p_word, p, True)
-        grad_VE = torch.ops.aten.embedding_dense_backward(rows_TBE, ids_TB, words, -1, False)
+        grad_VE = embedding_triton.gradient(rows_TBE.flatten(0, -2), ids_TB.flatten(), words)
         return None, grad_VE, None, None, None, None
 
 

@@ -47,3 +47,16 @@ def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
 def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
     """nll_N = -log softmax(W h_n + b) at the target, in nats, fp32 or wider."""
     return cross_entropy(logits(hidden_NH, weight_VH, bias_V), targets_N, reduction="none")
+
+
+def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tuple[Tensor, Tensor]:
+    """(ar * mean(dropped^2), tar * mean((raw_t - raw_{t-1})^2)), fp32 or wider; the constant 0 where there is nothing.
+
+    Activation regularisation, plain and temporal (Merity, McCann & Socher 2017); means over all elements.
+    """
+    raw_TBH, dropped_TBH = (x if x.dtype == torch.float64 else x.float() for x in (raw_TBH, dropped_TBH))
+    nothing = raw_TBH.new_zeros(())
+    return (
+        ar * dropped_TBH.pow(2).mean() if ar else nothing,
+        tar * (raw_TBH[1:] - raw_TBH[:-1]).pow(2).mean() if tar and len(raw_TBH) > 1 else nothing,
+    )

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from recurlm import kernels
 from recurlm.config import ObjectiveConfig
 from recurlm.model.neural import Activations, NeuralModel
 from recurlm.protocol import State, state_leaves
@@ -25,18 +26,18 @@ def terms(
     tar: tar * mean((raw_t - raw_{t-1})^2), before dropout (Merity, McCann & Socher 2017; means over all elements).
     With `counted_TB` the means are over its true places.
     """
-    out = {"nll": _mean(model.nll(activations.dropped_TBH, targets_TB), counted_TB)}
+    nll_TB = model.nll(activations.dropped_TBH, targets_TB)
+    out = {"nll": nll_TB.mean() if counted_TB is None else nll_TB[counted_TB].mean()}
+    if counted_TB is None:
+        ar, tar = kernels.penalties(activations.raw_TBH, activations.dropped_TBH, config.ar, config.tar)
+        return out | ({"ar": ar} if config.ar else {}) | ({"tar": tar} if config.tar and len(targets_TB) > 1 else {})
     if config.ar:
-        out["ar"] = config.ar * _mean(activations.dropped_TBH.float().pow(2), counted_TB)
+        out["ar"] = config.ar * activations.dropped_TBH.float().pow(2)[counted_TB].mean()
     if config.tar and targets_TB.shape[0] > 1:
         raw_TBH = activations.raw_TBH.float()
         change_TBH = (raw_TBH[1:] - raw_TBH[:-1]).pow(2)
-        out["tar"] = config.tar * _mean(change_TBH, None if counted_TB is None else counted_TB[1:])
+        out["tar"] = config.tar * change_TBH[counted_TB[1:]].mean()
     return out
-
-
-def _mean(x: Tensor, counted_TB: Tensor | None) -> Tensor:
-    return x.mean() if counted_TB is None else x[counted_TB].mean()
 
 
 def first_nonfinite(named: dict[str, Tensor]) -> str | None:
