@@ -73,8 +73,8 @@ def _place(n, C, row_block, row_gap, column_block, column_gap, stride, GAPS: tl.
     group = n // C
     c = n - group * C
     block = group * 8 // row_block
-    raw = group.to(tl.int64) * 8 * C + c
-    padded = (group * 8 + block * row_gap).to(tl.int64) * stride + c
+    raw = group * 8 * C + c
+    padded = (group * 8 + block * row_gap) * stride + c
     if GAPS:
         padded += c // column_block * column_gap
     return group, c, raw, padded, group * 8 - block * row_block
@@ -91,7 +91,7 @@ def _next_row(padded, among, row_block, row_gap, stride):
 def _squares(
     grads, bits, partials, starts, rows, columns, row_blocks, row_gaps, column_blocks, column_gaps, strides,
     thresholds, scales,
-    GAPS: tl.constexpr, DROPS: tl.constexpr, BACKWARDS: tl.constexpr,
+    WIDE: tl.constexpr, GAPS: tl.constexpr, DROPS: tl.constexpr, BACKWARDS: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     at = _program(BACKWARDS)
@@ -107,12 +107,14 @@ def _squares(
     total = tl.zeros((BLOCK // UNIT, UNIT), tl.float32)
     for loop in range(LOOPS):
         n = first + loop * (BLOCK // UNIT) + tl.arange(0, BLOCK // UNIT)
+        if WIDE:
+            n = n.to(tl.int64)
         group, c, raw, padded, among = _place(
             n, C, row_block, row_gap, column_block, column_gap, stride, GAPS
         )
         if DROPS:
             there = (group * 8 < dropped)[:, None]
-            byte = (group.to(tl.int64) * C + c)[:, None] * UNIT + v
+            byte = (group * C + c)[:, None] * UNIT + v
             kept = tl.load(mask + byte, mask=there, other=255).to(tl.int32)
         gs = ()
         for j in tl.static_range(8):
@@ -161,7 +163,7 @@ def _update(
     LR: tl.constexpr, NEWEST: tl.constexpr, CORRECTION_1: tl.constexpr, CORRECTION_2: tl.constexpr,
     NEXT_SEED: tl.constexpr,
     METHOD: tl.constexpr, MEAN: tl.constexpr, WORKING: tl.constexpr,
-    GAPS: tl.constexpr, DROPS: tl.constexpr, BACKWARDS: tl.constexpr,
+    WIDE: tl.constexpr, GAPS: tl.constexpr, DROPS: tl.constexpr, BACKWARDS: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     at = _program(BACKWARDS)
@@ -193,6 +195,8 @@ def _update(
     v = tl.arange(0, UNIT)[None, :]
     for loop in range(LOOPS):
         n = first + loop * (BLOCK // UNIT) + tl.arange(0, BLOCK // UNIT)
+        if WIDE:
+            n = n.to(tl.int64)
         group, c, raw_0, padded_0, among_0 = _place(
             n, C, row_block, row_gap, column_block, column_gap, stride, GAPS
         )
@@ -213,19 +217,14 @@ def _update(
             if MEAN:
                 olds = olds + (tl.load(mean + raw, mask=there, other=0.0, eviction_policy="evict_first"),)
         if DROPS:
-            byte = (group.to(tl.int64) * C + c)[:, None] * UNIT + v
+            byte = (group * C + c)[:, None] * UNIT + v
             dropping = (group * 8 < tl.where(threshold > 0, R, 0))[:, None]
             kept = tl.full((BLOCK // UNIT, UNIT), 255, tl.int32)
             if METHOD > 0:
                 kept = tl.load(mask + byte, mask=dropping, other=255).to(tl.int32)
+            column = (c[:, None] * UNIT + v).to(tl.uint32)  # drawn where nothing is dropped too: a branch costs more
+            words = tl.philox(seed, column, column * 0 + group[:, None].to(tl.uint32), column * 0 + number, column * 0)
             fresh = tl.zeros((BLOCK // UNIT, UNIT), tl.int32)
-            a = fresh.to(tl.uint32, bitcast=True)
-            b, d, e = a, a, a
-            if threshold > 0:
-                column = (c[:, None] * UNIT + v).to(tl.uint32, bitcast=True)
-                row = group[:, None].to(tl.uint32, bitcast=True)
-                a, b, d, e = tl.philox(seed, column, column * 0 + row, column * 0 + number, column * 0)
-            drawn = (a, b, d, e)
         padded, among = padded_0, among_0
         for j in tl.static_range(8):
             writes = (group * 8 + j < written)[:, None]
@@ -260,8 +259,7 @@ def _update(
             if WORKING:
                 w = p
                 if DROPS:
-                    half = (drawn[j // 2] >> (16 * (j % 2))) & 0xFFFF
-                    keep = half.to(tl.int32) >= threshold
+                    keep = ((words[j // 2] >> (16 * (j % 2))) & 0xFFFF).to(tl.int32) >= threshold
                     fresh = fresh | (keep.to(tl.int32) << j)
                     w = tl.where(keep, p * scale, 0.0)
                 place = padded[:, None] * UNIT + v
@@ -352,9 +350,10 @@ def _launches(weights: list[Weight], dtypes: Sequence[object], tiles: Tiles) -> 
         kinds.setdefault((w.shape.unit(tiles.unit), dtype), []).append(n)
     for (unit, _), members in kinds.items():  # type: ignore[misc]
         for which in (members[n : n + MOST_WEIGHTS] for n in range(0, len(members), MOST_WEIGHTS)):
-            lines, programs = [], 0
+            lines, programs, wide = [], 0, False
             for w in (weights[n] for n in which):
                 parts, row, row_padded, splits, column, column_padded = w.shape.blocks
+                wide |= parts * row_padded * splits * column_padded >= 2**31 - 2**16 * column_padded * splits
                 lines.append((
                     programs, w.shape.R, w.shape.C // unit, row, (row_padded - row) * (parts > 1),
                     column // unit, (column_padded - column) // unit * (splits > 1), splits * column_padded // unit,
@@ -365,7 +364,7 @@ def _launches(weights: list[Weight], dtypes: Sequence[object], tiles: Tiles) -> 
             yield _Launch(
                 which, programs, geometry,
                 (tuple(round(p * 65536) for p in drops), tuple(1 / (1 - p) for p in drops)),
-                (any(geometry[6]), any(drops), tiles.backwards, unit, tiles.block, tiles.loops),
+                (wide, any(geometry[6]), any(drops), tiles.backwards, unit, tiles.block, tiles.loops),
             )  # fmt: skip
 
 
