@@ -219,10 +219,9 @@ def _update(
         if DROPS:
             byte = (group * C + c)[:, None] * UNIT + v
             dropping = (group * 8 < tl.where(threshold > 0, R, 0))[:, None]
-            kept = tl.full((BLOCK // UNIT, UNIT), 255, tl.int32)
-            if METHOD > 0:
-                kept = tl.load(mask + byte, mask=dropping, other=255).to(tl.int32)
-            column = (c[:, None] * UNIT + v).to(tl.uint32)  # drawn where nothing is dropped too: a branch costs more
+            kept = tl.load(mask + byte, mask=dropping, other=255).to(tl.int32)
+            # + 0, of what was loaded: so the words are drawn by the threads that use them, without an exchange
+            column = (c[:, None] * UNIT + v + (kept >> 8)).to(tl.uint32)
             words = tl.philox(seed, column, column * 0 + group[:, None].to(tl.uint32), column * 0 + number, column * 0)
             fresh = tl.zeros((BLOCK // UNIT, UNIT), tl.int32)
         padded, among = padded_0, among_0
