@@ -35,11 +35,11 @@ def check_locked(device):
             y = D.locked(x, p, seed_of(key, device), 3)
             factor = factors(key, x[0].numel(), 3, p, device).view(shape[1:])
             assert y.dtype == dtype
-            torch.testing.assert_close(y, (x.float() * factor).to(dtype), rtol=1e-6, atol=0)
+            torch.testing.assert_close(y, (x.float() * factor).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
             assert p > 0 or torch.equal(y, x)
             g = torch.randn_like(x)
             (grad,) = torch.autograd.grad(y, x, g)
-            torch.testing.assert_close(grad, (g.float() * factor).to(dtype), rtol=1e-6, atol=0)
+            torch.testing.assert_close(grad, (g.float() * factor).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
             assert torch.equal(y, D.locked(x, p, seed_of(key, device), 3))
     ones = torch.ones(2, 64, 1000, device=device)
     one, draw, other, high = (
@@ -63,7 +63,7 @@ def check_embed(device):
             word = single_factors(77, np.arange(vocab), 4, p_word, device)
             mask = single_factors(77, np.arange(3 * width), 5, p, device).view(3, width)
             factor = word[ids][..., None] * mask
-            torch.testing.assert_close(y, (table.float()[ids] * factor).to(dtype), rtol=1e-6 if width != 24 else 0.01, atol=0)
+            torch.testing.assert_close(y, (table.float()[ids] * factor).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
             assert p_word + p > 0 or torch.equal(y, table[ids])
             g = torch.randn_like(y)
             (grad,) = torch.autograd.grad(y, table, g)
@@ -81,7 +81,9 @@ def check_bernoulli(device):
         expected = (factors(9, n, 2, 1 - 0.3, device) > 0).to(dtype)
         assert torch.equal(y, expected)
         assert n < 10_000 or abs(y.float().mean().item() - 0.3) < 0.01
-    assert torch.equal(D.bernoulli(torch.empty(100, device=device), 1.0, seed_of(9, device), 2), torch.ones(100, device=device))
+    assert torch.equal(
+        D.bernoulli(torch.empty(100, device=device), 1.0, seed_of(9, device), 2), torch.ones(100, device=device)
+    )
     assert not D.bernoulli(torch.empty(100, device=device), 0.0, seed_of(9, device), 2).any()
 
 

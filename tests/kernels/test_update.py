@@ -138,7 +138,7 @@ def check_methods(device):
                     p.grad = (g * f).double()
                 norm = torch.nn.utils.clip_grad_norm_(theirs, clip if clip else float("inf"))
                 optimizer.step()
-                expected = torch.tensor([norm, 1.5, 2.5, 1.0], device=device)
+                expected = torch.tensor([norm.item(), 1.5, 2.5, 1.0], device=device)
                 torch.testing.assert_close(bench.ring[t % 3], expected, rtol=1e-5, atol=0)
                 for w, p in zip(bench.weights, theirs, strict=True):
                     torch.testing.assert_close(w.raw, p.float(), rtol=2e-5, atol=2e-5)
@@ -186,8 +186,8 @@ def check_failures(device):
         if bad == "term":
             bench.terms[1] = float("inf")
         else:
-            gradients[3][-33, -5] = float("nan") if bad == "gradient" else 1e30
-            assert gradients[3][-33, -5] != good[3][-33, -5]
+            gradients[3][0, 0] = float("nan") if bad == "gradient" else 1e30
+            assert gradients[3][0, 0] != good[3][0, 0]
             bench.weights[3].bits.fill_(255)  # so that it is not dropped
             before = bench.tensors()
         bench.step(gradients, 0.5)

@@ -20,7 +20,7 @@ import torch
 
 import recurlm
 from recurlm import doctor, files
-from recurlm.bench import hardware, inference, startup
+from recurlm.bench import hardware, inference, startup, update
 from recurlm.errors import ConfigError, RunError, UserError, lookup
 
 Rows = list[dict[str, Any]]
@@ -54,6 +54,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "hardware": Measurement("copy bandwidth and rate of matrix products: what limits are made of", hardware.rows),
     "startup": Measurement("recurlm --help beside import torch", startup.rows),
     "inference": Measurement("scoring and generating on the CPU beside plain torch", inference.rows),
+    "update": Measurement("one update of all weights beside torch, locked dropout", update.rows, gpu_with_triton),
 }
 
 

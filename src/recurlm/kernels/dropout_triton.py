@@ -147,7 +147,5 @@ def bernoulli(y: Tensor, p: float, seed: Tensor, draw: int) -> Tensor:
     """y, contiguous, filled with 1 with probability p and 0 otherwise."""
     unit = math.gcd(y.numel(), 8)
     with torch.cuda.device_of(y):
-        _bernoulli[(triton.cdiv(y.numel(), BLOCK),)](
-            y, seed, draw, p, y.numel() // unit, unit, BLOCK, num_warps=WARPS
-        )
+        _bernoulli[(triton.cdiv(y.numel(), BLOCK),)](y, seed, draw, p, y.numel() // unit, unit, BLOCK, num_warps=WARPS)
     return y

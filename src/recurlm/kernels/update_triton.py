@@ -109,9 +109,7 @@ def _squares(
         n = first + loop * (BLOCK // UNIT) + tl.arange(0, BLOCK // UNIT)
         if WIDE:
             n = n.to(tl.int64)
-        group, c, raw, padded, among = _place(
-            n, C, row_block, row_gap, column_block, column_gap, stride, GAPS
-        )
+        group, c, _, padded, among = _place(n, C, row_block, row_gap, column_block, column_gap, stride, GAPS)
         if DROPS:
             there = (group * 8 < dropped)[:, None]
             byte = (group * C + c)[:, None] * UNIT + v
@@ -197,9 +195,7 @@ def _update(
         n = first + loop * (BLOCK // UNIT) + tl.arange(0, BLOCK // UNIT)
         if WIDE:
             n = n.to(tl.int64)
-        group, c, raw_0, padded_0, among_0 = _place(
-            n, C, row_block, row_gap, column_block, column_gap, stride, GAPS
-        )
+        group, c, raw_0, padded_0, among_0 = _place(n, C, row_block, row_gap, column_block, column_gap, stride, GAPS)
         gs, ps, m1s, m2s, olds = (), (), (), (), ()
         padded, among = padded_0, among_0
         for j in tl.static_range(8):
