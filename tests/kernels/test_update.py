@@ -13,7 +13,7 @@ CASES = (  # raw, padded, blocks of each axis, weight drop
     ((12, 3), (12, 3), (4, 1), 0.25),
     ((5,), (5,), (1,), 0.0),
     ((1, 1), (1, 1), (1, 1), 0.1),
-    ((17, 400), (17, 400), (1, 1), 0.0),
+    ((17, 40), (17, 40), (1, 1), 0.0),
 )
 METHODS = ("sgd", "momentum", "nesterov", "adam", "adamw")
 HYPER = {"decay": 1e-2, "beta_1": 0.9, "beta_2": 0.99, "eps": 1e-8}
@@ -123,34 +123,33 @@ def optimizer_of(method, parameters):
 
 
 def check_methods(device):
-    for n, method in enumerate(METHODS):
-        for clip in (0.0, 0.5):
-            bench = Bench(device, method, clip, mean=n % 2 == 0)
-            theirs = [w.raw.double().clone().requires_grad_() for w in bench.weights]
-            mean = [w.raw.double().clone() for w in bench.weights]
-            optimizer = optimizer_of(method, theirs)
-            bench.refresh()
-            bench.working_is(1)
-            for t, newest in enumerate((1.0, 0.5, 0.25), start=1):
-                gradients = [bench.random(raw) for raw, *_ in CASES]
-                bench.step(bench.padded(gradients), newest)
-                for p, g, f in zip(theirs, gradients, bench.factors(t), strict=True):
-                    p.grad = (g * f).double()
-                norm = torch.nn.utils.clip_grad_norm_(theirs, clip if clip else float("inf"))
-                optimizer.step()
-                expected = torch.tensor([norm.item(), 1.5, 2.5, 1.0], device=device)
-                torch.testing.assert_close(bench.ring[t % 3], expected, rtol=1e-5, atol=0)
-                for w, p in zip(bench.weights, theirs, strict=True):
-                    torch.testing.assert_close(w.raw, p.float(), rtol=2e-5, atol=2e-5)
-                bench.working_is(t + 1)
-                for a, w, m in zip(bench.mean, bench.weights, mean, strict=False):
-                    m += newest * (w.raw.double() - m)
-                    torch.testing.assert_close(a, m.float())
-                    assert newest < 1 or torch.equal(a, w.raw)
+    for n, (method, clip) in enumerate((("sgd", 0.0), *((method, 0.5) for method in METHODS))):
+        bench = Bench(device, method, clip, mean=n % 2 == 0)
+        theirs = [w.raw.double().clone().requires_grad_() for w in bench.weights]
+        mean = [w.raw.double().clone() for w in bench.weights]
+        optimizer = optimizer_of(method, theirs)
+        bench.refresh()
+        bench.working_is(1)
+        for t, newest in enumerate((1.0, 0.25), start=1):
+            gradients = [bench.random(raw) for raw, *_ in CASES]
+            bench.step(bench.padded(gradients), newest)
+            for p, g, f in zip(theirs, gradients, bench.factors(t), strict=True):
+                p.grad = (g * f).double()
+            norm = torch.nn.utils.clip_grad_norm_(theirs, clip if clip else float("inf"))
+            optimizer.step()
+            expected = torch.tensor([norm.item(), 1.5, 2.5, 1.0], device=device)
+            torch.testing.assert_close(bench.ring[t % 3], expected, rtol=1e-5, atol=0)
             for w, p in zip(bench.weights, theirs, strict=True):
-                names = ("exp_avg", "exp_avg_sq") if "adam" in method else ("momentum_buffer",)
-                for moment, name in zip(w.moments, names, strict=False):
-                    torch.testing.assert_close(moment, optimizer.state[p][name].float(), rtol=2e-5, atol=2e-6)
+                torch.testing.assert_close(w.raw, p.float(), rtol=2e-5, atol=2e-5)
+            bench.working_is(t + 1)
+            for a, w, m in zip(bench.mean, bench.weights, mean, strict=False):
+                m += newest * (w.raw.double() - m)
+                torch.testing.assert_close(a, m.float())
+                assert newest < 1 or torch.equal(a, w.raw)
+        for w, p in zip(bench.weights, theirs, strict=True):
+            names = ("exp_avg", "exp_avg_sq") if "adam" in method else ("momentum_buffer",)
+            for moment, name in zip(w.moments, names, strict=False):
+                torch.testing.assert_close(moment, optimizer.state[p][name].float(), rtol=2e-5, atol=2e-6)
 
 
 def check_types(device):
