@@ -20,7 +20,7 @@ import torch
 
 import recurlm
 from recurlm import doctor, files
-from recurlm.bench import cross_entropy, hardware, inference, pooling, startup, step_kernels
+from recurlm.bench import cross_entropy, hardware, inference, pooling, startup, step_kernels, update
 from recurlm.errors import ConfigError, RunError, UserError, lookup
 
 Rows = list[dict[str, Any]]
@@ -61,6 +61,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "step-kernels": Measurement(
         "activation penalties and the embedding's gradient beside torch's", step_kernels.rows, gpu_with_triton
     ),
+    "update": Measurement("one update of all weights beside torch, locked dropout", update.rows, gpu_with_triton),
 }
 
 

@@ -8,6 +8,8 @@ A mask is Philox 4x32-10 (Salmon et al. 2011) of a seed on the device, the numbe
 # pyright: reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,56 +17,79 @@ from torch import Tensor
 
 from recurlm.kernels import embedding_triton
 
-BLOCK = 512
+BLOCK = 1024
+STEPS = 8  # time steps that a program of `_locked` loads at once
+WARPS = 4
+
+
+@triton.jit
+def _kept(word, p, scale):
+    """`scale`, or 0 with probability p."""
+    return tl.where((word >> 8).to(tl.float32) * (1.0 / 16777216.0) >= p, scale, 0.0)
+
+
+@triton.jit
+def _factors(seed, draw, p, scale, BLOCK: tl.constexpr):
+    """The factors of this program's BLOCK elements, four from each number of the counter."""
+    n = (tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seed).to(tl.int64), n, n * 0 + draw, n * 0, n * 0)
+    a, b, c, d = _kept(a, p, scale), _kept(b, p, scale), _kept(c, p, scale), _kept(d, p, scale)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))
 
 
 @triton.jit
 def _factor(seed, element, draw, p, scale):
-    """`scale`, or 0 with probability p."""
-    a = element.to(tl.uint32, bitcast=True)
-    bits, _b, _c, _d = tl.philox(seed, a, a * 0 + draw, a * 0, a * 0)
-    return tl.where((bits >> 8).to(tl.float32) * (1.0 / 16777216.0) >= p, scale, 0.0)
+    """The factor of one element each, which may be any."""
+    n = element.to(tl.uint32)
+    word, _b, _c, _d = tl.philox(seed, n, n * 0 + draw, n * 0, n * 0)
+    return _kept(word, p, scale)
 
 
 @triton.jit
-def _locked(x, y, seed, draw, p, scale, F, T, BLOCK: tl.constexpr):
-    """One mask for all time steps: y_TF = x_TF * factor_F; F counts batch x features."""
+def _locked(x, y, seed, draw, p, scale, UNITS, T, UNIT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """One mask for all time steps: y_TF = x_TF * factor_F; F = UNITS * UNIT counts batch x features."""
+    F = UNITS * UNIT
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    factor = _factor(tl.load(seed).to(tl.int64), f, draw, p, scale)
-    for t in range(tl.program_id(1), T, tl.num_programs(1)):
-        at = tl.cast(t, tl.int64) * F + f
-        value = tl.load(x + at, mask=f < F, other=0.0).to(tl.float32) * factor
-        tl.store(y + at, value.to(y.dtype.element_ty), mask=f < F)
+    first = tl.program_id(1).to(tl.int64) * STEPS
+    xs = ()
+    for j in tl.static_range(STEPS):
+        xs = xs + (tl.load(x + (first + j) * F + f, mask=f < tl.where(first + j < T, F, 0), other=0.0),)
+    factor = _factors(seed, draw, p, scale, BLOCK)
+    for j in tl.static_range(STEPS):
+        value = (xs[j].to(tl.float32) * factor).to(y.dtype.element_ty)
+        tl.store(y + (first + j) * F + f, value, mask=f < tl.where(first + j < T, F, 0))
 
 
 @triton.jit
-def _embed(ids, table, y, seed, draw, p_word, scale_word, p, scale, B, E, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+def _embed(
+    ids, table, y, seed, draw, p_word, scale_word, p, scale, B, E_UNITS,
+    UNIT: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """y_NE = table[id] * word factor * locked factor; backward: the same factors on the gradient, row by row."""
+    E = E_UNITS * UNIT
     n = tl.program_id(0)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(seed).to(tl.int64)
-    token = tl.load(ids + n)
-    factor = _factor(key, (n % B) * E + e, draw + 1, p, scale)
-    word = _factor(key, token.to(tl.int32) + tl.zeros((1,), tl.int32), draw, p_word, scale_word)
-    factor = factor * tl.sum(word, axis=0)
+    key, token = tl.load(seed).to(tl.int64), tl.load(ids + n)
     source = n.to(tl.int64) if BACKWARD else token.to(tl.int64)
-    value = tl.load(table + source * E + e, mask=e < E, other=0.0).to(tl.float32) * factor
-    tl.store(y + n.to(tl.int64) * E + e, value.to(y.dtype.element_ty), mask=e < E)
+    value = tl.load(table + source * E + e, mask=e < E, other=0.0).to(tl.float32)
+    factor = _factor(key, (n % B) * E + e, draw + 1, p, scale) * _factor(key, token, draw, p_word, scale_word)
+    tl.store(y + n.to(tl.int64) * E + e, (value * factor).to(y.dtype.element_ty), mask=e < E)
 
 
 @triton.jit
-def _bernoulli(y, seed, draw, p, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    factor = _factor(tl.load(seed).to(tl.int64), at, draw, 1.0 - p, 1.0)
-    tl.store(y + at, factor.to(y.dtype.element_ty), mask=at < n)
+def _bernoulli(y, seed, draw, p, UNITS, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, _factors(seed, draw, 1.0 - p, 1.0, BLOCK).to(y.dtype.element_ty), mask=at < UNITS * UNIT)
 
 
 def _apply_locked(x_TBF: Tensor, p: float, seed: Tensor, draw: int) -> Tensor:
-    x_TBF, width = x_TBF.contiguous(), x_TBF[0].numel()
-    y_TBF = torch.empty_like(x_TBF)
-    grid = (triton.cdiv(width, BLOCK), min(len(x_TBF), 16))
+    x_TBF = x_TBF.contiguous()
+    y_TBF, width = torch.empty_like(x_TBF), x_TBF[0].numel()
+    unit, grid = math.gcd(width, 8), (triton.cdiv(width, BLOCK), triton.cdiv(len(x_TBF), STEPS))
     with torch.cuda.device_of(x_TBF):
-        _locked[grid](x_TBF, y_TBF, seed, draw, p, 1 / (1 - p), width, len(x_TBF), BLOCK, num_warps=4)
+        _locked[grid](
+            x_TBF, y_TBF, seed, draw, p, 1 / (1 - p), width // unit, len(x_TBF), unit, STEPS, BLOCK, num_warps=WARPS
+        )
     return y_TBF
 
 
@@ -91,11 +116,11 @@ def _apply_embed(
 ) -> Tensor:
     E = table.shape[-1]
     y_TBE = table.new_empty(*ids_TB.shape, E)
-    block = min(triton.next_power_of_2(E), 1024)
+    block, unit = min(triton.next_power_of_2(E), 1024), math.gcd(E, 8)
     with torch.cuda.device_of(table):
         _embed[(ids_TB.numel(), triton.cdiv(E, block))](
-            ids_TB, table, y_TBE, seed, draw, p_word, 1 / (1 - p_word), p, 1 / (1 - p), ids_TB.shape[1], E, backward,
-            block, num_warps=2,
+            ids_TB, table, y_TBE, seed, draw, p_word, 1 / (1 - p_word), p, 1 / (1 - p), ids_TB.shape[1], E // unit,
+            unit, backward, block, num_warps=2,
         )  # fmt: skip
     return y_TBE
 
@@ -122,6 +147,7 @@ def embed(ids_TB: Tensor, weight_VE: Tensor, p_word: float, p: float, seed: Tens
 
 def bernoulli(y: Tensor, p: float, seed: Tensor, draw: int) -> Tensor:
     """y, contiguous, filled with 1 with probability p and 0 otherwise."""
+    unit = math.gcd(y.numel(), 8)
     with torch.cuda.device_of(y):
-        _bernoulli[(triton.cdiv(y.numel(), BLOCK),)](y, seed, draw, p, y.numel(), BLOCK, num_warps=4)
+        _bernoulli[(triton.cdiv(y.numel(), BLOCK),)](y, seed, draw, p, y.numel() // unit, unit, BLOCK, num_warps=WARPS)
     return y

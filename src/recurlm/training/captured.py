@@ -203,10 +203,8 @@ class CapturedStep:
 
     def _reset_state(self) -> None:
         """The initial state in place, unless a step failed: that step's state is still needed."""
-        for old, new in zip(
-            state_leaves(self.carried), state_leaves(self.twin.initial_state(self.config.data.batch_size)), strict=True
-        ):
-            self.kernels.keep_if_ok(old, new, self.status)
+        initial = self.twin.initial_state(self.config.data.batch_size)
+        self.kernels.keep_if_ok(state_leaves(self.carried), state_leaves(initial), self.status)
 
     def _refresh(self) -> None:
         """The working copies of the parameters as they are, with the masks of the step to come."""
@@ -236,9 +234,7 @@ class CapturedStep:
         rule = self._rule()
         self.kernels.judge(self.weights, gradients, terms, self.controls, self.status, self.ring, rule.clip)
         self.kernels.update(self.weights, gradients, mean, self.controls, self.status, rule)
-        with torch.no_grad():
-            for old, new in zip(state_leaves(self.carried), state_leaves(state), strict=True):
-                self.kernels.keep_if_ok(old, new, self.status)
+        self.kernels.keep_if_ok(state_leaves(self.carried), state_leaves(state), self.status)
 
     def _capture(self, length: int) -> torch.cuda.CUDAGraph:
         graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
