@@ -151,10 +151,13 @@ def gpu_memory(work: Work) -> float:
 
 @cache
 def copy_bandwidth(device: str = "cuda") -> float:
-    """Bytes a second, read and written together, of copying a large random tensor; measured once in a process."""
+    """Bytes a second, read and written together, of copying a large random tensor; measured once in a process.
+
+    Not in a CUDA graph: there a copy is a node of its own kind, which the GPU's copy engines do, more slowly.
+    """
     source = torch.randn((1 << 28) if device == "cuda" else (1 << 24), device=device)  # 1 GiB, 64 MiB
     copy = torch.empty_like(source)
-    return 2 * source.nbytes / (1e-6 * _time(lambda: copy.copy_(source), device))
+    return 2 * source.nbytes / (1e-6 * _time(lambda: copy.copy_(source), device, graph=False))
 
 
 def gemm_rate(dtype: torch.dtype, device: str = "cuda") -> float:
@@ -173,9 +176,9 @@ def _gemm_rate(dtype: torch.dtype, device: str, how: str) -> float:
     return 2 * size**3 / (1e-6 * _time(lambda: torch.mm(a, b, out=out), device))
 
 
-def _time(work: Work, device: str) -> float:
+def _time(work: Work, device: str, graph: bool = True) -> float:
     """Microseconds: the median on the GPU, the fastest of about a second on the CPU."""
-    return gpu_time(work) if device == "cuda" else cpu_time({"": work}, seconds=1.0)[""].best
+    return gpu_time(work, graph=graph) if device == "cuda" else cpu_time({"": work}, seconds=1.0)[""].best
 
 
 def duration(microseconds: float | None) -> str:

@@ -44,13 +44,13 @@ class Tiles(NamedTuple):
 
 FORWARD = Tiles(128, 128, 64, 4, 3, 2, True)
 FORWARD_LARGE = Tiles(128, 256, 64, 8, 3, 1, True)  # for LARGE logits or more
-FORWARD_KEPT = Tiles(128, 128, 64, 4, 2, 2, True)  # where the exponentials are kept
+FORWARD_KEPT = Tiles(128, 128, 64, 8, 4, 1, True)  # where the exponentials are kept
 BACKWARD = Tiles(256, 128, 64, 8, 3, 1, True)
 OLDER = Tiles(64, 128, 32, 4, 3, 2, False)  # less shared memory than Hopper's
 HOPPER_SHARED = 227 << 10  # bytes for one program
 LARGE = 1 << 26
 KEPT_BYTES = 32 << 20  # of exponentials, at most
-KEPT_ROWS = 64  # of a program of `_rescale`
+KEPT_ROWS = 128  # of a program of `_rescale`
 CHUNK_BYTES = 72 << 20  # of P at once, and more for large vocabularies: CHUNK_SHARE of the weight
 CHUNK_SHARE = 1.75
 COLUMNS = 256  # of a program of `_sum_rows`

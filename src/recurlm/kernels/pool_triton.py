@@ -62,7 +62,7 @@ def _activation(gates_TBG: Tensor) -> str:
         return "plain"
     if gates_TBG.dtype == torch.float32:
         return "exact"
-    return "mixed" if torch.cuda.get_device_capability(device) >= (7, 5) else "shared"
+    return "approx" if torch.cuda.get_device_capability(device) >= (7, 5) else "shared"
 
 
 def _chunk(T: int, columns: int, unroll: int) -> int:

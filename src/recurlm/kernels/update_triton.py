@@ -49,8 +49,8 @@ class Tiles(NamedTuple):
     """From the last weight to the first, to find in the cache what the pass before read last."""
 
 
-SQUARES = Tiles(2, 512, 2, 4, False)
-UPDATE = Tiles(2, 256, 1, 4, True)
+SQUARES = Tiles(2, 1024, 2, 4, False)
+UPDATE = Tiles(2, 512, 1, 8, True)
 
 
 @triton.jit
