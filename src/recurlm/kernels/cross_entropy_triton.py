@@ -56,7 +56,7 @@ CHUNK_SHARE = 1.75
 COLUMNS = 256  # of a program of `_sum_rows`
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def _forward(
     h, w, bias, tops, sums, kept, marks, N, V, splits,
     D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr,
@@ -87,7 +87,7 @@ def _forward(
     tl.store(sums + split * N + n, total, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def _combine(
     h, w, bias, targets, tops, sums, nll, lse2, N, V, D, splits,
     SPLITS: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
@@ -112,7 +112,7 @@ def _combine(
     tl.store(lse2 + n, tl.log2(total) + above * LOG2E, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "v_first", "v_last"])
 def _backward(
     h, w, bias, targets, lse2, upstream, p, dbias, N, V, v_first, v_last,
     D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr,
@@ -135,7 +135,7 @@ def _backward(
         p.store([v0, n0], acc.to(p.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _rescale(
     p, marks, targets, nll, lse2, upstream, dbias, N, V, stride, BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -157,7 +157,7 @@ def _rescale(
     tl.store(dbias + tl.program_id(1) * V + v, tl.sum(total, 0), mask=v < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _sum_rows(parts, out, R, V, COLUMNS: tl.constexpr):
     """out_V: the sum of parts_RV, row after row."""
     v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

@@ -45,7 +45,7 @@ def _factor(seed, element, draw, p, scale):
     return _kept(word, p, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "draw"])
 def _locked(x, y, seed, draw, p, scale, UNITS, T, UNIT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """One mask for all time steps: y_TF = x_TF * factor_F; F = UNITS * UNIT counts batch x features."""
     F = UNITS * UNIT
@@ -60,7 +60,7 @@ def _locked(x, y, seed, draw, p, scale, UNITS, T, UNIT: tl.constexpr, STEPS: tl.
         tl.store(y + (first + j) * F + f, value, mask=f < tl.where(first + j < T, F, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw"])
 def _embed(
     ids, table, y, seed, draw, p_word, scale_word, p, scale, B, E_UNITS,
     UNIT: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
@@ -76,7 +76,7 @@ def _embed(
     tl.store(y + n.to(tl.int64) * E + e, (value * factor).to(y.dtype.element_ty), mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw"])
 def _bernoulli(y, seed, draw, p, UNITS, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + at, _factors(seed, draw, 1.0 - p, 1.0, BLOCK).to(y.dtype.element_ty), mask=at < UNITS * UNIT)

@@ -21,7 +21,7 @@ CLEARED = 8192  # elements that one program sets to zero
 MOST = 1 << 14  # positions; beyond, comparing all pairs is slower than sorting
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rankers"])
 def _rank(
     ids, places, counts, order, out, N, size, rankers,
     POSITIONS: tl.constexpr, OTHERS: tl.constexpr, CLEARED: tl.constexpr,

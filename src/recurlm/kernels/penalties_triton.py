@@ -18,7 +18,7 @@ from recurlm.kernels.cross_entropy import refuse_second_derivative
 BLOCK = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _squares(raw, dropped, partials, n, W, AR: tl.constexpr, TAR: tl.constexpr, BLOCK: tl.constexpr):
     """One block's sums of dropped^2 and of (raw_t - raw_{t-1})^2; a time step has W elements, all together have n."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -32,7 +32,7 @@ def _squares(raw, dropped, partials, n, W, AR: tl.constexpr, TAR: tl.constexpr, 
         tl.store(partials + tl.num_programs(0) + tl.program_id(0), tl.sum(x * x, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _finish(partials, out, count, ar, tar, AR: tl.constexpr, TAR: tl.constexpr, BLOCK: tl.constexpr):
     """out = (ar, tar) times the sums of the partial sums."""
     for which in tl.static_range(2):
@@ -44,7 +44,7 @@ def _finish(partials, out, count, ar, tar, AR: tl.constexpr, TAR: tl.constexpr, 
         tl.store(out + which, tl.sum(total, 0) * (ar if which == 0 else tar))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _gradients(
     raw, dropped, for_raw, for_dropped, up_ar, up_tar, ar, tar, n, W,
     AR: tl.constexpr, TAR: tl.constexpr, BLOCK: tl.constexpr,

@@ -71,6 +71,12 @@ def _chunk(T: int, columns: int, unroll: int) -> int:
     return WHOLE if chunks < 3 else triton.cdiv(triton.cdiv(T, chunks), unroll) * unroll
 
 
+def _crowded(columns: int, device: torch.device) -> bool:
+    """Whether the columns are more than run at once at two a thread; four a thread then do better than a second wave."""
+    slots = 12 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    return columns > 128 * slots
+
+
 def forward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     """The forward kernel's layout. `unroll` is a multiple of the backward kernel's."""
     T, columns, how = gates_TBG.shape[0], c_BH.numel(), _activation(gates_TBG)
@@ -78,7 +84,9 @@ def forward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     if chunk != WHOLE:
         return Plan(64, 1, 8, chunk, True, how)
     if columns < 64_000:  # little parallelism: more bytes in flight a thread, one column each
-        return Plan(32, 1, 24, WHOLE, True, how)
+        return Plan(32, 1, 16, WHOLE, True, how)
+    if gates_TBG.dtype != torch.float32 and _crowded(columns, c_BH.device):
+        return Plan(128, 1, 8, WHOLE, True, how)
     return Plan(128, 2, 8, WHOLE, False, how)
 
 
@@ -90,7 +98,9 @@ def backward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
         return Plan(64, 1, 8, chunk, True, how)
     if columns < 64_000:
         return Plan(32, 1, 8, WHOLE, True, how)
-    return Plan(128, 2, 8 if gates_TBG.dtype == torch.float32 else 4, WHOLE, True, how)
+    if gates_TBG.dtype == torch.float32:
+        return Plan(128, 2, 8, WHOLE, True, how)
+    return Plan(128, 1, 8, WHOLE, False, how) if _crowded(columns, c_BH.device) else Plan(128, 1, 4, WHOLE, True, how)
 
 
 @triton.jit
@@ -219,18 +229,18 @@ def _load_rows(
 @triton.jit
 def _through(r, maps, h, n, N, last, H: tl.constexpr):
     """r after the maps r -> a r + e of the chunks 0, 1, ... last - 1, whose (a, e) lie at `maps`."""
-    for k in range(0, last, 8):
+    for k in range(0, last, 16):
         pairs = ()
-        for j in tl.static_range(8):
+        for j in tl.static_range(16):
             at = maps + tl.cast(k + j, tl.int64) * (2 * N) + n
             inside = h < _width(k + j, 0, last, H)
             pairs = pairs + ((tl.load(at, mask=inside, other=1.0), tl.load(at + N, mask=inside, other=0.0)),)
-        for j in tl.static_range(8):
+        for j in tl.static_range(16):
             r = pairs[j][0] * r + pairs[j][1]
     return r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "chunk"])
 def _forward(
     gates, scale, factor, bias, c0, h_out, last, marks, maps, T, B, chunk,
     H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
@@ -308,7 +318,7 @@ def _forward(
         tl.store(last + n, c, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "chunk"])
 def _backward(
     gates, scale, factor, bias, marks, dh, dlast, dgates, dc0, dbias, maps, T, B, chunk,
     H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,

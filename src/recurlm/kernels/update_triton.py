@@ -127,7 +127,7 @@ def _squares(
     tl.store(partials + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _judge(partials, count, terms, controls, status, ring, clip, TERMS: tl.constexpr, WIDTH: tl.constexpr,
            SLOT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Sums the squares, says whether the step may be taken (and no earlier one failed), and records its numbers."""
