@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from recurlm import __version__, kernels
+from recurlm.config import Config
 from recurlm.kernels import reference
 from recurlm.model import precision
 from recurlm.text import corpora
-from recurlm.training import memory
+from recurlm.training import captured, memory
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "tokenizers", "safetensors")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -91,8 +92,8 @@ CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `recurlm doctor` prints: versions, cpu, gpus, gpu_error, precision, kernels, numba_cache, data,
-    warnings, ok.
+    """Everything that `recurlm doctor` prints: versions, cpu, gpus, gpu_error, precision, kernels, training_step,
+    numba_cache, data, warnings, ok.
 
     `ok` is false when a GPU does not answer, or a kernel in use fails or differs from its slow twin. Nothing is
     written but numba's cache.
@@ -112,6 +113,7 @@ def examine() -> dict[str, Any]:
         **facts,
         "precision": [{"device": device, "dtype": how.name, "reason": how.reason} for device, how in chosen],
         "kernels": rows,
+        "training_step": [training_step(device) for device in devices],
         "numba_cache": cache,
         "data": {"folder": str(folder), "present": [name for name in corpora.NAMED_SETS if corpora.is_present(name)]},
         "warnings": [*(_sentence(w.message) for w in said), *_warnings(facts["cpu"], facts["gpus"], rows, cache)],
@@ -240,6 +242,12 @@ def _sentence(error: object) -> str:
     text = " ".join(str(error).split())
     name = f"{type(error).__name__}: " if isinstance(error, Exception) and not isinstance(error, Warning) else ""
     return (name + text if len(text) <= 300 else f"{name}{text[:200]} ... {text[-80:]}").rstrip(": ")
+
+
+def training_step(device: torch.device) -> dict[str, Any]:
+    """How a step is taken on the device with the default settings: device, captured (in CUDA graphs), reason."""
+    obstacle = captured.obstacle(Config(), device)
+    return {"device": str(device), "captured": not obstacle, "reason": obstacle or "GPU with triton"}
 
 
 def numba_cache() -> str | None:

@@ -20,7 +20,7 @@ import torch
 
 import recurlm
 from recurlm import doctor, files
-from recurlm.bench import cross_entropy, hardware, inference, pooling, startup, step_kernels, update
+from recurlm.bench import cross_entropy, hardware, inference, pooling, pooling_cpu, startup, step, step_kernels, update
 from recurlm.errors import ConfigError, RunError, UserError, lookup
 
 Rows = list[dict[str, Any]]
@@ -54,6 +54,10 @@ MEASUREMENTS: dict[str, Measurement] = {
     "hardware": Measurement("copy bandwidth and rate of matrix products: what limits are made of", hardware.rows),
     "startup": Measurement("recurlm --help beside import torch", startup.rows),
     "inference": Measurement("scoring and generating on the CPU beside plain torch", inference.rows),
+    "pooling-cpu": Measurement("QRNN pooling on the CPU beside a copy and a plain loop", pooling_cpu.rows),
+    "step": Measurement(
+        "the training step of published models beside the same step not captured", step.rows, gpu_with_triton
+    ),
     "pooling": Measurement("QRNN pooling beside a plain loop over the columns", pooling.rows, gpu_with_triton),
     "cross-entropy": Measurement(
         "time and memory of the linear cross-entropy beside torch's", cross_entropy.rows, gpu_with_triton

@@ -53,6 +53,9 @@ def _print(facts: dict[str, Any]) -> None:
         for row in rows:
             gap = "" if row["difference"] is None else f"{row['difference']:.1e}"
             print(f"    {row['dtype']:<9} {row['check']:<8} {gap:<8} {row['said']}".rstrip())
+    print("\nTraining step")
+    ways = {True: "one CUDA graph a window length, fused kernels", False: "operation by operation"}
+    print_table({f"  {row['device']}": f"{ways[row['captured']]} ({row['reason']})" for row in facts["training_step"]})
     data = facts["data"]
     print("\nFolders")
     print_table(

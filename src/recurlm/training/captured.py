@@ -22,7 +22,7 @@ from recurlm.model import dropout as drop
 from recurlm.model.lanes import Lane
 from recurlm.model.neural import NeuralModel, layer_sizes
 from recurlm.protocol import State, map_state, state_leaves
-from recurlm.text.batches import Batches, Streams
+from recurlm.text.batches import Streams
 from recurlm.training import objective
 from recurlm.training.averaging import Averaging
 from recurlm.training.cursor import seed_for_step
@@ -33,7 +33,7 @@ MOST_GRAPHS = 64
 MOMENTS = {"sgd": (), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
-def obstacle(config: Config, device: torch.device, batches: Batches) -> str:
+def obstacle(config: Config, device: torch.device) -> str:
     """Why the step cannot be captured, as part of a sentence; '' when it can."""
     if device.type != "cuda":
         return "no GPU"
@@ -43,7 +43,7 @@ def obstacle(config: Config, device: torch.device, batches: Batches) -> str:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (7, 0):
         return "this GPU is older than Triton serves"
-    if not isinstance(batches, Streams):
+    if config.data.batching != "stream":
         return f"batches of {config.data.batching}s differ in shape"
     if config.optimizer.name not in MOMENTS:
         return f"optimizer {config.optimizer.name} has no fused update"

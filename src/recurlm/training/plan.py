@@ -24,10 +24,13 @@ def plan(config: Config, store: Store) -> dict[str, Any]:
         seconds, tokens = [0.0], [0]
         with precision.applied(trainer.precision):
             trainer.step()  # the first compiles, allocates and warms up
-            while len(seconds) < 2 or (len(seconds) < 20 and sum(seconds) < 3):
+            most = 20 if trainer.obstacle else 100  # captured, each window length is slow twice before it is fast
+            while len(seconds) < 2 or (len(seconds) < most and sum(seconds) < 3):
                 start = time.perf_counter()
                 tokens.append(trainer.step()["tokens"])
                 seconds.append(time.perf_counter() - start)
+            if not trainer.obstacle:
+                seconds, tokens = seconds[len(seconds) // 2 :], tokens[len(tokens) // 2 :]
         data, cuda = config.data, trainer.device.type == "cuda"
         steps = trainer.batches.steps_per_epoch(data)
         total = int(min(steps * config.train.epochs, config.train.max_steps or math.inf))

@@ -66,7 +66,7 @@ class Trainer:
         check_measurable(self.ids(self.valid_split), self.boundary, config.data)
         self.cursor = Cursor()
         self.waiting: list[tuple[Cursor, int, dict[str, Any]]] = []  # steps whose numbers were not read yet
-        self.obstacle = captured.obstacle(config, self.device, self.batches)
+        self.obstacle = captured.obstacle(config, self.device)
         self.stepper = self.new_stepper(self.model.initial_state(config.data.batch_size))
         self.best: tuple[float, int, dict[str, Tensor]] | None = None  # loss, step and weights, not yet published
         self.saved_at, self.saved = time.monotonic(), False

@@ -6,33 +6,20 @@ each counts, for the machine may be shared. `onto memory that is there` is the c
 `with its own results` is `pool` and autograd, which get new memory from the system each time, as `clone` does.
 """
 
-import os
-import time
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does: torch's idle threads give the core away
 import torch
 
+from recurlm.bench.timing import Row, cpu_time
 from recurlm.kernels import pool_numba, reference
 
 SHAPES = [(70, 20, 1550), (140, 60, 2500)]
 THREADS = 2
-REPEATS = 9
-TARGET = 0.6
-
-
-def best(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Microseconds of each, the best of `REPEATS` turns after one that is not counted."""
-    found = dict.fromkeys(functions, float("inf"))
-    for turn in range(REPEATS + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn:
-                found[name] = min(found[name], (time.perf_counter() - start) * 1e6)
-    return found
+TARGET = ">= 60 %"
 
 
 def kernels_alone(T: int, B: int, H: int) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -60,52 +47,34 @@ def step(function: Callable[..., tuple[torch.Tensor, torch.Tensor]], T: int, B: 
     return lambda: torch.autograd.grad(function(gates_TBG, c_BH, None, "fo")[0], gates_TBG, grad_TBH)
 
 
-def rows() -> list[dict]:
-    """One row a shape and measure: ours, a peer and the limit in microseconds, and limit / ours."""
-    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-    table = []
+def rows() -> list[dict[str, Any]]:
+    """fo-pooling in fp32 on at most two threads, against a copy of as many bytes."""
+    threads, table = torch.get_num_threads(), []
+    torch.set_num_threads(min(THREADS, threads))
     for T, B, H in SHAPES:
         forward, backward = kernels_alone(T, B, H)
         parts = [torch.randn(arrays * T * B * H // 2) for arrays in (4, 7)]
         onto = [torch.ones_like(part) for part in parts]
-        found = best({
+        times = cpu_time({
             "forward": forward,
             "backward": backward,
             "copy forward": lambda onto=onto, parts=parts: onto[0].copy_(parts[0]),
             "copy backward": lambda onto=onto, parts=parts: onto[1].copy_(parts[1]),
-            "clone": lambda parts=parts: [part.clone() for part in parts],
             "pool": step(pool_numba.pool, T, B, H),
             "loop": step(reference.pool, T, B, H),
         })  # fmt: skip
+        found = {name: time.best for name, time in times.items()}
         copies = found["copy forward"] + found["copy backward"]
-        for name, ours, limit, peer in (
-            ("forward, onto memory that is there", found["forward"], found["copy forward"], None),
-            ("backward, onto memory that is there", found["backward"], found["copy backward"], None),
-            ("both, onto memory that is there", found["forward"] + found["backward"], copies, "loop"),
-            ("both, with its own results", found["pool"], copies, "loop"),
-            ("both, with its own results", found["pool"], copies, "clone"),
+        for name, ours, limit, peer, target in (
+            ("forward, onto memory that is there", found["forward"], found["copy forward"], None, ""),
+            ("backward, onto memory that is there", found["backward"], found["copy backward"], None, ""),
+            ("both, onto memory that is there", found["forward"] + found["backward"], copies, None, TARGET),
+            ("both, with its own results", found["pool"], copies, found["loop"], ""),
         ):
-            table.append({
-                "measure": f"QRNN pooling fo fp32, {name}",
-                "shape": (T, B, H),
-                "ours_us": ours,
-                "peer_us": None if peer is None else found[peer],
-                "peer": {None: None, "loop": "plain loop in torch", "clone": "clone of as many bytes"}[peer],
-                "limit_us": limit,
-                "share": limit / ours,
-                "target": TARGET,
-            })  # fmt: skip
+            row = Row(
+                measure=f"CPU pooling, {name}", shape=f"{T} x {B} x {H:,} float32", ours_us=ours, peer_us=peer,
+                peer="plain loop in torch" if peer else "", limit_us=limit, target=target,
+            )  # fmt: skip
+            table.append(row.as_dict())
+    torch.set_num_threads(threads)
     return table
-
-
-def main() -> None:
-    print(f"{torch.get_num_threads()} threads of torch at most {THREADS}; best of {REPEATS}, in turns; milliseconds")
-    print(f"{'shape':<16} {'measure':<56} {'ours':>7} {'copy':>7} {'share':>6}  peer")
-    for row in rows():
-        peer = "" if row["peer"] is None else f"{row['peer']} {row['peer_us'] / 1e3:.1f}"
-        print(f"{row['shape']!s:<16} {row['measure']:<56} {row['ours_us'] / 1e3:7.2f} ", end="")
-        print(f"{row['limit_us'] / 1e3:7.2f} {row['share']:6.2f}  {peer}")
-
-
-if __name__ == "__main__":
-    main()
