@@ -10,14 +10,16 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from recurlm.config import DropoutConfig
 from recurlm.model import dropout as drop
-from recurlm.model.layers.base import LayerState, RecurrentLayer
+
+if TYPE_CHECKING:
+    from recurlm.model.layers.base import LayerState, RecurrentLayer
 
 CURRENT: ContextVar[Lane | None] = ContextVar("lane", default=None)
 
