@@ -14,7 +14,19 @@ from recurlm.cli import doctor as cli
 from recurlm.cli import main
 from recurlm.kernels import reference
 
-KEYS = {"versions", "cpu", "gpus", "gpu_error", "precision", "kernels", "numba_cache", "data", "warnings", "ok"}
+KEYS = {
+    "versions",
+    "cpu",
+    "gpus",
+    "gpu_error",
+    "precision",
+    "kernels",
+    "training_step",
+    "numba_cache",
+    "data",
+    "warnings",
+    "ok",
+}
 OPERATIONS = {operation for operation, _, _ in kernels.TABLE}
 CPU = torch.device("cpu")
 
@@ -70,7 +82,7 @@ def test_human_output(run, monkeypatch):
     code, out, _ = run()
     assert code == 0
     sections = [line.partition(":")[0] for line in out.splitlines() if line and not line.startswith(" ")]
-    assert sections == ["Versions", "CPU", "GPU", "--dtype auto", "Kernels", "Folders", "Warnings"]
+    assert sections == ["Versions", "CPU", "GPU", "--dtype auto", "Kernels", "Training step", "Folders", "Warnings"]
     assert "OMP_WAIT_POLICY=active" in out and all(f"  {name} on cpu" in out for name in OPERATIONS)
 
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,23 @@ if TYPE_CHECKING:
 CURRENT: ContextVar[Lane | None] = ContextVar("lane", default=None)
 
 
+class Part(NamedTuple):
+    """A part of a window, counted from its start, and the sums of the gradients of a layer's weights over the later ones.
+
+    A part's gradients depend on those of the part after it, so the first part's are the last.
+    """
+
+    number: int
+    gradients: list[Tensor]
+
+
 class Lane:
     """A CUDA stream and a thread of its own, because calls of cuDNN overlap only when they come from different threads."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="recurlm-lane")
+        self.part = Part(0, [])
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function returns, called in the lane's thread on its stream, without a gradient history."""
@@ -41,9 +52,9 @@ class Lane:
         return self.thread.submit(run).result()
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Makes this the lane of the library calls of a block of code."""
-        token = CURRENT.set(self)
+    def entered(self, part: Part) -> Iterator[None]:
+        """Makes this the lane of the library calls of a block of code, which computes this part of a window."""
+        token, self.part = CURRENT.set(self), part
         try:
             with torch.cuda.stream(self.stream):
                 yield
@@ -60,12 +71,13 @@ def overlapped(
     shares = [p.hidden] * (len(layers) - 1) + [p.output]
     draws = [noise.take() for _ in layers]
     raws, drops = [], []
+    gradients: list[list[Tensor]] = [[] for _ in layers]
     for lane in lanes:
         lane.stream.wait_stream(main)
-    for x in x_TBE.chunk(parts):
+    for number, x in enumerate(x_TBE.chunk(parts)):
         x.record_stream(lanes[0].stream)
         for n, (layer, lane) in enumerate(zip(layers, lanes, strict=True)):
-            with lane.entered():
+            with lane.entered(Part(number, gradients[n])):
                 raw, states[n] = layer(x, states[n], layer.droppable, 0.0, None)
                 dropped = drop.locked(raw, shares[n], noise, draws[n])
             if n + 1 < len(layers):

@@ -114,7 +114,7 @@ class _OnLane(torch.autograd.Function):
             torch._cudnn_rnn, x_TBI, weights, 4, _buffer(weights), h, c, *how
         )
         ctx.save_for_backward(x_TBI, h, c, y_TBH, reserve, buffer, *weights)
-        ctx.lane, ctx.how = lane, how
+        ctx.lane, ctx.part, ctx.how = lane, lane.part, how
         return (y_TBH, h_new) if c is None else (y_TBH, h_new, c_new)
 
     @staticmethod
@@ -125,6 +125,12 @@ class _OnLane(torch.autograd.Function):
             torch.ops.aten._cudnn_rnn_backward, x_TBI, weights, 4, buffer, h, c, y_TBH, grad_y.contiguous(),  # type: ignore[union-attr]
             grad_h, grad_c, *ctx.how, reserve, [True, True, c is not None, True],
         )  # fmt: skip
+        sums = ctx.part.gradients
+        if sums:
+            ctx.lane.call(torch._foreach_add_, sums, dw)
+        else:
+            sums.extend(dw)
+        dw = sums if ctx.part.number == 0 else [None] * len(sums)
         return None, None, dx, dh, (None if c is None else dc), *dw
 
 
