@@ -22,6 +22,11 @@ from recurlm.kernels import reference
 from recurlm.kernels.reference import GATES as GATES
 
 
+def has_triton() -> bool:
+    """Whether triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _numba_pool() -> Callable[..., tuple[Tensor, Tensor]]:
     from recurlm.kernels.pool_numba import pool
 
@@ -29,7 +34,7 @@ def _numba_pool() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _triton_pool() -> Callable[..., tuple[Tensor, Tensor]]:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         _warn("triton is not installed: QRNN layers run step by step on the GPU, which is many times slower.")
         return reference.pool
     from recurlm.kernels.pool_triton import pool
@@ -45,7 +50,7 @@ def _torch_linear_cross_entropy() -> Callable[..., Tensor]:
 
 def _triton_linear_cross_entropy() -> Callable[..., Tensor]:
     slower = "the softmax over the vocabulary takes several times the time and memory."
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         _warn(f"triton is not installed: {slower}")
         return _torch_linear_cross_entropy()
     if torch.cuda.get_device_capability() < (8, 0):
@@ -57,7 +62,7 @@ def _triton_linear_cross_entropy() -> Callable[..., Tensor]:
 
 
 def _triton_penalties() -> Callable[..., tuple[Tensor, Tensor]]:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         _warn("triton is not installed: the activation penalties take several times as long.")
         return reference.penalties
     from recurlm.kernels.penalties_triton import penalties
@@ -88,9 +93,16 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
 }
 
 
+TWINS: dict[str, Callable[..., Any]] = {
+    "pool": reference.pool,
+    "linear_cross_entropy": reference.linear_cross_entropy,
+    "penalties": reference.penalties,
+}
+
+
 @functools.cache
 def _load(operation: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
-    return TABLE[operation, device, dtype]() if (operation, device, dtype) in TABLE else getattr(reference, operation)
+    return TABLE[operation, device, dtype]() if (operation, device, dtype) in TABLE else TWINS[operation]
 
 
 def pool(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from recurlm import kernels
 from recurlm.config import Config, ModelConfig
 from recurlm.model import dropout as drop
 from recurlm.model.lanes import Lane
@@ -39,7 +39,7 @@ def obstacle(config: Config, device: torch.device) -> str:
         return "no GPU"
     if not config.train.capture:
         return "train.capture = false"
-    if importlib.util.find_spec("triton") is None:
+    if not kernels.has_triton():
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (7, 0):
         return "this GPU is older than Triton serves"
