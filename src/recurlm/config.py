@@ -50,7 +50,7 @@ class DataConfig:
     bptt_spread: float = _opt(0.0, "stream: standard deviation of a window's length; 0 = fixed", low=0, high=10_000)
     bptt_step: int = _opt(
         5,
-        "Random window lengths are rounded to a multiple of this, so that few CUDA graphs serve them; 1 = not",
+        "Random window lengths differ from their mean by multiples of this, so that few CUDA graphs serve; 1 = any length",
         low=1,
         high=100_000,
     )

@@ -73,6 +73,8 @@ def test_window_lengths_have_the_published_distribution():
     rounded = DataConfig(bptt=70, bptt_full_share=0.95, bptt_spread=5.0)
     fives = np.array([window_length(rounded, 1, step) for step in range(4000)])
     assert set(fives % 5) == {0} and abs(fives - lengths).max() <= 3
+    odd = DataConfig(bptt=12, bptt_full_share=0.95)
+    assert {window_length(odd, 1, step) for step in range(300)} == {12, 6}
 
 
 def test_sentences_end_with_their_line():

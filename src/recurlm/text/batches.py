@@ -218,13 +218,15 @@ def window_length(config: DataConfig, seed: int, step: int) -> int:
     """The window length drawn for one training step: a pure function of seed and step.
 
     Normal(base, bptt_spread) with base = bptt, or bptt / 2 with probability 1 - bptt_full_share; at least
-    bptt_min and at most bptt_cap (Merity et al. 2018, section 5); rounded to a multiple of bptt_step.
+    bptt_min and at most bptt_cap (Merity et al. 2018, section 5); rounded to whole bptt_steps from
+    the mean.
     """
     if (config.bptt_spread == 0 and config.bptt_full_share == 1) or BATCHING[config.batching] is not None:
         return config.bptt
     draw = np.random.Generator(np.random.Philox(key=[seed, step]))
     base = config.bptt if draw.random() < config.bptt_full_share else config.bptt / 2
     drawn = draw.normal(base, config.bptt_spread)
-    whole = int(drawn) if config.bptt_step == 1 else round(drawn / config.bptt_step) * config.bptt_step
+    near = int(base)  # rounded to whole steps away from it, so that the mean stays what it is
+    whole = int(drawn) if config.bptt_step == 1 else near + round((drawn - near) / config.bptt_step) * config.bptt_step
     length = max(config.bptt_min, whole)
     return min(length, config.bptt_cap) if config.bptt_cap else length

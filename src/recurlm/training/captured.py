@@ -8,10 +8,13 @@ checkpoints, validation and the plain step see what they always see.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import gc
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -20,7 +23,7 @@ from recurlm import kernels
 from recurlm.config import Config, ModelConfig
 from recurlm.model import dropout as drop
 from recurlm.model.lanes import Lane
-from recurlm.model.neural import NeuralModel, layer_sizes
+from recurlm.model.neural import LEAST_PART, PARTS, NeuralModel, layer_sizes
 from recurlm.protocol import State, map_state, state_leaves
 from recurlm.text.batches import Streams
 from recurlm.training import objective
@@ -43,11 +46,26 @@ def obstacle(config: Config, device: torch.device) -> str:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (7, 0):
         return "this GPU is older than Triton serves"
+    if fault := _fault_of_triton(device):
+        return f"triton does not work here: {fault}"
     if config.data.batching != "stream":
         return f"batches of {config.data.batching}s differ in shape"
     if config.optimizer.name not in MOMENTS:
         return f"optimizer {config.optimizer.name} has no fused update"
     return "optimizer.clip_value is set" if config.optimizer.clip_value else ""
+
+
+@functools.cache
+def _fault_of_triton(device: torch.device) -> str:
+    """Why no kernel can be compiled or run (there may be no C compiler), in a line; '' when one did."""
+    try:
+        from recurlm.kernels import update_triton
+
+        old, new = torch.zeros(1, device=device), torch.ones(2, device=device)
+        update_triton.keep_if_ok(old, new[:1], new)
+        return "" if old.item() == 1 else "a kernel gave a wrong result"
+    except Exception as error:  # whatever it is, the plain step serves
+        return " ".join(str(error).split())[:200]
 
 
 def padded_sizes(model: NeuralModel, multiple: int) -> tuple[int, ...]:
@@ -72,9 +90,8 @@ class CapturedStep:
         self.kernels = update_triton
         self.model, self.optimizer, self.averaging, self.config = model, optimizer, averaging, config
         device = model.device
-        self.ids = torch.cat((torch.tensor([batches.boundary_id]), torch.from_numpy(batches.ids.astype("int64")))).to(
-            device
-        )
+        ids = np.concatenate(([batches.boundary_id], batches.ids), dtype=np.int32)  # half of what int64 would take
+        self.ids = torch.from_numpy(ids).to(device)
         self.starts = torch.from_numpy(batches.starts).to(device)
         self.dropout = dataclasses.replace(config.dropout, weight=0.0)
         self._build_twin(model, device)
@@ -86,8 +103,6 @@ class CapturedStep:
         self.status = torch.ones(2, device=device)
         self.ring = torch.zeros(2 * self.lag, terms + 2, device=device)
         self.pending: list[Order] = []
-        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
-        self.pool = torch.cuda.graph_pool_handle() if cuda else None
         self.most_graphs = MOST_GRAPHS if cuda else 0
         self.slot = 0
 
@@ -162,14 +177,19 @@ class CapturedStep:
         self.carried = map_state(Tensor.clone, self.twin.initial_state(self.config.data.batch_size))
         for leaf, raw in zip(state_leaves(self.carried), state_leaves(state), strict=True):
             leaf[tuple(slice(0, n) for n in raw.shape)].copy_(raw)
-        self.graphs = {}
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        """Forgets every graph, and their memory pool: one that is in use no longer takes no new graph."""
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.ids.is_cuda else None
 
     # ---- one step -------------------------------------------------------------------------------------------
 
     def take(self, order: Order) -> None:
         if order.newest and not self.averaging.mean:
             self.averaging.mean = [p.detach().clone() for p in self.model.parameters()]
-            self.graphs = {}
+            self._drop_graphs()
         self._control(order)
         self.pending.append(order)
         if order.window.fresh:
@@ -184,10 +204,9 @@ class CapturedStep:
             self._body(length, None)
             self.graphs[key] = None
         else:
-            graph = self.graphs[key]
-            if graph is None:
-                graph = self.graphs[key] = self._capture(length)
-            graph.replay()
+            graph = self.graphs[key] or self._captured(length)
+            self.graphs[key] = graph
+            graph.replay() if graph else self._body(length, None)
         self.updates += 1
 
     def _control(self, order: Order) -> None:
@@ -216,14 +235,15 @@ class CapturedStep:
     def _gradients(self, length: int, counted: Any) -> tuple[Tensor, list[str], tuple[Tensor, ...], State]:
         """(terms, their names, gradients of the twin's parameters, new state) for the window at the order's position."""
         at_B = self.starts + self.controls[self.kernels.POSITION].long()
-        block_TB = self.ids[at_B + torch.arange(length + 1, device=self.ids.device)[:, None]]
+        block_TB = self.ids[at_B + torch.arange(length + 1, device=self.ids.device)[:, None]].long()
         noise = drop.Noise(self.controls[self.kernels.SEED :])
-        out = self.twin(block_TB[:-1], self.carried, self.dropout, noise, self.lanes)
+        lanes = self.lanes if length >= PARTS * LEAST_PART else []
+        out = self.twin(block_TB[:-1], self.carried, self.dropout, noise, lanes)
         mask = None if counted is None else torch.from_numpy(counted).to(self.ids.device)
         terms = objective.terms(self.twin, out, block_TB[1:], self.config.objective, mask)
         stacked = torch.stack([term.float() for term in terms.values()])
         gradients = torch.autograd.grad(stacked.sum(), self.leaves)
-        for lane in self.lanes:
+        for lane in lanes:
             torch.cuda.current_stream().wait_stream(lane.stream)
         stacked = pad(stacked.detach(), (0, self.ring.shape[1] - 2 - len(terms)))  # a window of one step has no tar
         return stacked, list(terms), gradients, out.state
@@ -236,18 +256,30 @@ class CapturedStep:
         self.kernels.update(self.weights, gradients, mean, self.controls, self.status, rule)
         self.kernels.keep_if_ok(state_leaves(self.carried), state_leaves(state), self.status)
 
+    def _captured(self, length: int) -> torch.cuda.CUDAGraph | None:
+        """The graph of a step of this length; None, and no other graph, where the memory is too small for it."""
+        try:
+            return self._capture(length)
+        except torch.OutOfMemoryError:
+            self.most_graphs = 0
+            return None
+
     def _capture(self, length: int) -> torch.cuda.CUDAGraph:
         graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         collects = gc.isenabled()
         gc.disable()  # a collection during the capture could free what belongs to another graph
+        torch.cuda.empty_cache()  # what is cached cannot be had during the capture
         try:
             with torch.cuda.stream(side):
                 graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
                 try:
                     self._body(length, None)
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # the first error is the one to read
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         finally:
             if collects:
                 gc.enable()

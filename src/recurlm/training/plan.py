@@ -24,13 +24,14 @@ def plan(config: Config, store: Store) -> dict[str, Any]:
         seconds, tokens = [0.0], [0]
         with precision.applied(trainer.precision):
             trainer.step()  # the first compiles, allocates and warms up
-            most = 20 if trainer.obstacle else 100  # captured, each window length is slow twice before it is fast
-            while len(seconds) < 2 or (len(seconds) < most and sum(seconds) < 3):
+            if not trainer.obstacle:  # a window length is slow the first time and when it is captured
+                began = time.perf_counter()
+                while time.perf_counter() - began < 5 and trainer.cursor.step < 300:
+                    trainer.step()
+            while len(seconds) < 2 or (len(seconds) < 20 and sum(seconds) < 3):
                 start = time.perf_counter()
                 tokens.append(trainer.step()["tokens"])
                 seconds.append(time.perf_counter() - start)
-            if not trainer.obstacle:
-                seconds, tokens = seconds[len(seconds) // 2 :], tokens[len(tokens) // 2 :]
         data, cuda = config.data, trainer.device.type == "cuda"
         steps = trainer.batches.steps_per_epoch(data)
         total = int(min(steps * config.train.epochs, config.train.max_steps or math.inf))
@@ -44,7 +45,7 @@ def plan(config: Config, store: Store) -> dict[str, Any]:
             "steps": total,
             "seconds_per_step": step_seconds,
             "seconds_estimated": total * step_seconds,
-            "memory_bytes": torch.cuda.max_memory_allocated(trainer.device) if cuda else peak,
+            "memory_bytes": torch.cuda.max_memory_reserved(trainer.device) if cuda else peak,
             "memory_rule": f"peak over {len(seconds)} real steps, {'GPU' if cuda else 'resident'} memory of this process",
             "device": str(trainer.device),
             "dtype": trainer.precision.name,

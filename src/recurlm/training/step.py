@@ -59,6 +59,8 @@ class PlainStep:
         self.failure = ""
 
     def take(self, order: Order) -> None:
+        if self.failure:
+            return
         cfg, window, device = self.config, order.window, self.model.device
         inputs, targets = (torch.from_numpy(a).to(device) for a in (window.inputs_TB, window.targets_TB))
         counted = None if window.counted_TB is None else torch.from_numpy(window.counted_TB).to(device)

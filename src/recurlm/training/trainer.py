@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ class Trainer:
         self.tokenizer = store.tokenizer()
         self.boundary = self.tokenizer.boundary_id
         self.device = precision.resolve_device(train.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams, graphs and kernels go where the current device is
         self.precision = precision.resolve_dtype(train.dtype, self.device)
         self.model = NeuralModel(
             config.model, store.vocab_size, torch.Generator().manual_seed(train.seed), self.precision
@@ -67,7 +70,7 @@ class Trainer:
         self.cursor = Cursor()
         self.waiting: list[tuple[Cursor, int, dict[str, Any]]] = []  # steps whose numbers were not read yet
         self.obstacle = captured.obstacle(config, self.device)
-        self.stepper = self.new_stepper(self.model.initial_state(config.data.batch_size))
+        self.start: State = self.model.initial_state(config.data.batch_size)  # the carried state before the first step
         self.best: tuple[float, int, dict[str, Tensor]] | None = None  # loss, step and weights, not yet published
         self.saved_at, self.saved = time.monotonic(), False
         self.wish = interrupt.Wish()
@@ -104,9 +107,10 @@ class Trainer:
         spent = bool(train.max_steps) and c.step >= train.max_steps
         return c.epoch + self.epoch_ended() >= train.epochs or spent or (train.patience > 0 and stale >= train.patience)
 
-    def new_stepper(self, state: State) -> Step:
-        """What takes the steps, from this carried state on."""
-        given = self.model, self.optimizer, self.averaging, self.config, state
+    @functools.cached_property
+    def stepper(self) -> Step:
+        """What takes the steps, made at the first one."""
+        given = self.model, self.optimizer, self.averaging, self.config, self.start
         if self.obstacle or not isinstance(self.batches, Streams):
             return PlainStep(*given)
         return captured.CapturedStep(*given, self.batches)
@@ -133,10 +137,10 @@ class Trainer:
         self.stepper.take(Order(c.step, window, c.position, lr, newest))
         c.step, c.position = c.step + 1, window.next
 
-    def read(self) -> list[tuple[int, dict[str, Any]]]:
-        """(step, its numbers) of the steps since the last call; RunError when one had a number that is not finite.
+    def read(self) -> tuple[list[tuple[int, dict[str, Any]]], str]:
+        """(step and its numbers of the steps since the last call, why the one after them failed or '').
 
-        No weight moved from that step on, and the run stands before it.
+        After a failure the run stands before that step, and no weight moved from there on.
         """
         c, waiting, out = self.cursor, self.waiting, []
         rows, failure = self.stepper.read()
@@ -148,21 +152,24 @@ class Trainer:
             out.append(
                 (before.step + 1, {"loss_nats": terms[0], "objective": math.fsum(terms), "grad_norm": norm, **facts})
             )
-        if failure:
-            before, self.averaging.count, _ = waiting[len(rows)]
-            c.step, c.epoch, c.position = before.step, before.epoch, before.position
-            if self.averaging.count <= 0:
-                self.averaging.mean = []
-            raise RunError(
-                f"Step {c.step + 1}: {failure}. No weight was changed; "
-                "go on with a lower optimizer.lr or a tighter optimizer.clip and --resume auto."
-            )
-        return out
+        if not failure:
+            return out, ""
+        before, self.averaging.count, _ = waiting[len(rows)]
+        c.step, c.epoch, c.position = before.step, before.epoch, before.position
+        if self.averaging.count <= 0:
+            self.averaging.mean = []
+        return out, (
+            f"Step {c.step + 1}: {failure}. No weight was changed; "
+            "go on with a lower optimizer.lr or a tighter optimizer.clip and --resume auto."
+        )
 
     def step(self) -> dict[str, Any]:
         """Trains on one window and returns its numbers; raises RunError before any weight moves if one is not finite."""
         self.advance()
-        return self.read()[-1][1]
+        numbers, failure = self.read()
+        if failure:
+            raise RunError(failure)
+        return numbers[-1][1]
 
     # ---- validation, model, checkpoint ----------------------------------------------------------------------
 
@@ -250,9 +257,10 @@ class Trainer:
         """Continues from a checkpoint; refuses another text, tokenizer or model."""
         snapshot.check(saved, self.config, self.store)
         state, self.cursor = snapshot.unpack(
-            saved, self.config, self.model, self.optimizer, self.averaging, self.state, self.device
+            saved, self.config, self.model, self.optimizer, self.averaging, self.start, self.device
         )
-        self.stepper, self.saved = self.new_stepper(state), True
+        self.start, self.saved = state, True
+        self.__dict__.pop("stepper", None)
 
     # ---- the loop -------------------------------------------------------------------------------------------
 
@@ -314,12 +322,15 @@ class Trainer:
             self.save(started)
 
     def report(self, monitor: Monitor) -> None:
-        """Shows and records the numbers of the steps since the last call."""
+        """Shows and records the numbers of the steps since the last call; RunError when one was not finite."""
         c, share = self.cursor, self.progress().share
-        for step, numbers in self.read():
-            monitor.step(c.epoch, share, numbers["loss_nats"], numbers["tokens"])
+        numbers, failure = self.read()
+        for step, values in numbers:
+            monitor.step(c.epoch, share, values["loss_nats"], values["tokens"])
             if step % self.config.train.log_every == 0:
-                monitor.record("step", step, numbers | {"tokens_per_s": monitor.rate})
+                monitor.record("step", step, values | {"tokens_per_s": monitor.rate})
+        if failure:
+            raise RunError(failure)
 
     def sample(self, count: int = 60) -> str:
         """A short text from the current (averaged) weights."""
