@@ -49,7 +49,7 @@ class Trainer:
         self.tokenizer = store.tokenizer()
         self.boundary = self.tokenizer.boundary_id
         self.device = precision.resolve_device(train.device)
-        if self.device.type == "cuda":
+        if self.device.index is not None:
             torch.cuda.set_device(self.device)  # streams, graphs and kernels go where the current device is
         self.precision = precision.resolve_dtype(train.dtype, self.device)
         self.model = NeuralModel(
