@@ -145,7 +145,46 @@ def check_that_a_bad_step_moves_nothing(store, folder: Path) -> None:
     assert [other.step() for _ in range(3)][-1] == numbers
 
 
-CHECKS = (check_against_the_plain_step, check_that_a_resumed_run_is_equal, check_that_a_bad_step_moves_nothing)
+def check_that_lengths_are_captured_when_they_come_again(store, folder: Path) -> None:
+    """With graphs that only call the step: which orders run as they are, which are captured, which replayed."""
+    settings = ("data.bptt=9", "data.bptt_spread=0", "data.bptt_full_share=1", "model.num_layers=1", "averaging.name=swa",
+                "averaging.start=0.5", "train.max_steps=8")  # fmt: skip
+
+    class Graph:
+        def __init__(self, step, length):
+            self.step, self.length = step, length
+
+        def replay(self):
+            self.step._body(self.length, None)
+
+    found = {}
+    for name in ("graphs", "full memory"):
+        one, log = trainer_of(store, folder, *settings), []
+        step, real = one.stepper, one.stepper._body
+
+        def body(length, counted, log=log, real=real):
+            log.append((length, "masked" if counted is not None else "whole"))
+            real(length, counted)
+
+        def capture(length, step=step, log=log, name=name):
+            log.append((length, "captured"))
+            if name == "full memory":
+                raise torch.OutOfMemoryError
+            return Graph(step, length)
+
+        step._body, step._capture, step.most_graphs = body, capture, 64
+        for _ in range(7):
+            one.advance()
+        found[name] = one.read()[0]
+        # as it is, captured and replayed, replayed twice; the mean begins with the fifth step, and the graphs anew
+        again = ["whole"] if name == "full memory" else ["captured", "whole"]
+        expected = ["whole", "captured", "whole", "whole", "whole", "whole", *again, "whole"]
+        assert log == [(9, what) for what in expected]
+    assert found["graphs"] == found["full memory"]
+
+
+CHECKS = (check_that_lengths_are_captured_when_they_come_again, check_against_the_plain_step, check_that_a_resumed_run_is_equal,
+          check_that_a_bad_step_moves_nothing)  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS)

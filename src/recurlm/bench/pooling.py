@@ -39,26 +39,27 @@ DIRECTIONS = ("forward", "backward")
 
 
 def rows() -> list[dict[str, Any]]:
-    """fo-pooling in bfloat16 and float32.
+    """fo-pooling in bfloat16, and in float32 at one shape.
 
     `forward` is the kernel where no gradient is needed; in training it also writes marks of c, whose bytes the limit
     does not count, and both directions see to the bias.
     """
-    found = []
-    for dtype, shape, direction in itertools.product((torch.bfloat16, torch.float32), SHAPES, DIRECTIONS):
-        limit, nbytes = _limit(direction, shape, dtype), _bytes(direction, shape, dtype)
-        peer = gpu_time(in_turn(lambda: _naive(direction, shape, dtype), nbytes))  # noqa: B023 - called at once
-        for training in (False, True) if dtype == torch.bfloat16 else (False,):
-            row = Row(
-                measure=f"pool {direction}" + " in training, bias" * training,
-                shape=" x ".join(f"{n:,}" for n in shape) + f" {str(dtype).removeprefix('torch.')}",
-                ours_us=gpu_time(in_turn(lambda: _ours(direction, shape, dtype, training), nbytes)),  # noqa: B023
-                peer_us=None if training else peer,
-                peer="" if training else "plain loop",
-                limit_us=limit,
-                target="" if training or dtype != torch.bfloat16 else TARGETS.get((direction, shape), ""),
-            )
-            found.append(row.as_dict())
+    found, bf16, fp32 = [], torch.bfloat16, torch.float32
+    cases = [(bf16, shape, direction, False) for shape, direction in itertools.product(SHAPES, DIRECTIONS)]
+    cases += [(dtype, SHAPES[2], direction, dtype == bf16) for dtype in (bf16, fp32) for direction in DIRECTIONS]
+    for dtype, shape, direction, training in cases:
+        nbytes = _bytes(direction, shape, dtype)
+        compared = dtype == bf16 and not training
+        row = Row(
+            measure=f"pool {direction}" + " in training, bias" * training,
+            shape=" x ".join(f"{n:,}" for n in shape) + f" {str(dtype).removeprefix('torch.')}",
+            ours_us=gpu_time(in_turn(lambda: _ours(direction, shape, dtype, training), nbytes)),  # noqa: B023
+            peer_us=gpu_time(in_turn(lambda: _naive(direction, shape, dtype), nbytes)) if compared else None,  # noqa: B023
+            peer="plain loop" if compared else "",
+            limit_us=_limit(direction, shape, dtype),
+            target=TARGETS.get((direction, shape), "") if compared else "",
+        )
+        found.append(row.as_dict())
     return found
 
 

@@ -198,15 +198,15 @@ class CapturedStep:
             self._refresh()
         length, counted = len(order.window.inputs_TB), order.window.counted_TB
         key = length, bool(self.averaging.mean)
-        if counted is not None or (key not in self.graphs and len(self.graphs) >= self.most_graphs):
-            self._body(length, counted)
-        elif key not in self.graphs:
-            self._body(length, None)
-            self.graphs[key] = None
+        graph = None
+        if counted is None and key in self.graphs and self.most_graphs:
+            graph = self.graphs[key] = self.graphs[key] or self._captured(length)
+        if graph:
+            graph.replay()
         else:
-            graph = self.graphs[key] or self._captured(length)
-            self.graphs[key] = graph
-            graph.replay() if graph else self._body(length, None)
+            self._body(length, counted)
+        if counted is None and len(self.graphs) < self.most_graphs:
+            self.graphs.setdefault(key)
         self.updates += 1
 
     def _control(self, order: Order) -> None:
