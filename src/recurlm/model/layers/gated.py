@@ -55,7 +55,9 @@ def run(
     probability, for each part of the state, that a unit keeps its value (in evaluation the mean takes its place).
     """
     weights = [w.to(x_TBI.dtype) for w in weights]
-    if not any(zoneout) and (recurrent == 0 or generator is None):
+    # oneDNN lays weights out anew at each call: for one step that takes several times what the step does.
+    one_step = len(x_TBI) == 1 and not x_TBI.is_cuda and not torch.is_grad_enabled()
+    if not one_step and not any(zoneout) and (recurrent == 0 or generator is None):
         out = _call(kind, x_TBI, [leaf.unsqueeze(0) for leaf in state], weights)
         return out[0], tuple(leaf.squeeze(0) for leaf in out[1 : 1 + len(state)])
     mask_BH = None
@@ -76,9 +78,9 @@ def pack(kind: str, weights: list[nn.Parameter]) -> None:
 
 
 def _buffer(weights: Sequence[Tensor]) -> Tensor | None:
-    """The buffer of packed weights; None for others."""
-    storage = weights[0].untyped_storage()
-    if any(w.untyped_storage().data_ptr() != storage.data_ptr() for w in weights):
+    """The buffer of packed weights, which lie in it in their order; None for others."""
+    storage, places = weights[0].untyped_storage(), [w.data_ptr() for w in weights]
+    if places != sorted(places) or any(w.untyped_storage().data_ptr() != storage.data_ptr() for w in weights):
         return None
     size = storage.nbytes() // weights[0].element_size()
     return torch.empty(0, dtype=weights[0].dtype, device=weights[0].device).set_(storage, 0, (size,), (1,))  # type: ignore[arg-type]
