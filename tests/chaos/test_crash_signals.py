@@ -108,10 +108,11 @@ def test_a_signal_in_a_validation_saves_at_once_and_the_validation_comes_after_t
 def test_signals_in_the_first_seconds(whole, tmp_path):
     """A new interpreter, so that imports are met too; nothing was made, so nothing is left."""
     draw = random.Random("first")
+    endless = [word for key in ("max_steps", "epochs", "eval_every") for word in ("--set", f"train.{key}=1000000")]
     for n in range(counts(2, 10)):
         number, run = (signal.SIGTERM, signal.SIGINT)[n % 2], tmp_path / f"run-{n}"
         process = subprocess.Popen(
-            [sys.executable, "-m", "recurlm", *whole.argv(run)], stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "recurlm", *whole.argv(run), *endless], stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
         )  # fmt: skip
         time.sleep(draw.uniform(0.6, 2.0))
