@@ -2,7 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 from recurlm.config import Config, apply_assignments
 
@@ -70,3 +75,18 @@ def record(name: str, **figures: object) -> None:
     if path := os.environ.get("RECURLM_CHAOS_LOG"):
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"test": name, **figures}) + "\n")
+
+
+def in_the_interpreter(module: str, call: str) -> None:
+    """Calls `module.call` of a folder of tests in a process of its own, for TRITON_INTERPRET is read at import.
+
+    Without a GPU only: where there is one, the compiled kernel is tested instead.
+    """
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: the compiled kernel is tested instead")
+    folder, name = module.rsplit("/", 1)
+    code = f"import sys; sys.path[:0] = ['tests', 'tests/{folder}']; import {name} as t; t.{call}; print('ok')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stderr

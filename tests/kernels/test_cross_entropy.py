@@ -1,6 +1,5 @@
 """The fused linear cross-entropy: chunked in torch and in Triton against the plain formula in float64, every gradient."""
 
-import os
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import torch
 
 from recurlm import kernels
 from recurlm.kernels import cross_entropy, reference
+from support import in_the_interpreter
 
 SHAPES = [(1, 64, 1), (2, 100, 17), (3, 8, 2), (131, 64, 257), (70, 33, 300), (200, 400, 140), (65, 1024, 129)]
 LARGE = [(1400, 400, 10000), (1031, 280, 5003), (5600, 100, 33278)]
@@ -197,25 +197,10 @@ def interpreted():
     ):
         assert a.dtype == b.dtype
         assert torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5)
-    print("ok")
 
 
 def test_triton_in_the_interpreter():
-    """In a process of its own, for TRITON_INTERPRET is read at import."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    if CUDA:
-        pytest.skip("a GPU is here: the compiled kernel is tested instead")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; sys.path.insert(0, 'tests/kernels'); import test_cross_entropy as t; t.interpreted()",
-        ],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "ok", done.stderr
+    in_the_interpreter("kernels/test_cross_entropy", "interpreted()")
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from philox import CUDA, in_the_interpreter, philox
+from philox import philox
+
+from support import in_the_interpreter
+
+CUDA = torch.cuda.is_available()
 
 
 def seed_of(key, device):
@@ -92,7 +96,7 @@ CHECKS = ("check_locked", "check_embed", "check_bernoulli")
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_in_the_interpreter(check):
-    in_the_interpreter("test_dropout_kernels", check)
+    in_the_interpreter("kernels/test_dropout_kernels", f"{check}('cpu')")
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")

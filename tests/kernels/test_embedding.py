@@ -1,11 +1,9 @@
 """The embedding's gradient in Triton against the sum in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+
+from support import in_the_interpreter
 
 CUDA = torch.cuda.is_available()
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 3, 2), (40, 33, 90), (300, 130, 20), (33, 129, 1)]  # positions, features, words
@@ -34,19 +32,10 @@ def interpreted():
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off instead of rounding
             compare(shape, dtype)
-    print("ok")
 
 
 def test_triton_in_the_interpreter():
-    """In a process of its own, for TRITON_INTERPRET is read at import."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    if CUDA:
-        pytest.skip("a GPU is here: the compiled kernel is tested instead")
-    code = "import sys; sys.path.insert(0, 'tests/kernels'); import test_embedding as t; t.interpreted()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "ok", done.stderr
+    in_the_interpreter("kernels/test_embedding", "interpreted()")
 
 
 def test_no_positions():

@@ -1,15 +1,13 @@
 """The activation penalties: the Triton kernels against the formula in float64, both terms and both gradients."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from recurlm import kernels
 from recurlm.kernels import reference
+from support import in_the_interpreter
 
 CUDA = torch.cuda.is_available()
 SHAPES = [(1, 1, 1), (1, 3, 50), (2, 1, 1), (5, 3, 7), (3, 40, 100)]
@@ -52,19 +50,10 @@ def interpreted():
         compare(penalties, shape, dtype)
     x = torch.randn(3, 4, 5).transpose(0, 1).requires_grad_()
     assert torch.allclose(penalties(x, x, 1, 1)[1], reference.penalties(x, x, 1, 1)[1])
-    print("ok")
 
 
 def test_triton_in_the_interpreter():
-    """In a process of its own, for TRITON_INTERPRET is read at import."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    if CUDA:
-        pytest.skip("a GPU is here: the compiled kernel is tested instead")
-    code = "import sys; sys.path.insert(0, 'tests/kernels'); import test_penalties as t; t.interpreted()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "ok", done.stderr
+    in_the_interpreter("kernels/test_penalties", "interpreted()")
 
 
 def test_gradcheck():

@@ -2,15 +2,13 @@
 
 import contextlib
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from recurlm import kernels
 from recurlm.kernels import pool_numba, reference
+from support import in_the_interpreter
 
 SHAPES = [(1, 1, 1), (7, 3, 5), (2, 1, 67), (33, 4, 64), (5, 2, 130)]
 NAMES = ("h", "c", "grad gates", "grad c", "grad bias")
@@ -136,24 +134,14 @@ IN_THE_INTERPRETER = (
 )
 
 
+def interpreted():
+    """What the test below runs."""
+    for shapes, plans in IN_THE_INTERPRETER:
+        check_triton_cases(shapes, plans)
+
+
 def test_triton_in_the_interpreter():
-    """In a process of its own, for TRITON_INTERPRET is read at import."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    if CUDA:
-        pytest.skip("a GPU is here: the compiled kernel is tested instead")
-    code = (
-        "import sys; sys.path.insert(0, 'tests/kernels'); import test_pool as t\n"
-        "for shapes, plans in t.IN_THE_INTERPRETER:\n"
-        "    t.check_triton_cases(shapes, plans)\n"
-        "print('ok')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "ok", done.stderr
+    in_the_interpreter("kernels/test_pool", "interpreted()")
 
 
 # few, for each kernel of each takes a second or more to compile: (shape, pooling, type, scale, plans or None for its own)

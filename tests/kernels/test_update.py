@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from philox import CUDA, in_the_interpreter, philox
+from philox import philox
+
+from support import in_the_interpreter
+
+CUDA = torch.cuda.is_available()
 
 CASES = (  # raw, padded, blocks of each axis, weight drop
     ((6, 10), (8, 16), (2, 2), 0.3),
@@ -248,7 +252,7 @@ CHECKS = ("check_methods", "check_types", "check_failures", "check_masks", "chec
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_in_the_interpreter(check):
-    in_the_interpreter("test_update", check)
+    in_the_interpreter("kernels/test_update", f"{check}('cpu')")
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")

@@ -1,9 +1,6 @@
 """The captured step: its bookkeeping and arithmetic on the CPU in Triton's interpreter, and as CUDA graphs on a GPU."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +9,11 @@ import torch
 from recurlm.config import ModelConfig, apply_assignments
 from recurlm.model.layers import LAYERS
 from recurlm.model.neural import NeuralModel
+from recurlm.text.store import open_store
 from recurlm.training import captured
 from recurlm.training.step import PlainStep
 from recurlm.training.trainer import Trainer
-from support import tiny_config
+from support import in_the_interpreter, tiny_config
 
 CUDA = torch.cuda.is_available()
 
@@ -186,20 +184,18 @@ CHECKS = (check_that_lengths_are_captured_when_they_come_again, check_against_th
           check_that_a_bad_step_moves_nothing)  # fmt: skip
 
 
+def interpreted(name: str, store: str, folder: str) -> None:
+    """What the test below runs without a GPU."""
+    (check,) = [check for check in CHECKS if check.__name__ == name]
+    check(open_store(store), Path(folder))
+
+
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_captured_step(check, store, tmp_path):
-    pytest.importorskip("triton", reason="triton is not installed")
     if CUDA:
         check(store, tmp_path)
-        return
-    code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/training']; import test_captured as t\n"
-        "from pathlib import Path; from recurlm.text.store import open_store\n"
-        f"t.{check.__name__}(open_store({str(store.path)!r}), Path({str(tmp_path)!r}))\nprint('ok')"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "ok", done.stderr
+    else:
+        in_the_interpreter("training/test_captured", f"interpreted{check.__name__, str(store.path), str(tmp_path)}")
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")
