@@ -13,7 +13,7 @@ def feed(averaging: Averaging, values: list[float]) -> float:
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     for step, value in enumerate(values, 1):
         p.data.fill_(value)
-        averaging.update([p], step, 0.5)
+        averaging.move([p], averaging.enters(step, 0.5))
     mean = averaging.weights()
     assert mean is not None
     return mean[0].item()
@@ -44,9 +44,9 @@ def test_the_tail_mean_weighs_as_its_polynomial(forget):
 @pytest.mark.parametrize("kind", [EMA, SWA, Tail])
 def test_timed_averages_begin_at_their_share(kind):
     averaging, p = kind(AveragingConfig(start=0.75)), torch.nn.Parameter(torch.ones(2))
-    averaging.update([p], 1, 0.74)
+    averaging.move([p], averaging.enters(1, 0.74))
     assert averaging.weights() is None
-    averaging.update([p], 2, 0.75)
+    averaging.move([p], averaging.enters(2, 0.75))
     assert averaging.weights() is not None
 
 
@@ -77,13 +77,13 @@ def test_nt_asgd_cannot_fire_before_epoch_7():
 def test_nt_asgd_averages_every_iterate_after_the_start_for_all_parameters():
     averaging = NTASGD(AveragingConfig(nonmono=1))
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
-    averaging.update(parameters, 1, 0.0)
+    averaging.move(parameters, averaging.enters(1, 0.0))
     assert averaging.weights() is None
     assert averaging.observe([1.0, 2.0, 3.0])
     for value in (1.0, 2.0, 6.0):
         for p in parameters:
             p.data.fill_(value)
-        averaging.update(parameters, 1, 0.0)
+        averaging.move(parameters, averaging.enters(1, 0.0))
     for mean in averaging.weights() or []:
         torch.testing.assert_close(mean, torch.full_like(mean, 3.0))
     with applied(averaging, parameters):

@@ -54,7 +54,7 @@ def test_every_averaging_survives_a_checkpoint(name):
         p = torch.nn.Parameter(torch.zeros(4))
         for value in values:
             p.data.fill_(value)
-            averaging.update([p], step=int(value), share=0.5)
+            averaging.move([p], averaging.enters(int(value), 0.5))
         return p
 
     config = AveragingConfig(name=name, nonmono=1, start=0.5, decay=0.9)
@@ -80,7 +80,7 @@ def test_every_average_stays_among_its_iterates(name):
     p = torch.nn.Parameter(torch.zeros(1))
     for step in range(1, 101):
         p.data.fill_(step)
-        averaging.update([p], step, step / 100)
+        averaging.move([p], averaging.enters(step, step / 100))
         if step % 10 == 0:
             averaging.observe([1.0, 2.0, 3.0, 4.0])
     for mean in averaging.weights() or []:

@@ -82,12 +82,13 @@ class NeuralModel(nn.Module, StatefulModel):
     ) -> Activations:
         """The activations for `ids_TB`. With `dropout` and `generator` it is a training pass, without an evaluation.
 
-        With `lanes`, one a layer, the layers overlap in PARTS parts of the window (see `model.lanes`).
+        With `lanes`, one a layer, the layers overlap in PARTS parts of the window (see `model.lanes`), which pays from
+        LEAST_PART steps a part on.
         """
         p = dropout if dropout is not None and generator is not None else NO_DROPOUT
         noise = generator if dropout is not None else None
         x = drop.embed(ids_TB, self.embedding, p.embedding, p.input, self._dtype(), noise)
-        if lanes and isinstance(noise, drop.Noise) and len(ids_TB) >= LEAST_PART * PARTS:
+        if lanes and isinstance(noise, drop.Noise):
             return Activations(*overlapped(list(self.layers), x, state, p, noise, lanes, PARTS))  # type: ignore[arg-type]
         raw, states = x, []
         for n, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):

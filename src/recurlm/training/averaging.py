@@ -49,10 +49,6 @@ class Averaging(ABC):
         self.count += 1
         return 1.0 if self.count == 1 else self.newest_weight(self.count)
 
-    def update(self, parameters: list[nn.Parameter], step: int, share: float) -> None:
-        """Takes note of the weights after one update."""
-        self.move(parameters, self.enters(step, share))
-
     def move(self, parameters: list[nn.Parameter], weight: float) -> None:
         """Moves the mean towards the parameters by `weight` of the way."""
         if weight == 0:

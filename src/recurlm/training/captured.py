@@ -46,13 +46,14 @@ def obstacle(config: Config, device: torch.device) -> str:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (7, 0):
         return "this GPU is older than Triton serves"
-    if fault := _fault_of_triton(device):
-        return f"triton does not work here: {fault}"
     if config.data.batching != "stream":
         return f"batches of {config.data.batching}s differ in shape"
     if config.optimizer.name not in MOMENTS:
         return f"optimizer {config.optimizer.name} has no fused update"
-    return "optimizer.clip_value is set" if config.optimizer.clip_value else ""
+    if config.optimizer.clip_value:
+        return "optimizer.clip_value is set"
+    fault = _fault_of_triton(device)
+    return fault and f"triton does not work here: {fault}"
 
 
 @functools.cache
@@ -150,7 +151,7 @@ class CapturedStep:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in names:
             if state.get(name) is None:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format).detach()
+                state[name] = torch.zeros_like(p)
         return tuple(state[name] for name in names)
 
     def _rule(self) -> Any:
