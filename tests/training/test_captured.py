@@ -78,7 +78,7 @@ def check_against_the_plain_step(store, folder: Path) -> None:
     steps = 30 if CUDA else 3
     cases = [(layer, OPTIMIZERS[0]) for layer in LAYERS] + [("qrnn", optimizer) for optimizer in OPTIMIZERS[1:]]
     for layer, optimizer in cases:
-        settings = (f"model.layer={layer}", "model.num_layers=1", "data.bptt_step=4", *optimizer)
+        settings = ("train.dtype=fp32", f"model.layer={layer}", "model.num_layers=1", "data.bptt_step=4", *optimizer)
         plain = trainer_of(store, folder, *settings, *NO_DROPOUT, capture=False)
         step = trainer_of(store, folder, *settings, *NO_DROPOUT)
         assert isinstance(plain.stepper, PlainStep) and not isinstance(step.stepper, PlainStep)
