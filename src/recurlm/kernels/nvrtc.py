@@ -1,0 +1,113 @@
+"""CUDA C++ compiled at first use by NVIDIA's run-time compiler, kept on disk, and launched so that all blocks run at once.
+
+Needs the package cuda-bindings and the libraries that torch's CUDA builds bring; no compiler of the user's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurlm import files
+from recurlm.errors import RunError
+
+
+def missing() -> str:
+    """What NVRTC needs and is not here, as part of a sentence; '' when nothing is."""
+    there = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
+    return "" if there else "cuda-bindings is not installed"
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: recurlm/kernels in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recurlm" / "kernels"
+
+
+def _checked(results: tuple[Any, ...], what: str) -> Any:
+    """What a call of cuda-bindings gave beside its status; RunError when that is not success."""
+    status, *values = results
+    if int(status):
+        raise RunError(f"{what}: {status.name if hasattr(status, 'name') else status}.")
+    return values[0] if len(values) == 1 else values
+
+
+def compiled(source: str, macros: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """The machine code of a CUDA C++ source with these macros for a GPU of the capability; from disk if it is there.
+
+    RunError when it does not compile, with the compiler's own words.
+    """
+    from cuda.bindings import nvrtc
+
+    version = _checked(nvrtc.nvrtcVersion(), "NVRTC")
+    arch = "sm_{}{}".format(*capability)
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+    key = hashlib.sha256("\0".join((source, str(version), *options)).encode()).hexdigest()[:32]
+    place = cache_folder() / f"{key}.cubin"
+    try:
+        code = place.read_bytes()
+        if code[:4] == b"\x7fELF":
+            return code
+    except OSError:
+        pass
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []), "NVRTC")
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if int(status):
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC")
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RunError(f"A CUDA kernel does not compile for {arch}: {' '.join(log.decode().split())[:500]}")
+        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "NVRTC")
+        _checked(nvrtc.nvrtcGetCUBIN(program, code), "NVRTC")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(place, code)
+    except OSError:
+        pass  # it is compiled again next time
+    return code
+
+
+class Kernel:
+    """A function of compiled code on the current device, with `shared` bytes of shared memory for each block."""
+
+    def __init__(self, code: bytes, name: str, shared: int):
+        from cuda.bindings import driver
+
+        torch.cuda.current_stream()  # torch makes the context
+        torch.zeros(1, device="cuda")
+        self.driver, self.shared = driver, shared
+        self.module = _checked(driver.cuModuleLoadData(code), "CUDA")
+        self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()), "CUDA")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self.function, attribute, shared), "CUDA")
+
+    def resident_blocks(self, threads: int) -> int:
+        """How many blocks of so many threads the whole GPU holds at once."""
+        occupancy = self.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared)
+        return _checked(occupancy, "CUDA") * torch.cuda.get_device_properties().multi_processor_count
+
+    def __call__(self, blocks: int, threads: int, arguments: Sequence[Tensor | int]) -> None:
+        """Launches it on torch's current stream; RunError, before anything runs, when not all blocks fit at once."""
+        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+        types = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_longlong for a in arguments)
+        stream = torch.cuda.current_stream().cuda_stream
+        launch = self.driver.cuLaunchCooperativeKernel(
+            self.function, blocks, 1, 1, threads, 1, 1, self.shared, stream, (values, types)
+        )
+        _checked(launch, f"A kernel of {blocks} blocks cannot be launched")
+
+
+@functools.cache
+def source(name: str) -> str:
+    """The text of a source file beside this module."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -1,0 +1,138 @@
+// What lstm.cu needs of a GPU, on a CPU: every thread of every block is a fibre, and all of them take turns on one thread
+// in an order drawn anew in each round. A fibre gives way where a GPU's threads meet or wait for each other.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <ucontext.h>
+#include <vector>
+
+#define ON_CPU
+#define KERNEL static void
+#define DEVICE inline
+#define SHARED(name) uint4* name = (uint4*)fibre->block->shared.data()
+#define threadIdx (fibre->thread)
+#define blockIdx (fibre->block->index)
+
+struct Index { int x; };
+struct float2 { float x, y; };
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static float __uint_as_float(unsigned v) { float x; memcpy(&x, &v, 4); return x; }
+static unsigned __float_as_uint(float x) { unsigned v; memcpy(&v, &x, 4); return v; }
+
+struct Meeting { int there = 0, round = 0; };
+struct Warp { Meeting meeting; unsigned a[32][4], b[32][2], v[32]; };
+struct Block { Index index; std::vector<uint4> shared; Meeting meeting; std::vector<Warp> warps; int threads; };
+struct Fibre { Block* block; Index thread; ucontext_t context; std::vector<char> stack; bool done; };
+
+static Fibre* fibre;
+static ucontext_t scheduler;
+static unsigned long long rounds;
+
+static void give_way() { swapcontext(&fibre->context, &scheduler); }
+
+static void meet(Meeting& meeting, int all) {
+    int round = meeting.round;
+    if (++meeting.there == all) meeting.there = 0, meeting.round++;
+    while (meeting.round == round) give_way();
+}
+
+static Warp& warp_here() { return fibre->block->warps[fibre->thread.x / 32]; }
+static void barrier() { meet(fibre->block->meeting, fibre->block->threads); }
+
+static uint4 load_shared_words(const void* p) { give_way(); uint4 v; memcpy(&v, p, 16); return v; }
+static uint2 load_shared_pair(const void* p) { give_way(); uint2 v; memcpy(&v, p, 8); return v; }
+static void store_shared_word(void* p, unsigned v) { memcpy(p, &v, 4); give_way(); }
+static void store_shared_pair(void* p, uint2 v) { memcpy(p, &v.x, 4); give_way(); memcpy((char*)p + 4, &v.y, 4); }
+static unsigned long long nanoseconds() { return rounds + 1; }
+static float exponential(float x) { return expf(x); }
+static float quotient(float a, float b) { return a / b; }
+
+static unsigned from_lane(unsigned v, int lane) {
+    Warp& warp = warp_here();
+    warp.v[fibre->thread.x % 32] = v;
+    meet(warp.meeting, 32);
+    unsigned there = warp.v[lane];
+    meet(warp.meeting, 32);
+    return there;
+}
+
+static float widened(unsigned v) {
+#if HALF
+    _Float16 x; uint16_t w = v; memcpy(&x, &w, 2); return (float)x;
+#else
+    return __uint_as_float(v << 16);
+#endif
+}
+static unsigned narrowed(float x) {
+    if (std::isnan(x)) return 0x7fff;
+#if HALF
+    _Float16 h = (_Float16)x; uint16_t w; memcpy(&w, &h, 2); return w;
+#else
+    unsigned v = __float_as_uint(x);
+    return (v + 0x7fff + (v >> 16 & 1)) >> 16;
+#endif
+}
+static unsigned packed(float low, float high) { return narrowed(low) | narrowed(high) << 16; }
+static float2 unpacked(unsigned v) { return {widened(v & 0xffff), widened(v >> 16)}; }
+
+// As the PTX manual places the fragments of mma.m16n8k16.
+static void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    Warp& warp = warp_here();
+    int lane = fibre->thread.x % 32;
+    unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    memcpy(warp.a[lane], a, 16), memcpy(warp.b[lane], b, 8);
+    meet(warp.meeting, 32);
+    for (int e = 0; e < 4; e++) {
+        int row = lane / 4 + 8 * (e / 2), column = lane % 4 * 2 + e % 2;
+        for (int k = 0; k < 16; k++) {
+            int from = k % 8 / 2, high = k / 8;
+            float2 x = unpacked(warp.a[row % 8 * 4 + from][row / 8 + 2 * high]), y = unpacked(warp.b[column * 4 + from][high]);
+            d[e] += k % 2 ? x.y * y.y : x.x * y.x;
+        }
+    }
+    meet(warp.meeting, 32);
+}
+
+static void (*body)();
+static void enter() { body(); fibre->done = true; give_way(); }
+
+// Runs `body` in every thread of `blocks` blocks; false when nothing but waiting went on for too long.
+static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, unsigned seed) {
+    body = kernel;
+    std::vector<Block> all(blocks);
+    std::vector<std::unique_ptr<Fibre>> fibres;
+    for (int b = 0; b < blocks; b++) {
+        all[b].index = {b}, all[b].threads = warps * 32, all[b].warps.resize(warps), all[b].shared.resize(shared_bytes / 16 + 1);
+        memset(all[b].shared.data(), 0xff, all[b].shared.size() * 16);
+        for (int i = 0; i < warps * 32; i++) {
+            auto made = std::make_unique<Fibre>();
+            made->block = &all[b], made->thread = {i}, made->done = false, made->stack.resize(65536);
+            getcontext(&made->context);
+            made->context.uc_stack.ss_sp = made->stack.data(), made->context.uc_stack.ss_size = made->stack.size();
+            makecontext(&made->context, enter, 0);
+            fibres.push_back(std::move(made));
+        }
+    }
+    std::mt19937 draw(seed);
+    std::vector<Fibre*> order;
+    for (auto& f : fibres) order.push_back(f.get());
+    for (rounds = 0; rounds < 200000; rounds++) {
+        size_t from = draw() % order.size();
+        bool busy = false, back = draw() & 1;
+        for (size_t i = 0; i < order.size(); i++) {
+            size_t at = (from + i) % order.size();
+            fibre = order[back ? order.size() - 1 - at : at];
+            if (fibre->done || draw() % 8 == 0) { busy |= !fibre->done; continue; }
+            busy = true;
+            swapcontext(&scheduler, &fibre->context);
+        }
+        if (!busy) return true;
+    }
+    return false;
+}
