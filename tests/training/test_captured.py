@@ -86,7 +86,7 @@ def check_against_the_plain_step(store, folder: Path) -> None:
             a, b = plain.step(), step.step()
             assert a.keys() == b.keys()
             for key in a:
-                assert abs(a[key] - b[key]) <= 2e-4 * abs(a[key]), (layer, optimizer, key, a, b)
+                assert abs(a[key] - b[key]) <= 1e-3 * abs(a[key]), (layer, optimizer, key, a, b)
         for a, b in zip(plain.parameters, step.parameters, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
