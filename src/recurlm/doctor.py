@@ -79,6 +79,27 @@ def _penalties_outcome(
     return [*terms, *torch.autograd.grad(terms[0] + terms[1], (raw_TBH, dropped_TBH))]
 
 
+def _lstm_outcome(
+    function: Callable[..., Any], device: torch.device, rounded: torch.dtype, dtype: torch.dtype
+) -> list[Tensor]:
+    T, B, E, H, draw = 6, 3, 8, 32, torch.Generator().manual_seed(1)
+
+    def values(*shape: int) -> Tensor:
+        return (
+            torch.randn(*shape, generator=draw, dtype=torch.float64)
+            .mul(0.5)
+            .to(rounded)
+            .to(device, dtype)
+            .requires_grad_()
+        )
+
+    x_TBI, state = values(T, B, E), [values(B, H), values(B, H)]
+    weights = [values(4 * H, E), values(4 * H, H), values(4 * H), values(4 * H)]
+    results = function(x_TBI, *state, weights)
+    upstream = [values(*result.shape).detach() for result in results]
+    return [*results, *torch.autograd.grad(results, (x_TBI, *state, *weights), upstream)]
+
+
 # operation -> (the function that everything calls, its slow twin, what to compare of them)
 CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
     "pool": (kernels.pool, reference.pool, _pool_outcome),
@@ -88,6 +109,7 @@ CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
         _linear_cross_entropy_outcome,
     ),
     "penalties": (kernels.penalties, reference.penalties, _penalties_outcome),
+    "lstm": (kernels.lstm, reference.lstm, _lstm_outcome),
 }
 
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #define ON_CPU
+typedef unsigned short T16;
 #define KERNEL static void
 #define DEVICE inline
 #define SHARED(name) uint4* name = (uint4*)fibre->block->shared.data()
@@ -17,9 +18,12 @@
 
 struct Index { int x; };
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static int min(int a, int b) { return a < b ? a : b; }
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float __uint_as_float(unsigned v) { float x; memcpy(&x, &v, 4); return x; }
@@ -48,10 +52,12 @@ static void barrier() { meet(fibre->block->meeting, fibre->block->threads); }
 static uint4 load_shared_words(const void* p) { give_way(); uint4 v; memcpy(&v, p, 16); return v; }
 static uint2 load_shared_pair(const void* p) { give_way(); uint2 v; memcpy(&v, p, 8); return v; }
 static void store_shared_word(void* p, unsigned v) { memcpy(p, &v, 4); give_way(); }
-static void store_shared_pair(void* p, uint2 v) { memcpy(p, &v.x, 4); give_way(); memcpy((char*)p + 4, &v.y, 4); }
+static void reload_shared_words(uint4& v, const void* p, bool wanted) { if (wanted) v = load_shared_words(p); }
+static uint4 load_words(const void* p, bool wanted) { uint4 v = {0, 0, 0, 0}; if (wanted) memcpy(&v, p, 16); return v; }
+static unsigned load_word(const void* p, bool wanted) { unsigned v = 0; if (wanted) memcpy(&v, p, 4); return v; }
+static void store_shared_words(void* p, uint4 v) { memcpy(p, &v, 8); give_way(); memcpy((char*)p + 8, &v.z, 8); }
 static unsigned long long nanoseconds() { return rounds + 1; }
-static float exponential(float x) { return expf(x); }
-static float quotient(float a, float b) { return a / b; }
+static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
 static unsigned from_lane(unsigned v, int lane) {
     Warp& warp = warp_here();
@@ -61,15 +67,23 @@ static unsigned from_lane(unsigned v, int lane) {
     meet(warp.meeting, 32);
     return there;
 }
+static float from_neighbour(float v) { return __uint_as_float(from_lane(__float_as_uint(v), fibre->thread.x % 32 ^ 1)); }
+static bool any_lane(bool v) {
+    bool any = false;
+    from_lane(v, 0);  // all are here: what they left is of this call
+    for (unsigned there : warp_here().v) any |= there;
+    meet(warp_here().meeting, 32);
+    return any;
+}
 
-static float widened(unsigned v) {
+static float widened(T16 v) {
 #if HALF
     _Float16 x; uint16_t w = v; memcpy(&x, &w, 2); return (float)x;
 #else
-    return __uint_as_float(v << 16);
+    return __uint_as_float((unsigned)v << 16);
 #endif
 }
-static unsigned narrowed(float x) {
+static T16 narrowed(float x) {
     if (std::isnan(x)) return 0x7fff;
 #if HALF
     _Float16 h = (_Float16)x; uint16_t w; memcpy(&w, &h, 2); return w;
@@ -78,8 +92,8 @@ static unsigned narrowed(float x) {
     return (v + 0x7fff + (v >> 16 & 1)) >> 16;
 #endif
 }
-static unsigned packed(float low, float high) { return narrowed(low) | narrowed(high) << 16; }
-static float2 unpacked(unsigned v) { return {widened(v & 0xffff), widened(v >> 16)}; }
+static unsigned packed(float low, float high) { return narrowed(low) | (unsigned)narrowed(high) << 16; }
+static float2 unpacked(unsigned v) { return {widened((T16)v), widened((T16)(v >> 16))}; }
 
 // As the PTX manual places the fragments of mma.m16n8k16.
 static void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {

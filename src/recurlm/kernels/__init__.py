@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -70,6 +70,17 @@ def _triton_penalties() -> Callable[..., tuple[Tensor, Tensor]]:
     return penalties
 
 
+def _cuda_lstm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from recurlm.kernels import nvrtc
+
+    if why := nvrtc.missing():
+        _warn(f"{why}: LSTM layers run by cuDNN, which takes twice the time.")
+        return reference.lstm
+    from recurlm.kernels.lstm_cuda import lstm
+
+    return lstm
+
+
 def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
@@ -90,6 +101,8 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
     ("penalties", "cuda", torch.float32): _triton_penalties,
     ("penalties", "cuda", torch.bfloat16): _triton_penalties,
     ("penalties", "cuda", torch.float16): _triton_penalties,
+    ("lstm", "cuda", torch.bfloat16): _cuda_lstm,
+    ("lstm", "cuda", torch.float16): _cuda_lstm,
 }
 
 
@@ -97,6 +110,7 @@ TWINS: dict[str, Callable[..., Any]] = {
     "pool": reference.pool,
     "linear_cross_entropy": reference.linear_cross_entropy,
     "penalties": reference.penalties,
+    "lstm": reference.lstm,
 }
 
 
@@ -125,6 +139,29 @@ def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tu
     """(ar * mean(dropped^2), tar * mean((raw_t - raw_{t-1})^2)), at least fp32; 0 for a weight of 0 and for T = 1."""
     arguments = raw_TBH, dropped_TBH, ar, tar
     return _load("penalties", raw_TBH.device.type, raw_TBH.dtype)(*arguments)
+
+
+def lstm(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(y_TBH, last h_BH, last c_BH) of an LSTM layer; see `reference.lstm` for the weights and the formula."""
+    return _load("lstm", x_TBI.device.type, x_TBI.dtype)(x_TBI, h_BH, c_BH, weights)
+
+
+def lstm_is_resident(units: int, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `lstm` keeps a layer's weights on the chip, which takes the whole GPU: nothing else overlaps with it."""
+    if _load("lstm", device.type, dtype) is reference.lstm:
+        return False
+    from recurlm.kernels import lstm_cuda
+
+    return not lstm_cuda.obstacle(units, batch, device)
+
+
+def lstm_waited_in_vain(device: torch.device) -> bool:
+    """Whether a kernel of `lstm` gave up since the last call: its blocks did not all run at once. Waits for the GPU."""
+    if device.type != "cuda":
+        return False
+    from recurlm.kernels import lstm_cuda
+
+    return lstm_cuda.waited_too_long(device)
 
 
 class InUse(NamedTuple):

@@ -10,11 +10,14 @@
 // the sums over i are ring-buffered, and each block turns its share of them into gradients of gates.
 //
 // The products are those of 16 x 8 x 16 tiles: weights are the matrix of 16 rows, the batch has the 8 columns. The sum
-// over k may take k in any order, so each lane loads 8 neighbours in 16 bytes and calls them what the tiles want.
+// over k may take k in any order, so each lane loads 8 neighbours in 16 bytes and calls them what the tiles want. Row i of
+// a tile is row 2 i of the product, row i + 8 is row 2 i + 1: what a lane has of a tile are neighbours too.
 //
 // Compiled at run time with the sizes as macros: H (a multiple of 16), BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF
 // (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K.
 // Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work.
+
+typedef unsigned short T16;
 
 #ifndef ON_CPU  // the tests bring these for a CPU
 #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
@@ -32,6 +35,28 @@ DEVICE uint4 load_shared_words(const void* p) {
     return v;
 }
 
+// The same where `wanted`, without a branch.
+DEVICE void reload_shared_words(uint4& v, const void* p, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((unsigned)wanted) : "memory");
+}
+
+// Words that nobody is writing, or 0 where they are not `wanted`, without a branch.
+DEVICE uint4 load_words(const void* p, bool wanted) {
+    uint4 v;
+    asm("{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
+        "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((unsigned)wanted));
+    return v;
+}
+
+DEVICE unsigned load_word(const void* p, bool wanted) {
+    unsigned v;
+    asm("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.nc.u32 %0, [%1];}"
+        : "=&r"(v) : "l"(p), "r"((unsigned)wanted));
+    return v;
+}
+
 DEVICE uint2 load_shared_pair(const void* p) {
     uint2 v;
     asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
@@ -42,11 +67,13 @@ DEVICE void store_shared_word(void* p, unsigned v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-DEVICE void store_shared_pair(void* p, uint2 v) {
-    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+DEVICE void store_shared_words(void* p, uint4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
-DEVICE unsigned from_lane(unsigned v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+DEVICE float from_neighbour(float v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
+DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
 
 DEVICE unsigned long long nanoseconds() {
     unsigned long long t;
@@ -54,8 +81,12 @@ DEVICE unsigned long long nanoseconds() {
     return t;
 }
 
-DEVICE float exponential(float x) { return __expf(x); }
-DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
+DEVICE float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); the hardware's 2^x and 1/x, of which 22 bits are right
+    float e, y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.4426950408889634f * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + e));
+    return y;
+}
 
 #if HALF
 #define KIND "f16"
@@ -79,6 +110,9 @@ DEVICE unsigned packed(float low, float high) {
 DEVICE float2 unpacked(unsigned v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
 #endif
 
+DEVICE float widened(T16 v) { return unpacked(v).x; }
+DEVICE T16 narrowed(float x) { return (T16)packed(x, x); }
+
 // d += a b, of a 16 x 16 and a 16 x 8 tile
 DEVICE void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -87,11 +121,14 @@ DEVICE void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 }
 #endif
 
-typedef unsigned short T16;
-
 #define EMPTY 0xffffffffu
 #define THREADS (WARPS * 32)
 #define SHARED_K (BLOCKS_K - REGISTERS_K)
+#ifdef UNITS
+#define EAGER 1  // a warp that waits asks for all its words again, or only for the next block of them
+#else
+#define EAGER 0
+#endif
 
 DEVICE bool is_empty(uint4 v) { return v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY; }
 
@@ -114,29 +151,64 @@ struct Patience {
     DEVICE void renew() { rounds = 0, start = 0; }
 };
 
-DEVICE float sigmoid(float x) { return quotient(1.0f, 1.0f + exponential(-x)); }
 DEVICE float tangent(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
-// acc += weights * vectors, over this warp's share of k. `weights` are the fragments kept in registers, `more` those in shared
-// memory, one place of 16 bytes a lane.
+// acc += weights * vectors for block k of this warp's share. `weights` are the fragments kept in registers, `more` those in
+// shared memory, 16 bytes a lane.
 template <int TILES_M>
 DEVICE void product(float (&acc)[TILES_M][TILES_N][4], const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M],
-                    const uint4* more, const uint4 (&vectors)[BLOCKS_K][TILES_N]) {
+                    const uint4* more, const uint4 (&vectors)[TILES_N], int k) {
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++) {
+    for (int half = 0; half < 2; half++) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int m = 0; m < TILES_M; m++) {
+            uint4 a = k < REGISTERS_K ? weights[k < REGISTERS_K ? k : 0][half][m]
+                                      : more[(((k - REGISTERS_K) * 2 + half) * TILES_M + m) * 32];
 #pragma unroll
-            for (int m = 0; m < TILES_M; m++) {
-                uint4 a = k < REGISTERS_K ? weights[k < REGISTERS_K ? k : 0][half][m]
-                                          : more[(((k - REGISTERS_K) * 2 + half) * TILES_M + m) * 32];
-#pragma unroll
-                for (int n = 0; n < TILES_N; n++) {
-                    uint4 b = vectors[k][n];
-                    multiply(acc[m][n], a.x, a.y, a.z, a.w, half ? b.z : b.x, half ? b.w : b.y);
-                }
+            for (int n = 0; n < TILES_N; n++) {
+                uint4 b = vectors[n];
+                multiply(acc[m][n], a.x, a.y, a.z, a.w, half ? b.z : b.x, half ? b.w : b.y);
             }
         }
+    }
+}
+
+// acc = weights * vectors over this warp's share of k. Block k of the vectors begins at from + offsets[k], and each next 8
+// batch rows `stride` after; `rows` of them are there for this lane. Waits for words that are EMPTY, block by block.
+template <int TILES_M>
+DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
+                                const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M], const uint4* more,
+                                const T16* from, const int (&offsets)[BLOCKS_K], int stride, int rows, Patience& patience) {
+    uint4 vectors[BLOCKS_K][TILES_N];
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++)
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++) {
+            vectors[k][n] = make_uint4(0, 0, 0, 0);
+            reload_shared_words(vectors[k][n], from + offsets[k] + n * stride, n < rows && offsets[k] >= 0);
+        }
+    patience.renew();
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) {
+        for (;;) {
+            bool waits = false;
+#pragma unroll
+            for (int n = 0; n < TILES_N; n++) waits |= is_empty(vectors[k][n]);
+            if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+#pragma unroll
+            for (int later = k; later < (EAGER ? BLOCKS_K : k + 1); later++)
+#pragma unroll
+                for (int n = 0; n < TILES_N; n++)
+                    reload_shared_words(vectors[later][n], from + offsets[later] + n * stride, is_empty(vectors[later][n]));
+        }
+        if (!EAGER && k == 0) {
+#pragma unroll
+            for (int later = 1; later < BLOCKS_K; later++)
+#pragma unroll
+                for (int n = 0; n < TILES_N; n++)
+                    reload_shared_words(vectors[later][n], from + offsets[later] + n * stride, is_empty(vectors[later][n]));
+        }
+        product<TILES_M>(acc, weights, more, vectors[k], k);
     }
 }
 
@@ -149,19 +221,20 @@ DEVICE void put_sums(float* sums, const float (&acc)[TILES_M][TILES_N][4], int l
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                sums[(n * 8 + 2 * q + (e & 1)) * (16 * TILES_M + 4) + m * 16 + r + (e >> 1) * 8] = acc[m][n][e];
+            for (int e = 0; e < 2; e++)
+                *(float2*)(sums + (n * 8 + 2 * q + e) * (16 * TILES_M + 4) + m * 16 + 2 * r) =
+                    make_float2(acc[m][n][e], acc[m][n][e + 2]);
 }
 
-// The sum over warps of two neighbouring rows m of column n.
+// The sum over warps of four neighbouring rows m of column n.
 template <int TILES_M>
-DEVICE float2 sum_of_warps(const float* sums, int n, int m) {
+DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
     constexpr int STRIDE = 16 * TILES_M + 4;
-    float2 total = make_float2(0.0f, 0.0f);
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-        float2 part = *(const float2*)(sums + (w * TILES_N * 8 + n) * STRIDE + m);
-        total.x += part.x, total.y += part.y;
+        float4 part = *(const float4*)(sums + (w * TILES_N * 8 + n) * STRIDE + m);
+        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
     }
     return total;
 }
@@ -169,12 +242,8 @@ DEVICE float2 sum_of_warps(const float* sums, int n, int m) {
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
 
 #define TILES (UNITS / 4)
-#define PAIRS (UNITS / 2)
-#define ITEMS (PAIRS * GROUP_BATCH * 4)
+#define ITEMS (UNITS * GROUP_BATCH)
 #define ROUNDS ((ITEMS + THREADS - 1) / THREADS)
-
-// Row m of a block's product: pairs of units, and of each pair the gates i, f, g, o.
-DEVICE int gate_row(int unit0, int m) { return ((m >> 1) & 3) * H + unit0 + (m >> 3) * 2 + (m & 1); }
 
 // weights R (4H, H); gates (T, BATCH, 4H): pre-activations without R h, become the gates; h0, c0 (BATCH, H); h (T, BATCH, H):
 // every word EMPTY before; c (T, BATCH, H).
@@ -183,7 +252,6 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
     const int unit0 = blockIdx.x * UNITS;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
     uint4* more = shared + warp * SHARED_K * 2 * TILES * 32 + lane;
     float* sums = (float*)(shared + WARPS * SHARED_K * 2 * TILES * 32);
     Patience patience = {limit, 0, trouble, 0};
@@ -194,12 +262,11 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
         const int column = (warp * BLOCKS_K + k) * 32 + q * 8;
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            uint4 rows[2];
+            uint4 rows[2];  // units, of each its gates
 #pragma unroll
             for (int s = 0; s < 2; s++) {
-                const int unit = unit0 + m * 4 + s * 2 + (r & 1);
-                const int row = gate_row(unit0, m * 16 + s * 8 + r);
-                rows[s] = column < H && unit < H ? *(const uint4*)(weights + (long long)row * H + column) : zero;
+                const int at = m * 16 + 2 * r + s, unit = unit0 + at / 4;
+                rows[s] = load_words(weights + ((long long)(at % 4) * H + unit) * H + column, column < H && unit < H);
             }
             const uint4 first = make_uint4(rows[0].x, rows[1].x, rows[0].y, rows[1].y);
             const uint4 second = make_uint4(rows[0].z, rows[1].z, rows[0].w, rows[1].w);
@@ -212,94 +279,66 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
         }
     }
 
-    // an item is a pair of units, a batch row and a gate; the four gates of a pair are four neighbouring lanes
-    unsigned input[ROUNDS];
-    float2 cell[ROUNDS];
+    // an item is a unit and a batch row
+    unsigned input[ROUNDS][4];  // as loaded: what depends on a load waits for it
+    float cell[ROUNDS] = {};
     auto fetch = [&](int t, int g) {  // what the turn of group g at step t needs of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / (4 * PAIRS), unit = unit0 + item / 4 % PAIRS * 2;
+            const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
             const bool there = item < ITEMS && b < BATCH && unit < H;
-            const long long at = ((long long)t * BATCH + b) * H + unit;
-            input[i] = there ? *(const unsigned*)(gates + (at - unit) * 4 + (item & 3) * H + unit) : 0;
-            if (t == 0) cell[i] = there ? *(const float2*)(c0 + b * H + unit) : make_float2(0.0f, 0.0f);
-            if (t > 0 && GROUPS > 1 && there) cell[i] = *(const float2*)(c + at - BATCH * H);
+            const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) input[i][gate] = there ? place[gate * H] : 0;
+            if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
         }
     };
     fetch(0, 0);
+    int offsets[BLOCKS_K];
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) {
+        const int column = (warp * BLOCKS_K + k) * 32 + q * 8;
+        offsets[k] = column < H ? column : -1;
+    }
 
     int turn = 0;
     for (int t = 0; t < T; t++) {
         const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
-            uint4 vectors[BLOCKS_K][TILES_N];
-#pragma unroll
-            for (int k = 0; k < BLOCKS_K; k++)
-#pragma unroll
-                for (int n = 0; n < TILES_N; n++) {
-                    const int column = (warp * BLOCKS_K + k) * 32 + q * 8, row = n * 8 + r, b = g * GROUP_BATCH + row;
-                    const bool there = column < H && row < GROUP_BATCH && b < BATCH;
-                    vectors[k][n] = there ? load_shared_words(before + b * H + column) : zero;
-                }
-            patience.renew();
-            for (bool waits = t > 0; waits;) {
-                waits = false;
-#pragma unroll
-                for (int k = 0; k < BLOCKS_K; k++)
-#pragma unroll
-                    for (int n = 0; n < TILES_N; n++)
-                        if (is_empty(vectors[k][n])) {
-                            const int column = (warp * BLOCKS_K + k) * 32 + q * 8, b = g * GROUP_BATCH + n * 8 + r;
-                            vectors[k][n] = load_shared_words(before + b * H + column), waits = true;
-                        }
-                waits = waits && patience.lasts();
-            }
-
+            const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
             float acc[TILES][TILES_N][4] = {};
-            product<TILES>(acc, kept, more, vectors);
+            product_of_arriving<TILES>(acc, kept, more, before + (g * GROUP_BATCH + r) * H, offsets, 8 * H, rows, patience);
             float* place = sums + turn * WARPS * TILES_N * 8 * (16 * TILES + 4);
             put_sums<TILES>(place + warp * TILES_N * 8 * (16 * TILES + 4), acc, lane);
             barrier();
             turn ^= 1;
 
-            float2 gate_of[ROUNDS], new_cell[ROUNDS];
+            float gate_of[ROUNDS][4];
 #pragma unroll
             for (int i = 0; i < ROUNDS; i++) {
-                const int item = thread + i * THREADS, gate = item & 3, n = item / (4 * PAIRS), pair = item / 4 % PAIRS;
-                const int b = g * GROUP_BATCH + n, unit = unit0 + pair * 2;
-                float2 x = unpacked(input[i]);
-                if (item < ITEMS) {
-                    const float2 more_x = sum_of_warps<TILES>(place, n, pair * 8 + gate * 2);
-                    x.x += more_x.x, x.y += more_x.y;
-                }
-                const float scale = gate == 2 ? 2.0f : 1.0f;  // tanh(x) = 2 sigmoid(2x) - 1
-                gate_of[i].x = scale * sigmoid(scale * x.x) - (scale - 1.0f);
-                gate_of[i].y = scale * sigmoid(scale * x.y) - (scale - 1.0f);
-                const int first = lane & ~3;
-                float2 of[4];
-#pragma unroll
-                for (int other = 0; other < 4; other++) {
-                    of[other].x = __uint_as_float(from_lane(__float_as_uint(gate_of[i].x), first + other));
-                    of[other].y = __uint_as_float(from_lane(__float_as_uint(gate_of[i].y), first + other));
-                }
-                new_cell[i].x = of[1].x * cell[i].x + of[0].x * of[2].x;
-                new_cell[i].y = of[1].y * cell[i].y + of[0].y * of[2].y;
-                if (gate == 0 && item < ITEMS && b < BATCH && unit < H)
-                    store_shared_word(h + ((long long)t * BATCH + b) * H + unit,
-                                      packed(of[3].x * tangent(new_cell[i].x), of[3].y * tangent(new_cell[i].y)));
+                const int item = thread + i * THREADS, n = item / UNITS, b = g * GROUP_BATCH + n, unit = unit0 + item % UNITS;
+                const bool there = item < ITEMS && b < BATCH && unit < H;
+                float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (item < ITEMS) x = sum_of_warps<TILES>(place, n, item % UNITS * 4);
+                const float in = sigmoid(x.x + widened(input[i][0])), forget = sigmoid(x.y + widened(input[i][1]));
+                const float value = tangent(x.z + widened(input[i][2])), out = sigmoid(x.w + widened(input[i][3]));
+                cell[i] = forget * cell[i] + in * value;
+                const float now = out * tangent(cell[i]), next = from_neighbour(now);
+                const long long at = ((long long)t * BATCH + b) * H + unit;
+                if (there && !(item & 1)) store_shared_word(h + at, packed(now, next));
+                gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
             }
             // others wait for h alone: the rest is written after it
 #pragma unroll
             for (int i = 0; i < ROUNDS; i++) {
-                const int item = thread + i * THREADS, gate = item & 3, b = g * GROUP_BATCH + item / (4 * PAIRS);
-                const int unit = unit0 + item / 4 % PAIRS * 2;
+                const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
                 if (item < ITEMS && b < BATCH && unit < H) {
                     const long long at = ((long long)t * BATCH + b) * H + unit;
-                    if (gate == 1) *(float2*)(c + at) = new_cell[i];
-                    *(unsigned*)(gates + (at - unit) * 4 + gate * H + unit) = packed(gate_of[i].x, gate_of[i].y);
+                    c[at] = cell[i];
+#pragma unroll
+                    for (int gate = 0; gate < 4; gate++) gates[(at - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
                 }
-                cell[i] = new_cell[i];
             }
             if (g + 1 < GROUPS) fetch(t, g + 1);
             else if (t + 1 < T) fetch(t + 1, 0);
@@ -318,6 +357,8 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 #define RING 4
 
 // Chunk k of 8 gate gradients of a block's rows: 16 units of a gate, then the same of the next gate.
+DEVICE unsigned marked(float x, unsigned bit) { return (__float_as_uint(x) & ~1u) | bit; }
+
 DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
 DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
 
@@ -330,7 +371,6 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
     const int row = blockIdx.x % ROWS, column0 = blockIdx.x / ROWS * COLUMNS, row_unit0 = row * ROW_UNITS;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
     uint4* more = shared + warp * SHARED_K * 2 * TILES * 32 + lane;
     float* sums = (float*)(shared + WARPS * SHARED_K * 2 * TILES * 32);
     Patience patience = {limit, 0, trouble, 0};
@@ -344,15 +384,12 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             unsigned words[2][4];
+            const int column = column0 + m * 16 + 2 * r;
 #pragma unroll
-            for (int s = 0; s < 2; s++) {
-                const int column = column0 + m * 16 + s * 8 + r;
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    words[s][e] = 0;
-                    if (inside && column < H)
-                        words[s][e] = from[(2 * e) * H + column] | (unsigned)from[(2 * e + 1) * H + column] << 16;
-                }
+            for (int e = 0; e < 4; e++) {  // two neighbouring units by two neighbouring columns
+                const unsigned even = load_word(from + (2 * e) * H + column, inside && column < H);
+                const unsigned odd = load_word(from + (2 * e + 1) * H + column, inside && column < H);
+                words[0][e] = (even & 0xffff) | odd << 16, words[1][e] = even >> 16 | (odd & 0xffff0000u);
             }
             const uint4 first = make_uint4(words[0][0], words[1][0], words[0][1], words[1][1]);
             const uint4 second = make_uint4(words[0][2], words[1][2], words[0][3], words[1][3]);
@@ -365,9 +402,11 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
         }
     }
 
-    // an item is a pair of units and a batch row; a block's share of its columns' items
+    // An item is a pair of units and a batch row; a block has a share of its columns' items. With d the gradient of h, the
+    // gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of i, f, g that of c times by_c.
+    float2 by_h[ROUNDS], by_o[ROUNDS], by_c[ROUNDS][3], forget[ROUNDS], d_above[ROUNDS], d_cell[ROUNDS];
     unsigned gates_of[ROUNDS][4], d_h_of[ROUNDS];
-    float2 cell[ROUNDS], cell_before[ROUNDS], d_cell[ROUNDS];
+    float2 cell[ROUNDS], cell_before[ROUNDS];
     auto fetch = [&](int t, int g) {  // what the turn of group g at step t needs of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
@@ -385,7 +424,32 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
         }
     };
+    auto prepare = [&](int i) {
+        float2 of[4];
+#pragma unroll
+        for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[i][gate]);
+        d_above[i] = unpacked(d_h_of[i]);
+#define EACH(x)                                                           \
+    {                                                                     \
+        const float tanh_c = tangent(cell[i].x);                          \
+        by_h[i].x = of[3].x * (1.0f - tanh_c * tanh_c);                   \
+        by_o[i].x = tanh_c * of[3].x * (1.0f - of[3].x);                  \
+        by_c[i][0].x = of[2].x * of[0].x * (1.0f - of[0].x);              \
+        by_c[i][1].x = cell_before[i].x * of[1].x * (1.0f - of[1].x);     \
+        by_c[i][2].x = of[0].x * (1.0f - of[2].x * of[2].x);              \
+        forget[i].x = of[1].x;                                            \
+    }
+        EACH(x)
+        EACH(y)
+#undef EACH
+    };
     fetch(T - 1, 0);
+    int offsets[BLOCKS_K];
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) {
+        const int chunk = (warp * BLOCKS_K + k) * 4 + q, unit = row_unit0 + chunk_unit(chunk);
+        offsets[k] = chunk < ROW_UNITS / 2 && unit < H ? chunk_gate(chunk) * H + unit : -1;
+    }
 
     int turn = 0;
     for (int t = T - 1; t >= -1; t--) {
@@ -399,6 +463,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                 if (mine >= SHARE || item >= PAIRS * GROUP_BATCH || b >= BATCH || unit >= H) continue;
                 float2 d = make_float2(0.0f, 0.0f);
                 if (t == T - 1) {
+                    prepare(i);
                     d = *(const float2*)(d_hT + b * H + unit);
                 } else {
                     const int use = T - 2 - t;
@@ -407,6 +472,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                     uint2 parts[ROWS];
 #pragma unroll
                     for (int p = 0; p < ROWS; p++) parts[p] = load_shared_pair(from + (long long)p * BATCH * ALL_COLUMNS);
+                    if (t >= 0) prepare(i);  // while they are on their way
                     patience.renew();
                     for (bool waits = true; waits;) {
                         waits = false;
@@ -427,28 +493,14 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                     if (GROUPS == 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
                     continue;
                 }
-                const float2 more_d = unpacked(d_h_of[i]);
-                d.x += more_d.x, d.y += more_d.y;
-                float2 of[4], d_of[4];
+                d.x += d_above[i].x, d.y += d_above[i].y;
+                const float2 d_c = make_float2(d_cell[i].x + d.x * by_h[i].x, d_cell[i].y + d.y * by_h[i].y);
+                T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
-                for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[i][gate]);
-#define EACH(x)                                                                                                       \
-    {                                                                                                                 \
-        const float tanh_c = tangent(cell[i].x);                                                                      \
-        const float d_c = d_cell[i].x + d.x * of[3].x * (1.0f - tanh_c * tanh_c);                                     \
-        d_of[0].x = d_c * of[2].x * of[0].x * (1.0f - of[0].x);                                                       \
-        d_of[1].x = d_c * cell_before[i].x * of[1].x * (1.0f - of[1].x);                                              \
-        d_of[2].x = d_c * of[0].x * (1.0f - of[2].x * of[2].x);                                                       \
-        d_of[3].x = d.x * tanh_c * of[3].x * (1.0f - of[3].x);                                                        \
-        d_cell[i].x = d_c * of[1].x;                                                                                  \
-    }
-                EACH(x)
-                EACH(y)
-#undef EACH
-                const long long at = ((long long)t * BATCH + b) * H + unit;
-#pragma unroll
-                for (int gate = 0; gate < 4; gate++)
-                    store_shared_word(d_gates + (at - unit) * 4 + gate * H + unit, packed(d_of[gate].x, d_of[gate].y));
+                for (int gate = 0; gate < 3; gate++)
+                    store_shared_word(place + gate * H, packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y));
+                store_shared_word(place + 3 * H, packed(d.x * by_o[i].x, d.y * by_o[i].y));
+                d_cell[i] = make_float2(d_c.x * forget[i].x, d_c.y * forget[i].y);
                 if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
             }
             if (t >= 0 && g + 1 < GROUPS) fetch(t, g + 1);
@@ -463,44 +515,18 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
         float* to = ring + ((long long)(use % RING) * ROWS + row) * BATCH * ALL_COLUMNS + column0;
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
-            uint4 vectors[BLOCKS_K][TILES_N];
-#pragma unroll
-            for (int k = 0; k < BLOCKS_K; k++)
-#pragma unroll
-                for (int n = 0; n < TILES_N; n++) {
-                    const int chunk = (warp * BLOCKS_K + k) * 4 + q, unit = row_unit0 + chunk_unit(chunk);
-                    const int b = g * GROUP_BATCH + n * 8 + r;
-                    const bool there = chunk < ROW_UNITS / 2 && unit < H && n * 8 + r < GROUP_BATCH && b < BATCH;
-                    vectors[k][n] = there ? load_shared_words(from + (b * 4 + chunk_gate(chunk)) * H + unit) : zero;
-                }
-            patience.renew();
-            for (bool waits = true; waits;) {
-                waits = false;
-#pragma unroll
-                for (int k = 0; k < BLOCKS_K; k++)
-#pragma unroll
-                    for (int n = 0; n < TILES_N; n++)
-                        if (is_empty(vectors[k][n])) {
-                            const int chunk = (warp * BLOCKS_K + k) * 4 + q, b = g * GROUP_BATCH + n * 8 + r;
-                            vectors[k][n] = load_shared_words(
-                                from + (b * 4 + chunk_gate(chunk)) * H + row_unit0 + chunk_unit(chunk));
-                            waits = true;
-                        }
-                waits = waits && patience.lasts();
-            }
-
+            const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
             float acc[TILES][TILES_N][4] = {};
-            product<TILES>(acc, kept, more, vectors);
+            product_of_arriving<TILES>(acc, kept, more, from + (g * GROUP_BATCH + r) * 4 * H, offsets, 32 * H, rows, patience);
             float* place = sums + turn * WARPS * TILES_N * 8 * (16 * TILES + 4);
             put_sums<TILES>(place + warp * TILES_N * 8 * (16 * TILES + 4), acc, lane);
             barrier();
             turn ^= 1;
-            for (int item = thread; item < PAIRS * GROUP_BATCH; item += THREADS) {
-                const int n = item / PAIRS, pair = item % PAIRS, b = g * GROUP_BATCH + n;
-                if (b >= BATCH) break;
-                const float2 x = sum_of_warps<TILES>(place, n, pair * 2);
-                uint2 marked = make_uint2((__float_as_uint(x.x) & ~1u) | bit, (__float_as_uint(x.y) & ~1u) | bit);
-                store_shared_pair(to + b * ALL_COLUMNS + pair * 2, marked);
+            for (int item = thread; item < COLUMNS / 4 * batch_rows; item += THREADS) {
+                const int n = item / (COLUMNS / 4), m = item % (COLUMNS / 4) * 4;
+                const float4 x = sum_of_warps<TILES>(place, n, m);
+                store_shared_words(to + (g * GROUP_BATCH + n) * ALL_COLUMNS + m,
+                                   make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
             }
         }
     }

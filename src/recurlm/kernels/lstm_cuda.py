@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
-from recurlm.kernels import nvrtc
+from recurlm.kernels import nvrtc, reference
 
 MULTIPLE = 16  # of units, as the kernels compute them
 PATIENCE = 4_000_000_000  # nanoseconds that a block waits for another
-RING = 4
-TYPES = (torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)
+RING = 4  # uses of the ring of partial sums before a place is used again
+MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
 
 
 class Card(NamedTuple):
@@ -27,7 +29,7 @@ class Card(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A kernel's macros, its grid, and what an estimate says of a step in microseconds."""
+    """A kernel's name and macros, its blocks, warps a block and bytes of shared memory, and microseconds a step by estimate."""
 
     name: str
     macros: tuple[tuple[str, int], ...]
@@ -36,8 +38,8 @@ class Layout(NamedTuple):
     shared: int
     cost: float
 
-    def get(self, name: str) -> int:
-        return dict(self.macros)[name]
+    def get(self, macro: str) -> int:
+        return dict(self.macros)[macro]
 
 
 @functools.cache
@@ -62,36 +64,60 @@ def _groupings(batch: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _fitted(tiles_m: int, tiles_n: int, blocks_k: int, warps: int, other: int, here: Card) -> tuple[int, int] | None:
-    """(blocks of 32 k whose weights are kept in registers, bytes of shared memory); None where neither has room."""
-    registers = min(255, 65536 // (32 * warps) // 8 * 8)
-    free = registers - 4 * tiles_m * tiles_n - 4 * blocks_k * tiles_n - other - 44
+    """(blocks of 32 k whose weights are kept in registers, bytes of shared memory); None where neither has room.
+
+    `other` is an estimate of the registers that the rest of the kernel needs.
+    """
+    registers = min(
+        255, 16384 // (32 * _up(warps, 4)) // 8 * 8
+    )  # a quarter of the processor's for a quarter of the warps
+    free = registers - 4 * tiles_m * tiles_n - 4 * blocks_k * tiles_n - other
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     if kept < blocks_k:  # fragments from shared memory pass through registers
-        kept = max(0, min(blocks_k, (free - 8) // (8 * tiles_m)))
+        kept = max(0, min(blocks_k, (free - 4) // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + 2 * warps * tiles_n * 8 * (16 * tiles_m + 4) * 4
     return (kept, shared) if free >= 0 and shared <= here.shared - 1024 else None
+
+
+def _warps(blocks_k: int) -> Iterator[tuple[int, int]]:
+    """(warps, blocks of 32 k for each) of ways to share blocks of k among warps: no warp that could be spared."""
+    for warps in range(1, 17):
+        each = _up(blocks_k, warps)
+        if warps == 1 or _up(blocks_k, warps - 1) > each:
+            yield warps, each
+
+
+def _work(groups: int, warps: int, blocks_k: int, kept: int, tiles_m: int, tiles_n: int) -> tuple[float, float]:
+    """Microseconds a step on an H200 of products on the matrix units, and of reading weights from shared memory."""
+    products = groups * _up(warps, 4) * blocks_k * 2 * tiles_m * tiles_n * 0.0033
+    return products, groups * warps * (blocks_k - kept) * 2 * tiles_m * 0.002
+
+
+# The estimates' factors are fitted to some 700 layouts measured on an H200 (bench/results/h200/lstm-layouts.txt).
 
 
 def forward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
     """Ways to lay out the forward kernel for H units (a multiple of 16), the one estimated best first."""
     found = []
     least = _up(_up(H, 4), here.processors)
-    for quads in range(least, least + 2):
-        units, tiles_m = 4 * quads, quads
-        blocks = _up(H, units)
-        for warps in range(1, 17):
-            blocks_k = _up(_up(H, 32), warps)
-            if warps > 1 and _up(_up(H, 32), warps - 1) == blocks_k:
-                continue  # one warp fewer would do
+    for tiles_m in (least, least + 1):
+        units, blocks = 4 * tiles_m, _up(H, 4 * tiles_m)
+        for warps, blocks_k in _warps(_up(H, 32)):
             for groups, rows, tiles_n in dict.fromkeys(_groupings(batch)):
-                rounds = _up(units // 2 * rows * 4, 32 * warps)
-                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 7 * rounds, here)
+                rounds = _up(units * rows, 32 * warps)
+                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 32 + 5 * rounds + blocks_k, here)
                 if fit is None:
                     continue
-                work = groups * (2 * blocks_k * tiles_m * tiles_n * _up(warps, 4) * 0.012 + 0.25 + 0.05 * rounds)
-                move = groups * rows * H * 2 * blocks / 5.5e6
-                wait = 0.8 if groups == 1 else 0.4
-                cost = wait + max(move, 0.5 * move + work)
+                products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
+                moved = batch * H * 2 * blocks / 5.5e6
+                cost = (
+                    0.6 * groups
+                    + 0.6 * (groups == 1)
+                    + 0.68 * products
+                    + 0.7 * reads
+                    + 1.66 * moved
+                    + 0.18 * groups * rounds
+                )
                 macros = {
                     "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": rows, "TILES_N": tiles_n, "WARPS": warps,
                     "UNITS": units, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0],
@@ -107,31 +133,24 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
         strips, tiles_m = _up(H, columns), columns // 16
         if strips > here.processors:
             continue
-        row_units = max(16, _up(_up(H, here.processors // strips), 16) * 16)
+        row_units = _up(_up(H, here.processors // strips), 16) * 16
         rows = _up(H, row_units)
-        blocks = strips * rows
-        if rows > 16:
+        if rows > MOST_ROWS:
             continue
-        for warps in range(1, 17):
-            blocks_k = _up(_up(row_units, 8), warps)
-            if warps > 1 and _up(_up(row_units, 8), warps - 1) == blocks_k:
-                continue
+        for warps, blocks_k in _warps(row_units // 8):
             for groups, batch_rows, tiles_n in dict.fromkeys(_groupings(batch)):
-                share = _up(columns // 2 * batch_rows, rows)
-                rounds = _up(share, 32 * warps)
-                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, max(11 * rounds, 12), here)
+                rounds = _up(_up(columns // 2 * batch_rows, rows), 32 * warps)
+                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 32 + 20 * rounds + 2 * rows + blocks_k, here)
                 if fit is None:
                     continue
-                sums = _up(columns // 2 * batch_rows, 32 * warps)
-                work = groups * (2 * blocks_k * tiles_m * tiles_n * _up(warps, 4) * 0.012 + 0.35 + 0.05 * (sums + rounds))
-                move = groups * batch_rows * blocks * (8 * row_units + 8 * columns) / 5.5e6
-                wait = 1.6 if groups == 1 else 0.8
-                cost = wait + max(move, 0.5 * move + work)
+                products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
+                moved = batch * strips * rows * (0.9 * 8 * row_units + 1.05 * 8 * columns) / 5.5e6
+                cost = 1.1 + groups + 0.5 * (groups == 1) + 1.8 * products + 1.2 * reads + moved
                 macros = {
                     "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
                     "ROW_UNITS": row_units, "COLUMNS": columns, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0],
                 }  # fmt: skip
-                found.append(Layout("backward", tuple(macros.items()), blocks, warps, fit[1], cost))
+                found.append(Layout("backward", tuple(macros.items()), strips * rows, warps, fit[1], cost))
     return sorted(found, key=lambda layout: layout.cost)
 
 
@@ -146,25 +165,20 @@ def _kernel(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
 
 
 @functools.cache
-def _best(name: str, H: int, batch: int, index: int) -> Layout | None:
-    return next(iter(LAYOUTS[name](H, batch, card(index))), None)
+def _best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
+    """The forward and the backward layout; None where one of the kernels does not fit."""
+    if card(index).capability < LEAST_CAPABILITY:
+        return None
+    fore, back = (layouts(_up(units, MULTIPLE) * MULTIPLE, batch, card(index)) for layouts in LAYOUTS.values())
+    return (fore[0], back[0]) if fore and back else None
 
 
-def obstacle(units: int, batch: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Why a layer is not computed here, as part of a sentence; '' when it can be."""
-    if device.type != "cuda":
-        return "no GPU"
-    if dtype not in TYPES:
-        return "the resident LSTM computes in bf16 or fp16"
+def obstacle(units: int, batch: int, device: torch.device) -> str:
+    """Why a layer in bf16 or fp16 is not computed here, as part of a sentence; '' when it can be."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    if card(index).capability < (8, 0):
-        return "this GPU is older than compute capability 8.0"
-    if why := nvrtc.missing():
-        return why
-    H = _up(units, MULTIPLE) * MULTIPLE
-    if not all(_best(name, H, batch, index) for name in LAYOUTS):
-        return f"{units} units with batches of {batch} do not fit on this GPU"
-    return ""
+    if card(index).capability < LEAST_CAPABILITY:
+        return "this GPU is older than compute capability {}.{}".format(*LEAST_CAPABILITY)
+    return "" if _best(units, batch, index) else f"{units} units with batches of {batch} do not fit on this GPU at once"
 
 
 @functools.cache
@@ -184,10 +198,9 @@ class _Recurrence(torch.autograd.Function):
     """(y_TBH, last h_BH, last c_BH fp32) from pre-activations without the product with h; they are overwritten."""
 
     @staticmethod
-    def forward(ctx, gates_TBG: Tensor, weight_GH: Tensor, h_BH: Tensor, c_BH: Tensor, layouts: Any):  # type: ignore[override]
+    def forward(ctx, gates_TBG: Tensor, weight_GH: Tensor, h_BH: Tensor, c_BH: Tensor, fore: Layout, back: Layout):  # type: ignore[override]
         T, B, G = gates_TBG.shape
         H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
-        fore, _ = layouts or (_best("forward", H, B, index), None)
         y = gates_TBG.new_empty(T + 1, B, H)
         y[1:].view(torch.int16).fill_(-1)
         y[0].copy_(h_BH)
@@ -197,7 +210,7 @@ class _Recurrence(torch.autograd.Function):
         arguments = weight_GH, gates_TBG, y[0], first, y[1:], c, T, _trouble(index), PATIENCE
         _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, arguments)
         ctx.save_for_backward(weight_GH, gates_TBG, y, c, first)
-        ctx.layouts, ctx.types = layouts, (h_BH.dtype, c_BH.dtype)
+        ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         return y[1:], y[T].clone(), c[-1].clone()
 
     @staticmethod
@@ -205,7 +218,7 @@ class _Recurrence(torch.autograd.Function):
         weight_GH, gates_TBG, y, c, first = ctx.saved_tensors
         T, B, G = gates_TBG.shape
         H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
-        _, back = ctx.layouts or (None, _best("backward", H, B, index))
+        back: Layout = ctx.back
         zeros = torch.zeros_like(first)
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
         d_hT = zeros if d_h is None else d_h.float().contiguous()
@@ -215,29 +228,49 @@ class _Recurrence(torch.autograd.Function):
         d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
         strips, rows = _up(H, back.get("COLUMNS")), _up(H, back.get("ROW_UNITS"))
         ring = torch.zeros(RING, rows, B, strips * back.get("COLUMNS"), device=y.device)
-        arguments = weight_GH, gates_TBG, c, first, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, ring, T, _trouble(index), PATIENCE
+        arguments = (
+            weight_GH,
+            gates_TBG,
+            c,
+            first,
+            d_y,
+            d_hT,
+            d_cT,
+            d_gates,
+            d_h0,
+            d_c0,
+            ring,
+            T,
+            _trouble(index),
+            PATIENCE,
+        )
         _kernel(back, half, index)(back.blocks, 32 * back.warps, arguments)
         d_weight = d_gates.view(T * B, G).t() @ y[:T].reshape(T * B, H)
-        return d_gates, d_weight, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None
+        return d_gates, d_weight, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None
 
 
 def lstm(
-    x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: list[Tensor], layouts: tuple[Layout, Layout] | None = None
+    x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Sequence[Tensor], layouts: tuple[Layout, Layout] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y_TBH, last h_BH, last c_BH) of an LSTM layer; weights are W_ih, W_hh, b_ih, b_hh with gates i, f, g, o.
 
     Products in bf16 or fp16, sums and the cell in fp32; c comes back in the type it was given. Equal calls give equal bits.
-    RunError when the blocks cannot all run at once; a block that waits in vain for four seconds makes the outputs NaN.
+    RuntimeError when the blocks cannot all run at once; a block that waits in vain for four seconds makes the outputs NaN.
     """
     w_ih, w_hh, b_ih, b_hh = weights
     H = h_BH.shape[-1]
+    layouts = layouts or _best(H, x_TBI.shape[1], x_TBI.device.index)
+    if layouts is None:
+        why = obstacle(H, x_TBI.shape[1], x_TBI.device)
+        warnings.warn(f"{why}: this LSTM layer runs by cuDNN, several times slower.", RuntimeWarning, stacklevel=3)
+        return reference.lstm(x_TBI, h_BH, c_BH, weights)
     more = -H % MULTIPLE
     if more:
         w_ih = pad(w_ih.unflatten(0, (4, H)), (0, 0, 0, more)).flatten(0, 1)
         w_hh = pad(w_hh.unflatten(0, (4, H)), (0, more, 0, more)).flatten(0, 1)
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
-    gates_TBG = torch.nn.functional.linear(x_TBI, w_ih, b_ih + b_hh)
-    y_TBH, h, c = _Recurrence.apply(gates_TBG, w_hh, h_BH, c_BH, layouts)  # type: ignore[misc]
+    gates_TBG = linear(x_TBI, w_ih, b_ih + b_hh)
+    y_TBH, h, c = _Recurrence.apply(gates_TBG, w_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
     c = c.to(c_BH.dtype)
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)

@@ -10,15 +10,13 @@ import functools
 import hashlib
 import importlib.util
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from recurlm import files
-from recurlm.errors import RunError
 
 
 def missing() -> str:
@@ -33,19 +31,19 @@ def cache_folder() -> Path:
 
 
 def _checked(results: tuple[Any, ...], what: str) -> Any:
-    """What a call of cuda-bindings gave beside its status; RunError when that is not success."""
+    """What a call of cuda-bindings gave beside its status; RuntimeError when that is not success."""
     status, *values = results
     if int(status):
-        raise RunError(f"{what}: {status.name if hasattr(status, 'name') else status}.")
+        raise RuntimeError(f"{what}: {status.name if hasattr(status, 'name') else status}.")
     return values[0] if len(values) == 1 else values
 
 
 def compiled(source: str, macros: Mapping[str, int], capability: tuple[int, int]) -> bytes:
     """The machine code of a CUDA C++ source with these macros for a GPU of the capability; from disk if it is there.
 
-    RunError when it does not compile, with the compiler's own words.
+    RuntimeError when it does not compile, with the compiler's own words.
     """
-    from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc  # type: ignore[attr-defined]
 
     version = _checked(nvrtc.nvrtcVersion(), "NVRTC")
     arch = "sm_{}{}".format(*capability)
@@ -64,14 +62,16 @@ def compiled(source: str, macros: Mapping[str, int], capability: tuple[int, int]
         if int(status):
             log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC")
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise RunError(f"A CUDA kernel does not compile for {arch}: {' '.join(log.decode().split())[:500]}")
+            raise RuntimeError(f"A CUDA kernel does not compile for {arch}: {' '.join(log.decode().split())[:500]}")
         code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "NVRTC")
         _checked(nvrtc.nvrtcGetCUBIN(program, code), "NVRTC")
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(place, code)
+        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+            file.write(code)
+        Path(file.name).replace(place)
     except OSError:
         pass  # it is compiled again next time
     return code
@@ -81,7 +81,7 @@ class Kernel:
     """A function of compiled code on the current device, with `shared` bytes of shared memory for each block."""
 
     def __init__(self, code: bytes, name: str, shared: int):
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # type: ignore[attr-defined]
 
         torch.cuda.current_stream()  # torch makes the context
         torch.zeros(1, device="cuda")
@@ -97,7 +97,7 @@ class Kernel:
         return _checked(occupancy, "CUDA") * torch.cuda.get_device_properties().multi_processor_count
 
     def __call__(self, blocks: int, threads: int, arguments: Sequence[Tensor | int]) -> None:
-        """Launches it on torch's current stream; RunError, before anything runs, when not all blocks fit at once."""
+        """Launches it on torch's current stream; RuntimeError, before anything runs, when not all blocks fit at once."""
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         types = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_longlong for a in arguments)
         stream = torch.cuda.current_stream().cuda_stream

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
@@ -60,3 +62,15 @@ def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tu
         ar * dropped_TBH.pow(2).mean() if ar else nothing,
         tar * (raw_TBH[1:] - raw_TBH[:-1]).pow(2).mean() if tar and len(raw_TBH) > 1 else nothing,
     )
+
+
+def lstm(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(y_TBH, last h_BH, last c_BH) of an LSTM layer by torch's own library (cuDNN or oneDNN), of any type.
+
+    Weights are W_ih (4H, I), W_hh (4H, H), b_ih, b_hh (4H), gates in the order i, f, g, o: c_t = f c_{t-1} + i g;
+    h_t = o tanh c_t, with i, f, o = sigmoid and g = tanh of W_ih x_t + b_ih + W_hh h_{t-1} + b_hh.
+    """
+    training = torch.is_grad_enabled()
+    state = [h_BH.unsqueeze(0), c_BH.unsqueeze(0)]
+    y_TBH, h, c = torch.lstm(x_TBI, state, list(weights), True, 1, 0.0, training, False, False)
+    return y_TBH, h.squeeze(0), c.squeeze(0)

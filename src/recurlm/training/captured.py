@@ -138,8 +138,9 @@ class CapturedStep:
             copy = None if leaf is p else leaf.detach()
             self.weights.append(self.kernels.Weight(number, shape, p_drop, p.detach(), copy, bits, self._moments(p)))
         self.twin, self.ready = twin, False
-        recurrent = self.config.dropout.recurrent == 0 and all(layer.overlaps for layer in model.layers)
-        overlaps = recurrent and len(model.layers) > 1 and device.type == "cuda"
+        batch, recurrent = self.config.data.batch_size, self.config.dropout.recurrent
+        overlaps = not recurrent and all(layer.overlaps(batch) for layer in twin.layers)  # type: ignore[operator]
+        overlaps = overlaps and len(model.layers) > 1 and device.type == "cuda"
         self.lanes = [Lane(device) for _ in model.layers] if overlaps else []
         self.updates = int(max((float(s.get("step", 0)) for s in self.optimizer.state.values()), default=0))
 
@@ -307,6 +308,9 @@ class CapturedStep:
 
     def _explain(self, order: Order, values: list[float]) -> str:
         """Computes the failed step's gradients once more, to name where it began; the next order may try again."""
+        if kernels.lstm_waited_in_vain(self.ids.device):
+            self.status.fill_(1.0)
+            return "a block of the LSTM kernel waited in vain for another, as if something else held the GPU"
         self._control(order)
         _, names, gradients, _ = self._gradients(len(order.window.inputs_TB), order.window.counted_TB)
         named = dict(zip(dict(self.twin.named_parameters()), gradients, strict=True))

@@ -53,9 +53,8 @@ class RecurrentLayer(nn.Module, ABC):
     def pack(self) -> None:
         """Moves the weights, in place, to where the library that computes the layer wants them; by default nowhere."""
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether parts of a window may run on a lane (`model.lanes`): the whole layer is one library call."""
+    def overlaps(self, batch: int) -> bool:
+        """Whether parts of a window of `batch` rows may run on a lane (`model.lanes`): by a call that leaves others room."""
         return False
 
     @abstractmethod

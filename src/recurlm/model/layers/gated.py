@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from recurlm import kernels
 from recurlm.model import dropout as drop
 from recurlm.model.dropout import Source
 from recurlm.model.lanes import CURRENT, Lane
@@ -23,6 +24,9 @@ warnings.filterwarnings("ignore", message="RNN module weights are not part of si
 
 CUDNN_MODE = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}  # cudnnRNNMode_t
 TORCH = {"rnn_relu": torch.rnn_relu, "rnn_tanh": torch.rnn_tanh, "gru": torch.gru}
+
+SHORT = (torch.bfloat16, torch.float16)
+LEAST_STEPS = 4  # of a window whose LSTM keeps its weights on the chip: it loads them once a window
 
 Cell = Callable[[Tensor, Tensor, LayerState], LayerState]
 """(x_BG, r_BG, state) -> state: x and r are the gates' sums from the input and from the hidden-to-hidden product."""
@@ -56,8 +60,12 @@ def run(
     """
     weights = [w.to(x_TBI.dtype) for w in weights]
     # oneDNN lays weights out anew at each call: for one step that takes several times what the step does.
+    resident = kind == "lstm" and x_TBI.is_cuda and x_TBI.dtype in SHORT and len(x_TBI) >= LEAST_STEPS
     one_step = len(x_TBI) == 1 and not x_TBI.is_cuda and not torch.is_grad_enabled()
     if not one_step and not any(zoneout) and (recurrent == 0 or generator is None):
+        if resident and CURRENT.get() is None:
+            y_TBH, h_BH, c_BH = kernels.lstm(x_TBI, state[0], state[1], weights)
+            return y_TBH, (h_BH, c_BH)
         out = _call(kind, x_TBI, [leaf.unsqueeze(0) for leaf in state], weights)
         return out[0], tuple(leaf.squeeze(0) for leaf in out[1 : 1 + len(state)])
     mask_BH = None

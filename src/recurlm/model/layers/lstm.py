@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Generator, Tensor, nn
 
+from recurlm import kernels
 from recurlm.config import ModelConfig
 from recurlm.model.dropout import Source
 from recurlm.model.layers import gated
@@ -46,9 +47,11 @@ class LSTM(RecurrentLayer):
     def pack(self) -> None:
         gated.pack("lstm", [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh])
 
-    @property
-    def overlaps(self) -> bool:
-        return not any(self.zoneout)
+    def overlaps(self, batch: int) -> bool:
+        weight = self.weight_hh
+        return not any(self.zoneout) and not kernels.lstm_is_resident(
+            self.hidden_size, batch, weight.dtype, weight.device
+        )
 
     def initial_state(self, batch: int, like: Tensor) -> LayerState:
         zeros = like.new_zeros(batch, self.hidden_size)

@@ -42,8 +42,7 @@ class RNN(RecurrentLayer):
     def pack(self) -> None:
         gated.pack(f"rnn_{self.nonlinearity}", [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh])
 
-    @property
-    def overlaps(self) -> bool:
+    def overlaps(self, batch: int) -> bool:
         return not self.zoneout
 
     def initial_state(self, batch: int, like: Tensor) -> LayerState:

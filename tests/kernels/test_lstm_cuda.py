@@ -1,0 +1,241 @@
+"""The LSTM with resident weights: its kernels run by fibres on the CPU, and compiled on a GPU."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from recurlm import kernels
+from recurlm.kernels import lstm_cuda, nvrtc, reference
+from recurlm.kernels.lstm_cuda import Card, Layout
+
+CUDA = torch.cuda.is_available()
+H200, SMALL = Card(132, 232448, (9, 0)), Card(8, 60000, (8, 0))
+TYPES = (torch.bfloat16, torch.float16)
+
+# ---- layouts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("card", [H200, Card(108, 166912, (8, 0)), SMALL])
+@pytest.mark.parametrize("H, batch", [(16, 1), (400, 20), (1152, 20), (1152, 80), (1856, 128), (2048, 20), (2048, 128)])
+def test_every_layout_covers_the_layer_within_the_cards_limits(card, H, batch):
+    for name, layouts in lstm_cuda.LAYOUTS.items():
+        found = layouts(H, batch, card)
+        assert found or card is not H200, name
+        for layout in found:
+            of = dict(layout.macros)
+            assert layout.name == name and layout.blocks <= card.processors and layout.shared <= card.shared
+            assert of["GROUPS"] * of["GROUP_BATCH"] >= batch > (of["GROUPS"] - 1) * of["GROUP_BATCH"]
+            assert of["TILES_N"] * 8 >= of["GROUP_BATCH"] and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            if name == "forward":
+                assert layout.blocks * of["UNITS"] >= H and of["UNITS"] % 4 == 0
+                assert layout.warps * of["BLOCKS_K"] * 32 >= H
+            else:
+                strips, rows = -(-H // of["COLUMNS"]), -(-H // of["ROW_UNITS"])
+                assert layout.blocks == strips * rows and of["COLUMNS"] % 16 == 0 and of["ROW_UNITS"] % 16 == 0
+                assert layout.warps * of["BLOCKS_K"] * 8 >= of["ROW_UNITS"]
+
+
+def test_a_layer_too_large_for_the_card_has_no_layout():
+    assert not lstm_cuda.forward_layouts(4096, 20, H200) and not lstm_cuda.backward_layouts(1152, 20, SMALL)
+
+
+# ---- on the CPU ---------------------------------------------------------------------------------------------
+
+PARAMETERS = {
+    "forward": "const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble, "
+    "unsigned long long limit",
+    "backward": "const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT, "
+    "const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble, "
+    "unsigned long long limit",
+}
+
+
+def on_cpu(layout: Layout, half: bool, folder: Path, seed: int):
+    """The kernel as a function of its arguments, run by fibres in an order drawn from the seed."""
+    folder.mkdir(parents=True)
+    signature = PARAMETERS[layout.name].replace("const ", "")
+    parameters = [p.strip() for p in signature.split(",")]
+    names = [p.split()[-1] for p in parameters]
+    globals_ = "".join(f"static {p}_;\n" for p in parameters)
+    assign = "".join(f"{n}_ = {n}; " for n in names)
+    (folder / "kernel.cpp").write_text(
+        f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n#include "{Path(nvrtc.__file__).with_name("lstm.cu")}"\n'
+        f"{globals_}static void go() {{ {layout.name}({', '.join(n + '_' for n in names)}); }}\n"
+        f'extern "C" int run(int blocks, int warps, int bytes, unsigned seed, {signature}) '
+        f"{{ {assign}return launch(go, blocks, warps, bytes, seed); }}\n"
+    )
+    macros = [f"-D{name}={value}" for name, value in (*layout.macros, ("HALF", int(half)))]
+    command = ["g++", "-O1", "-std=c++20", "-w", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp", *macros]
+    subprocess.run(command, cwd=folder, check=True)
+    run = ctypes.CDLL(str(folder / "kernel.so")).run
+
+    def call(arguments) -> bool:
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_longlong(a) for a in arguments]
+        return bool(run(layout.blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
+
+    return call
+
+
+def truth(x_TBG, weight_GH, h_BH, c_BH):
+    """(h_TBH, c_TBH) from the gates' sums without h's part."""
+    hs, cs = [], []
+    for x_BG in x_TBG:
+        i, f, g, o = (x_BG + h_BH @ weight_GH.T).chunk(4, -1)
+        c_BH = f.sigmoid() * c_BH + i.sigmoid() * g.tanh()
+        h_BH = o.sigmoid() * c_BH.tanh()
+        hs.append(h_BH)
+        cs.append(c_BH)
+    return torch.stack(hs), torch.stack(cs)
+
+
+CASES = (  # units, batch, steps, index of the forward and of the backward layout, fp16
+    (48, 5, 6, 0, 0, False),
+    (80, 11, 3, 5, 3, False),
+    (32, 3, 11, 2, 1, True),
+    (16, 1, 1, 0, 0, False),
+    (64, 17, 2, -1, -1, True),
+)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.skipif(CUDA, reason="a GPU is here: the compiled kernel is tested instead")
+@pytest.mark.parametrize("H, B, T, fore, back, half", CASES)
+def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, tmp_path):
+    dtype, unit = (torch.float16, 2**-11) if half else (torch.bfloat16, 2**-8)
+    draw = torch.Generator().manual_seed(H + B)
+
+    def values(*shape: int, of=dtype) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(of)
+
+    weight_GH, x_TBG = (values(4 * H, H, of=torch.float32) * H**-0.5).to(dtype), values(T, B, 4 * H)
+    h_BH, c_BH = values(B, H) / 2, values(B, H, of=torch.float32)
+    leaves = [t.double().requires_grad_() for t in (x_TBG, weight_GH, h_BH, c_BH)]
+    h_TBH, c_TBH = truth(*leaves)
+    trouble, limit = torch.zeros(1, dtype=torch.int32), 10**9
+
+    layout = lstm_cuda.forward_layouts(H, B, SMALL)[fore]
+    gates, y = x_TBG.clone(), torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
+    c = torch.full((T, B, H), float("nan"))
+    run = on_cpu(layout, half, tmp_path / "forward", 1)
+    assert run((weight_GH, gates, h_BH, c_BH, y, c, T, trouble, limit)) and not trouble
+    torch.testing.assert_close(y.double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
+    torch.testing.assert_close(c.double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
+    again = torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
+    assert on_cpu(layout, half, tmp_path / "again", 2)(
+        (weight_GH, x_TBG.clone(), h_BH, c_BH, again, c, T, trouble, limit)
+    )
+    assert torch.equal(again.view(torch.int16), y.view(torch.int16)), "the order of threads changes the result"
+
+    d_h, d_hT, d_cT = values(T, B, H), values(B, H, of=torch.float32), values(B, H, of=torch.float32)
+    objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
+    expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
+    layout = lstm_cuda.backward_layouts(H, B, SMALL)[back]
+    rows, strips = -(-H // layout.get("ROW_UNITS")), -(-H // layout.get("COLUMNS"))
+    ring = torch.zeros(lstm_cuda.RING, rows, B, strips * layout.get("COLUMNS"))
+    d_gates = torch.full((T, B, 4 * H), -1, dtype=torch.int16).view(dtype)
+    d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
+    run = on_cpu(layout, half, tmp_path / "backward", 3)
+    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, ring, T, trouble, limit
+    assert run(arguments) and not trouble
+    for found, exact in zip((d_gates, d_h0, d_c0), expected, strict=True):
+        scale = exact.abs().max().item()
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * T**0.5 * unit * scale)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.skipif(CUDA, reason="a GPU is here")
+def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
+    H, B, T = 48, 2, 4
+    layout = lstm_cuda.forward_layouts(H, B, SMALL)[0]
+    lonely = layout._replace(blocks=layout.blocks - 1)  # as if one block could not be resident
+    y = torch.full((T, B, H), -1, dtype=torch.int16).view(torch.bfloat16)
+    c, trouble = torch.zeros(T, B, H), torch.zeros(1, dtype=torch.int32)
+    zeros = torch.zeros(4 * H, H, dtype=torch.bfloat16)
+    gates, h = torch.zeros(T, B, 4 * H, dtype=torch.bfloat16), torch.zeros(B, H, dtype=torch.bfloat16)
+    run = on_cpu(lonely, False, tmp_path / "forward", 1)
+    assert run((zeros, gates, h, torch.zeros(B, H), y, c, T, trouble, 2000))
+    assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
+
+
+# ---- compiling ----------------------------------------------------------------------------------------------
+
+
+def test_without_cuda_bindings_lstm_falls_back_and_says_why(monkeypatch):
+    monkeypatch.setattr(nvrtc, "missing", lambda: "cuda-bindings is not installed")
+    with pytest.warns(RuntimeWarning, match=r"cuda-bindings is not installed: LSTM layers run by cuDNN"):
+        assert kernels.TABLE["lstm", "cuda", torch.bfloat16]() is reference.lstm
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not CUDA, reason="no GPU here")
+
+
+def outcome(function, given, dtype) -> list[Tensor]:
+    """Outputs and all gradients."""
+    leaves = [t.to(dtype).requires_grad_() for t in given[:7]]
+    results = function(*leaves[:3], leaves[3:])
+    upstream = [u.to(r.dtype) for u, r in zip(given[7:], results, strict=True)]
+    return [*results, *torch.autograd.grad(results, leaves, upstream)]
+
+
+def random_case(T, B, E, H, dtype, seed):
+    draw = torch.Generator("cuda").manual_seed(seed)
+
+    def values(*shape: int) -> Tensor:
+        return 2 * torch.rand(*shape, device="cuda", generator=draw) - 1
+
+    weights = [values(*shape) * H**-0.5 for shape in ((4 * H, E), (4 * H, H), (4 * H,), (4 * H,))]
+    given = values(T, B, E), values(B, H), values(B, H), *weights, values(T, B, H), values(B, H), values(B, H)
+    return [t.to(dtype) for t in given]
+
+
+@gpu
+@pytest.mark.parametrize("number", range(100))
+def test_outputs_and_gradients_are_as_near_to_the_truth_as_cudnns(number):
+    draw = torch.Generator().manual_seed(number)
+
+    def pick(*of: int) -> int:
+        return of[int(torch.randint(len(of), (), generator=draw))]
+
+    T, B, E = pick(1, 2, 5, 13, 31), pick(1, 2, 7, 20, 33, 64, 80), pick(1, 17, 64, 300)
+    H, dtype = pick(1, 2, 16, 50, 126, 400, 650, 1024, 1150, 1152), TYPES[number % 2]
+    given = random_case(T, B, E, H, dtype, number)
+    exact = outcome(reference.lstm, given, torch.float64)
+    theirs, ours, again = (outcome(f, given, dtype) for f in (reference.lstm, kernels.lstm, kernels.lstm))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    for a, b, true in zip(ours, theirs, exact, strict=True):
+        error, allowed = ((t.double() - true).norm() / true.norm().clamp(min=1e-12) for t in (a, b))
+        floor = torch.finfo(dtype).eps / 2  # what rounding the exact result would cost
+        assert error <= 2 * max(allowed.item(), floor), (T, B, E, H, dtype)
+    assert not lstm_cuda.waited_too_long(torch.device("cuda"))
+
+
+@gpu
+def test_too_many_blocks_are_refused_before_they_could_hang():
+    layout = lstm_cuda.forward_layouts(64, 2, SMALL)[0]
+    kernel = lstm_cuda._kernel(layout, False, torch.cuda.current_device())
+    with pytest.raises(RuntimeError, match="cannot be launched"):
+        kernel(kernel.resident_blocks(32 * layout.warps) + 1, 32 * layout.warps, [0] * 9)
+
+
+@gpu
+def test_ten_thousand_launches_end():
+    given = random_case(3, 4, 16, 64, torch.bfloat16, 1)
+    first = kernels.lstm(*given[:3], given[3:7])[0]
+    for _ in range(10_000):
+        last = kernels.lstm(*given[:3], given[3:7])[0]
+    assert torch.equal(first, last) and not lstm_cuda.waited_too_long(torch.device("cuda"))
+
+
+@gpu
+def test_a_layer_that_does_not_fit_runs_by_cudnn_and_says_why():
+    given = random_case(4, 2, 8, 6000, torch.bfloat16, 1)
+    with pytest.warns(RuntimeWarning, match="6000 units with batches of 2 do not fit"):
+        y = kernels.lstm(*given[:3], given[3:7])[0]
+    assert torch.equal(y, reference.lstm(*given[:3], given[3:7])[0])
