@@ -185,6 +185,10 @@ def in_use(operation: str, device: str, dtype: torch.dtype) -> InUse:
     if said:
         return InUse(f"{module}.{operation}", "; ".join(str(warning.message) for warning in said), True)
     compiler = module.rpartition("_")[2]  # the last word of the file's name: pool_triton
+    if compiler == "cuda":
+        return InUse(
+            f"{module}.{operation}", f"CUDA C++ by NVRTC, cuda-bindings {metadata.version('cuda-bindings')}", False
+        )
     switches = {"triton": "TRITON_INTERPRET", "numba": "NUMBA_DISABLE_JIT"}
     if compiler not in switches:
         return InUse(f"{module}.{operation}", f"torch {torch.__version__}", False)

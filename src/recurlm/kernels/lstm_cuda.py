@@ -194,6 +194,12 @@ def waited_too_long(device: torch.device) -> bool:
     return found
 
 
+def ring_of(layout: Layout, batch: int, device: torch.device) -> Tensor:
+    """The ring of partial sums for one launch of a backward kernel: zeros."""
+    strips, rows = (_up(layout.get("H"), layout.get(name)) for name in ("COLUMNS", "ROW_UNITS"))
+    return torch.zeros(RING, rows, batch, strips * layout.get("COLUMNS"), device=device)
+
+
 class _Recurrence(torch.autograd.Function):
     """(y_TBH, last h_BH, last c_BH fp32) from pre-activations without the product with h; they are overwritten."""
 
@@ -226,24 +232,8 @@ class _Recurrence(torch.autograd.Function):
         d_gates = torch.empty_like(gates_TBG)
         d_gates.view(torch.int16).fill_(-1)
         d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
-        strips, rows = _up(H, back.get("COLUMNS")), _up(H, back.get("ROW_UNITS"))
-        ring = torch.zeros(RING, rows, B, strips * back.get("COLUMNS"), device=y.device)
-        arguments = (
-            weight_GH,
-            gates_TBG,
-            c,
-            first,
-            d_y,
-            d_hT,
-            d_cT,
-            d_gates,
-            d_h0,
-            d_c0,
-            ring,
-            T,
-            _trouble(index),
-            PATIENCE,
-        )
+        given = weight_GH, gates_TBG, c, first, d_y, d_hT, d_cT
+        arguments = *given, d_gates, d_h0, d_c0, ring_of(back, B, y.device), T, _trouble(index), PATIENCE
         _kernel(back, half, index)(back.blocks, 32 * back.warps, arguments)
         d_weight = d_gates.view(T * B, G).t() @ y[:T].reshape(T * B, H)
         return d_gates, d_weight, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None

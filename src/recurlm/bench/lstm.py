@@ -1,0 +1,151 @@
+"""An LSTM layer with its weights resident on the GPU beside cuDNN's, whole: input product, recurrence, weight gradients.
+
+    python -m recurlm.bench.lstm [--layouts T B H [fp16]]
+
+The peer of a row is the fastest of cuDNN's in the same type, with its sizes as they are and padded to a multiple of 128;
+the other rows are cuDNN as it is commonly called. All are CUDA graphs but those called eager. The limit is that of the
+products' arithmetic at the rate of a large product. --layouts times the kernels' layouts instead, the best first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurlm import kernels
+from recurlm.bench.timing import Row, duration, gemm_rate, gpu_time, in_turn
+from recurlm.kernels import lstm_cuda, reference
+from recurlm.model import precision
+
+# steps, batch, input width, units, type, targets of forward and backward and of forward alone
+SHAPES = (
+    (70, 20, 1150, 1150, "bf16", "<= 480 us", "<= 180 us"),
+    (70, 80, 1150, 1150, "bf16", "<= 800 us", ""),
+    (200, 128, 1840, 1840, "bf16", ">= 1.5 times", ""),
+    (70, 32, 1024, 1024, "fp16", "<= peer", ""),
+    (70, 20, 1150, 400, "bf16", "", ""),
+)
+TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Layer = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+def layer(function: Layer, T: int, B: int, width: int, H: int, dtype: torch.dtype, backward: bool) -> Callable[[], Any]:
+    """A call of the layer on random values of its own, and of its gradients but the first state's."""
+
+    def values(*shape: int) -> Tensor:
+        return (2 * torch.rand(*shape, device="cuda") - 1).to(dtype)
+
+    x_TBI, h_BH, c_BH, upstream = values(T, B, width), values(B, H), values(B, H), values(T, B, H)
+    weights = [values(*shape) * H**-0.5 for shape in ((4 * H, width), (4 * H, H), (4 * H,), (4 * H,))]
+    leaves = [t.requires_grad_(backward) for t in (x_TBI, *weights)]
+
+    def call() -> Any:
+        y_TBH = function(x_TBI, h_BH, c_BH, weights)[0]
+        return torch.autograd.grad(y_TBH, leaves, upstream) if backward else y_TBH
+
+    return call
+
+
+def time(function: Layer, shape: Sequence[int], dtype: str, backward: bool, graph: bool = True) -> float:
+    """Microseconds of a layer of the shape (T, B, I, H), caches cold."""
+    T, B, width, H = shape
+    nbytes = TYPES[dtype].itemsize * (4 * H * (width + H) + T * B * (10 * H + width))
+    how, _ = precision.resolve_dtype(dtype if dtype != "fp16" else "fp32", torch.device("cuda")), None
+    with precision.applied(how):
+        works = in_turn(lambda: layer(function, T, B, width, H, TYPES[dtype], backward), nbytes)
+        return gpu_time(works, graph=graph, repeats=8)
+
+
+def padded(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+def rows() -> list[dict[str, Any]]:
+    """The layers, and for the first shape cuDNN in every type."""
+    found = []
+
+    def add(
+        measure: str, shape: Sequence[int], dtype: str, ours: float, peer: float | None, name: str, target: str, of: int
+    ):
+        T, B, width, H = shape
+        rate = gemm_rate(TYPES[dtype])
+        found.append(Row(
+            measure=measure, shape=f"T {T}, B {B}, {width} -> {H}, {dtype}", ours_us=ours, peer_us=peer, peer=name, target=target,
+            limit_us=of * 8e6 * T * B * H * (width + H) / rate,
+        ).as_dict())  # fmt: skip
+
+    for T, B, width, H, dtype, both, forward in SHAPES:
+        shape, aligned = (T, B, width, H), (T, B, padded(width), padded(H))
+        for backward, target in ((True, both), (False, forward)):
+            ours = time(kernels.lstm, shape, dtype, backward)
+            peers = {
+                "cuDNN": time(reference.lstm, shape, dtype, backward),
+                "cuDNN, padded": time(reference.lstm, aligned, dtype, backward),
+            }
+            name = min(peers, key=lambda n: peers[n])
+            measure = "LSTM layer, forward + backward" if backward else "LSTM layer, forward"
+            add(measure, shape, dtype, ours, peers[name], name, target, 3 if backward else 1)
+            torch.cuda.empty_cache()
+    T, B, width, H = shape = SHAPES[0][:4]
+    for dtype in TYPES:
+        for sizes, name in ((shape, "cuDNN"), ((T, B, padded(width), padded(H)), "cuDNN, padded")):
+            for graph in (True, False):
+                spent = time(reference.lstm, sizes, dtype, True, graph)
+                add(f"{name}{'' if graph else ', eager'}, forward + backward", sizes, dtype, spent, None, "", "", 3)
+    return found
+
+
+def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
+    """Prints the times of both kernels in all their layouts, and what was estimated, in microseconds a step."""
+    index, half = torch.cuda.current_device(), dtype == torch.float16
+    weight = (torch.randn(4 * H, H, device="cuda") * H**-0.5).to(dtype)
+    gates, state = torch.randn(T, B, 4 * H, device="cuda").to(dtype), torch.zeros(B, H, device="cuda")
+    h, y, c = state.to(dtype), torch.empty(T, B, H, device="cuda", dtype=dtype), torch.empty(T, B, H, device="cuda")
+    d_gates, d_h0, d_c0 = torch.empty_like(gates), torch.empty_like(state), torch.empty_like(state)
+    trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
+    for name, make in lstm_cuda.LAYOUTS.items():
+        measured = []
+        for layout in make(H, B, lstm_cuda.card(index)):
+            kernel = lstm_cuda._kernel(layout, half, index)
+
+            def work(layout=layout, kernel=kernel, name=name) -> None:
+                if name == "forward":
+                    y.view(torch.int16).fill_(-1)
+                    arguments = weight, gates, h, state, y, c, T, trouble, lstm_cuda.PATIENCE
+                else:
+                    d_gates.view(torch.int16).fill_(-1)
+                    ring = lstm_cuda.ring_of(layout, B, gates.device)
+                    ends = state, state, d_gates, d_h0, d_c0, ring
+                    arguments = weight, gates, c, state, y, *ends, T, trouble, lstm_cuda.PATIENCE
+                kernel(layout.blocks, 32 * layout.warps, arguments)
+
+            measured.append((gpu_time(work, repeats=3), layout))
+        for spent, layout in sorted(measured):
+            print(
+                f"{name} {spent / T:6.2f} estimated {layout.cost:6.2f}",
+                dict(layout.macros),
+                layout.shared // 1024,
+                "kB",
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--layouts"]:
+        steps, batch, units = map(int, sys.argv[2:5])
+        layouts(steps, batch, units, torch.float16 if sys.argv[5:] == ["fp16"] else torch.bfloat16)
+    else:
+        for row in rows():
+            peer = "" if row["peer_us"] is None else f"{row['peer']} {duration(row['peer_us'])}"
+            print(
+                row["measure"],
+                row["shape"],
+                duration(row["ours_us"]),
+                peer,
+                f"{row['share']:.0%}",
+                row["target"],
+                flush=True,
+            )
