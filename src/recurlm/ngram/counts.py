@@ -1,0 +1,208 @@
+"""Counting: every n-gram of a text, sorted, as a trie with its number of occurrences.
+
+A line w1 .. wk is read as <s> w1 .. wk </s>, where the boundary id stands for both; an n-gram begins at any of them and
+goes no further than </s>. So every n-gram is the beginning of one window of N ids, and sorted windows, shared
+beginnings merged, are the trie. Shapes: R windows at once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from recurlm.errors import RequestError
+from recurlm.ngram.trie import MOST_NODES, Allocate, Trie, compiled, link, word_dtype
+
+ROWS = 1 << 20  # windows at once
+MOST_ORDER = 12
+IN_MEMORY = 30_000_000  # tokens: above, windows are sorted on the disk
+
+Windows = Iterable[tuple[np.ndarray, np.ndarray]]
+"""Sorted windows in parts: (rows_RN, how often each occurs_R). Beyond a line's end a row holds V."""
+
+
+@final
+@dataclass(frozen=True)
+class Counts:
+    """The n-grams of a text and how often each occurs; of the boundary as a unigram: how many lines there are."""
+
+    trie: Trie
+    raw_K: np.ndarray
+    boundary: int
+
+
+def count(
+    ids: np.ndarray, vocab_size: int, boundary: int, order: int, *, out_of_core: bool | None = None,
+    memory_limit: str = "1500MB", scratch: Path | None = None,
+) -> Counts:  # fmt: skip
+    """The Counts of all n-grams up to `order` of a text's ids.
+
+    In memory it takes some 60 bytes a token. `out_of_core` (unless told: above 30 million tokens) sorts in a database
+    of about `memory_limit` and keeps what grows in files of the folder `scratch`.
+    """
+    if not 1 <= order <= MOST_ORDER:
+        raise RequestError(f"order = {order}: expected 1 to {MOST_ORDER}.")
+    if len(ids) >= MOST_NODES - order:
+        raise RequestError(f"A text of {len(ids):,} tokens is too long; expected fewer than {MOST_NODES:,}.")
+    if out_of_core is None:
+        out_of_core = len(ids) > IN_MEMORY
+    if not out_of_core:
+        return build(sorted_windows(ids, vocab_size, boundary, order), vocab_size, boundary, order)
+    from recurlm.ngram.external import externally_sorted_windows
+
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        windows = externally_sorted_windows(ids, vocab_size, boundary, order, memory_limit, Path(folder))
+        return build(windows, vocab_size, boundary, order, scratch or Path(folder))
+
+
+def sequence(ids: np.ndarray, boundary: int, order: int) -> np.ndarray:
+    """The ids between boundaries, and boundaries enough for a window of `order` at the last of them."""
+    begin = [boundary]
+    end = [boundary] * (order - 1 + (len(ids) == 0 or int(ids[-1]) != boundary))
+    return np.concatenate((begin, ids, end)).astype(np.int32)
+
+
+@compiled
+def _pass(sequence, shift, positions, place, out):  # noqa: ANN001
+    """A stable pass of counting sort by the id that is `shift` after each position."""
+    for i in range(positions.size):
+        p = positions[i]
+        key = sequence[p + shift]
+        out[place[key]] = p
+        place[key] += 1
+
+
+@compiled
+def window_rows(sequence, positions, boundary, pad, rows_RN):  # noqa: ANN001
+    """Writes the windows at the positions; after a boundary that does not begin a window it holds `pad`."""
+    order = rows_RN.shape[1]
+    for i in range(positions.size):
+        ended = False
+        for k in range(order):
+            w = sequence[positions[i] + k]
+            rows_RN[i, k] = pad if ended else w
+            ended = ended or (k > 0 and w == boundary)
+
+
+def sorted_windows(ids: np.ndarray, vocab_size: int, boundary: int, order: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All windows of a text in order, sorted in memory: a radix sort of their positions, one pass a word."""
+    text = sequence(ids, boundary, order)
+    positions = np.arange(len(text) - order, dtype=np.int32)  # not the last boundary, which begins no line
+    other = np.empty_like(positions)
+    for shift in reversed(range(order)):
+        held = np.bincount(text[shift : shift + len(positions)], minlength=vocab_size)
+        _pass(text, shift, positions, np.cumsum(held) - held, other)
+        positions, other = other, positions
+    del other
+    for start in range(0, len(positions), ROWS):
+        part = positions[start : start + ROWS]
+        rows_RN = np.empty((len(part), order), np.int32)
+        window_rows(text, part, boundary, vocab_size, rows_RN)
+        yield rows_RN, np.ones(len(part), np.int64)
+
+
+@compiled
+def _grow(rows_RN, times_R, pad, last_N, totals_N, sizes_N, words_NR, starts_NR, children_NR):  # noqa: ANN001
+    """Adds windows to the trie: writes the new nodes of each order and returns how many there are.
+
+    `totals_N` are the occurrences seen so far: what they were when a node came gives its own number by differences.
+    """
+    order = rows_RN.shape[1]
+    fresh_N = np.zeros(order, np.int64)
+    for i in range(rows_RN.shape[0]):
+        same = 0
+        while same < order and rows_RN[i, same] == last_N[same]:
+            same += 1
+        for m in range(order):
+            w = rows_RN[i, m]
+            if w == pad:
+                break
+            if m >= same:
+                at = fresh_N[m]
+                words_NR[m, at], starts_NR[m, at] = w, totals_N[m]
+                if m + 1 < order:
+                    children_NR[m, at] = sizes_N[m + 1]
+                fresh_N[m] += 1
+                sizes_N[m] += 1
+            totals_N[m] += times_R[i]
+        for m in range(order):
+            last_N[m] = rows_RN[i, m]
+    return fresh_N
+
+
+@final
+class _Column:
+    """An array that grows: in memory, or in a file."""
+
+    def __init__(self, dtype: Any, path: Path | None):
+        self.dtype, self.path = np.dtype(dtype), path
+        self.parts: list[np.ndarray] = []
+        self.file = None if path is None else path.open("wb")
+
+    def append(self, values: np.ndarray) -> None:
+        part = values.astype(self.dtype)
+        self.parts.append(part) if self.file is None else part.tofile(self.file)
+
+    def take(self) -> np.ndarray:
+        """The whole array; the column is empty then."""
+        if self.file is None or self.path is None:
+            parts, self.parts = self.parts, []
+            return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        self.file.close()
+        size = self.path.stat().st_size // self.dtype.itemsize
+        out = np.asarray(np.memmap(self.path, self.dtype, "r")) if size else np.empty(0, self.dtype)
+        self.path.unlink()
+        return out
+
+
+def in_files(folder: Path) -> Allocate:
+    """An Allocate whose arrays lie in files of the folder that have no name any more: they go with the array."""
+
+    def allocate(size: int, dtype: Any) -> np.ndarray:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            return np.asarray(np.memmap(file, np.dtype(dtype), "w+", shape=(max(1, size),)))[:size]
+
+    return allocate
+
+
+def build(windows: Windows, vocab_size: int, boundary: int, order: int, scratch: Path | None = None) -> Counts:
+    """The Counts of sorted windows; with `scratch` their arrays lie in files there."""
+    allocate = np.empty if scratch is None else in_files(scratch)
+    kinds = {"words": word_dtype(vocab_size), "starts": np.uint32, "children": np.int32}
+    columns = [
+        {kind: _Column(dtype, scratch and scratch / f"{kind}-{m}") for kind, dtype in kinds.items()} for m in range(order)
+    ]
+    last_N, totals_N, sizes_N = np.full(order, -1), np.zeros(order, np.int64), np.zeros(order, np.int64)
+    for rows_RN, times_R in windows:
+        out = [np.empty((order, len(rows_RN)), np.int64 if k else np.int32) for k in range(3)]
+        fresh_N = _grow(rows_RN, times_R, vocab_size, last_N, totals_N, sizes_N, *out)
+        for m, column in enumerate(columns):
+            for values_NR, grown in zip(out, column.values(), strict=True):
+                grown.append(values_NR[m, : fresh_N[m]])
+    levels = np.cumsum([0, vocab_size, *sizes_N[1:]])
+    if levels[-1] > MOST_NODES:
+        raise RequestError(f"The text has {levels[-1]:,} n-grams; expected at most {MOST_NODES:,}: take a lower order.")
+    words_K, raw_K = allocate(levels[-1], kinds["words"]), allocate(levels[-1], np.uint32)
+    first_I = allocate(levels[-2] + 1, np.int32)
+    first_I[-1] = levels[-1]
+    for m, column in enumerate(columns):
+        words, starts, children = (grown.take() for grown in column.values())
+        times = np.diff(starts, append=np.uint32(totals_N[m]))
+        if m == 0:  # every word has a unigram, whether it occurs or not
+            raw_K[:vocab_size] = np.bincount(words, times, minlength=vocab_size)
+            words_K[:vocab_size] = np.arange(vocab_size)
+            sizes = np.zeros(vocab_size, np.int64)
+            if order > 1:
+                sizes[words] = np.diff(children, append=sizes_N[1])
+                first_I[:vocab_size] = levels[1] + np.cumsum(sizes) - sizes
+            continue
+        words_K[levels[m] : levels[m + 1]] = words
+        raw_K[levels[m] : levels[m + 1]] = times
+        if m + 1 < order:
+            first_I[levels[m] : levels[m + 1]] = children + levels[m + 1]
+    return Counts(link(tuple(levels.tolist()), words_K, first_I, allocate), raw_K, boundary)
