@@ -49,6 +49,8 @@ def count(
         raise RequestError(f"order = {order}: expected 1 to {MOST_ORDER}.")
     if len(ids) >= MOST_NODES - order:
         raise RequestError(f"A text of {len(ids):,} tokens is too long; expected fewer than {MOST_NODES:,}.")
+    if len(ids) == 0 or int(ids[-1]) != boundary:
+        ids = np.append(ids, np.asarray(boundary, ids.dtype))
     if out_of_core is None:
         out_of_core = len(ids) > IN_MEMORY
     if not out_of_core:
@@ -58,13 +60,6 @@ def count(
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         windows = externally_sorted_windows(ids, vocab_size, boundary, order, memory_limit, Path(folder))
         return build(windows, vocab_size, boundary, order, scratch or Path(folder))
-
-
-def sequence(ids: np.ndarray, boundary: int, order: int) -> np.ndarray:
-    """The ids between boundaries, and boundaries enough for a window of `order` at the last of them."""
-    begin = [boundary]
-    end = [boundary] * (order - 1 + (len(ids) == 0 or int(ids[-1]) != boundary))
-    return np.concatenate((begin, ids, end)).astype(np.int32)
 
 
 @compiled
@@ -89,21 +84,28 @@ def window_rows(sequence, positions, boundary, pad, rows_RN):  # noqa: ANN001
             ended = ended or (k > 0 and w == boundary)
 
 
-def sorted_windows(ids: np.ndarray, vocab_size: int, boundary: int, order: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All windows of a text in order, sorted in memory: a radix sort of their positions, one pass a word."""
-    text = sequence(ids, boundary, order)
-    positions = np.arange(len(text) - order, dtype=np.int32)  # not the last boundary, which begins no line
+def sorted_windows(
+    ids: np.ndarray, vocab_size: int, boundary: int, order: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The windows that begin at ids `start` - 1 to `stop` - 1 of a text, sorted: a radix sort of their places, a pass a word.
+
+    Before the first id there is a boundary; the last id is one, and begins no line.
+    """
+    size = min(len(ids) if stop is None else stop, len(ids)) - start
+    text = np.full(size + order - 1, boundary, np.int32)
+    part = ids[max(start - 1, 0) : start + size + order - 2]
+    text[start == 0 :][: len(part)] = part[: len(text) - (start == 0)]
+    positions = np.arange(size, dtype=np.int32)
     other = np.empty_like(positions)
     for shift in reversed(range(order)):
-        held = np.bincount(text[shift : shift + len(positions)], minlength=vocab_size)
+        held = np.bincount(text[shift : shift + size], minlength=vocab_size)
         _pass(text, shift, positions, np.cumsum(held) - held, other)
         positions, other = other, positions
     del other
-    for start in range(0, len(positions), ROWS):
-        part = positions[start : start + ROWS]
-        rows_RN = np.empty((len(part), order), np.int32)
-        window_rows(text, part, boundary, vocab_size, rows_RN)
-        yield rows_RN, np.ones(len(part), np.int64)
+    for first in range(0, size, ROWS):
+        rows_RN = np.empty((min(ROWS, size - first), order), np.int32)
+        window_rows(text, positions[first : first + ROWS], boundary, vocab_size, rows_RN)
+        yield rows_RN, np.ones(len(rows_RN), np.int64)
 
 
 @compiled

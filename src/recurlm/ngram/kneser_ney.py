@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from recurlm.errors import DataError
 from recurlm.ngram.counts import Counts
-from recurlm.ngram.trie import Allocate, Table, Trie, compiled
+from recurlm.ngram.trie import LOG10_ZERO, Allocate, Table, Trie, compiled
 
 FALLBACK = (0.5, 1.0, 1.5)
 Discounts = tuple[float, float, float]
@@ -164,6 +165,8 @@ def in_logs(trie: Trie, p_K: np.ndarray, backoff_I: np.ndarray, known_V: np.ndar
     p_K[: len(known_V)][~known_V] = unk / max(1, np.count_nonzero(~known_V))
     for start in range(0, len(p_K), 1 << 22):  # in parts, for the temporaries
         for values in (p_K[start : start + (1 << 22)], backoff_I[start : start + (1 << 22)]):
-            np.log10(np.clip(values, 1e-38, None), out=values)
+            with np.errstate(divide="ignore"):
+                np.log10(values, out=values)
+            np.maximum(values, LOG10_ZERO, out=values)
     np.minimum(p_K, 0, out=p_K)
-    return Table(trie, p_K, backoff_I, known_V, float(np.log10(max(unk, 1e-38))))
+    return Table(trie, p_K, backoff_I, known_V, math.log10(unk) if unk > 0 else LOG10_ZERO)
