@@ -35,7 +35,9 @@ def words_of(tokenizer: Tokenizer) -> list[str]:
         return [f"#{id}" for id in range(tokenizer.vocab_size)]
     words = [piece.decode() for piece in tokenizer.pieces]
     for word in {BEGIN, END, PLACEHOLDER}.intersection(words):
-        raise RequestError(f"The word {word!r} of this vocabulary has a meaning of its own in ARPA files; rename it in the text.")
+        raise RequestError(
+            f"The word {word!r} of this vocabulary has a meaning of its own in ARPA files; rename it in the text."
+        )
     if tokenizer.unk_id is not None:
         words[tokenizer.unk_id] = PLACEHOLDER
     return words
@@ -168,9 +170,13 @@ class _Reader:
             fields = line.split("\t")
             if len(fields) == 1:
                 parts = line.split()
-                fields = [parts[0], " ".join(parts[1 : order + 1]), *parts[order + 1 :]] if len(parts) > order else parts
+                fields = (
+                    [parts[0], " ".join(parts[1 : order + 1]), *parts[order + 1 :]] if len(parts) > order else parts
+                )
             if not 2 <= len(fields) <= 3 - last:
-                self.fail(f"found {shown(line)}, expected log10 p, {order} words{'' if last else ' and perhaps a weight'}")
+                self.fail(
+                    f"found {shown(line)}, expected log10 p, {order} words{'' if last else ' and perhaps a weight'}"
+                )
             words = fields[1].split(" ")
             if len(words) != order or "" in words:
                 self.fail(f"found {shown(fields[1])}, expected {order} words, one space between them")
@@ -209,10 +215,15 @@ class _Reader:
             rows_NM, log10_N, backoff_N, lines_N = self.section(order, size, ids, last=order == len(sizes))
             unknown_used = unknown_used or bool((rows_NM == 1).any())
             parents_N = np.empty(size, np.int64)
-            flat = np.concatenate(levels_words).astype(np.int64), np.concatenate([*first, [levels[-1]]]).astype(np.int64)
+            flat = (
+                np.concatenate(levels_words).astype(np.int64),
+                np.concatenate([*first, [levels[-1]]]).astype(np.int64),
+            )
             _descend(*flat, rows_NM[:, :-1], parents_N)
             if (orphans := np.flatnonzero(parents_N < 0)).size:
-                self.fail(f"the first {order - 1} words of this n-gram are no n-gram of the file", int(lines_N[orphans[0]]))
+                self.fail(
+                    f"the first {order - 1} words of this n-gram are no n-gram of the file", int(lines_N[orphans[0]])
+                )
             by = np.lexsort((rows_NM[:, -1], parents_N))
             parents_N, words_N, lines_N = parents_N[by], rows_NM[by, -1], lines_N[by]
             if (twice := np.flatnonzero((np.diff(parents_N) == 0) & (np.diff(words_N) == 0))).size:
@@ -245,7 +256,9 @@ class _Reader:
             if word in found:
                 self.fail(f"the word {shown(word)} is listed twice")
             if word == EOS or word.split() != [word]:
-                self.fail(f"the word {shown(word)} cannot be a word here: it stands for a line's end or holds white space")
+                self.fail(
+                    f"the word {shown(word)} cannot be a word here: it stands for a line's end or holds white space"
+                )
             found[word] = p, weight, self.number
         for word in (BEGIN, END):
             if word not in found:
@@ -253,7 +266,11 @@ class _Reader:
         begin, end = found.pop(BEGIN), found.pop(END)
         unk = found.get(UNSEEN, (LOG10_ZERO, 0.0, self.number))
         second = found.get(PLACEHOLDER, unk)
-        rows = [(end[0], begin[1], begin[2]), second, *(found[word] for word in found if word not in (UNSEEN, PLACEHOLDER))]
+        rows = [
+            (end[0], begin[1], begin[2]),
+            second,
+            *(found[word] for word in found if word not in (UNSEEN, PLACEHOLDER)),
+        ]
         p, weights, lines = zip(*rows, strict=True)
         return list(found), np.array(p, np.float32), np.array(weights, np.float32), np.array(lines), unk[0]
 
@@ -291,4 +308,6 @@ class _Reader:
                 wrong = np.flatnonzero(~(np.abs(totals - 1) <= TOLERANCE))
             if wrong.size:
                 at = int(lines_K[table.trie.levels[order - 1] + wrong[0]])
-                self.fail(f"after this n-gram the probabilities of all words sum to {totals[wrong[0]]:.6g}, not to one", at)
+                self.fail(
+                    f"after this n-gram the probabilities of all words sum to {totals[wrong[0]]:.6g}, not to one", at
+                )

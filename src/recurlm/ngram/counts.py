@@ -177,7 +177,8 @@ def build(windows: Windows, vocab_size: int, boundary: int, order: int, scratch:
     allocate = np.empty if scratch is None else in_files(scratch)
     kinds = {"words": word_dtype(vocab_size), "starts": np.uint32, "children": np.int32}
     columns = [
-        {kind: _Column(dtype, scratch and scratch / f"{kind}-{m}") for kind, dtype in kinds.items()} for m in range(order)
+        {kind: _Column(dtype, scratch and scratch / f"{kind}-{m}") for kind, dtype in kinds.items()}
+        for m in range(order)
     ]
     last_N, totals_N, sizes_N = np.full(order, -1), np.zeros(order, np.int64), np.zeros(order, np.int64)
     for rows_RN, times_R in windows:

@@ -15,7 +15,13 @@ from recurlm.ngram.model import NgramModel
 from recurlm.ngram.trie import MOST_NODES, Table, Trie, compiled, word_dtype
 
 FORMAT = 1
-MANIFEST, CONFIG, WEIGHTS, TOKENIZER, CARD = "manifest.json", "config.json", "model.safetensors", "tokenizer.json", "README.md"
+MANIFEST, CONFIG, WEIGHTS, TOKENIZER, CARD = (
+    "manifest.json",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "README.md",
+)
 
 
 def exists(folder: Path) -> bool:

@@ -49,7 +49,9 @@ def externally_sorted_windows(
             database.execute("DROP TABLE windows")
             (rows,) = database.execute("SELECT count(*) FROM sorted").fetchone() or (0,)
             for start in range(0, rows, ROWS):
-                query = f"SELECT {keys}, times FROM sorted WHERE rowid >= {start} AND rowid < {start + ROWS} ORDER BY rowid"
+                query = (
+                    f"SELECT {keys}, times FROM sorted WHERE rowid >= {start} AND rowid < {start + ROWS} ORDER BY rowid"
+                )
                 found: dict[str, Any] = database.execute(query).fetchnumpy()
                 rows_RN = np.empty((len(found["times"]), order), np.int32)
                 for n, span in enumerate(spans):

@@ -49,7 +49,9 @@ def last_suffixes(ids: np.ndarray, counts: Counts) -> list[int]:
     when_V[boundary] = -1
     when_V[when_V == len(ids)] = -2  # never
     newest = int(when_V.argmax())
-    ends = [p for s in range(0, len(ids), 1 << 22) for p in (np.flatnonzero(ids[s : s + (1 << 22)] == newest) + s).tolist()]
+    ends = [
+        p for s in range(0, len(ids), 1 << 22) for p in (np.flatnonzero(ids[s : s + (1 << 22)] == newest) + s).tolist()
+    ]
     suffix, out = [newest], [newest]
     for back in range(1, trie.order - 1):
         if suffix[0] == boundary:
@@ -70,7 +72,9 @@ def _count_counts(a_K, n_J):  # noqa: ANN001
             n_J[a] += 1
 
 
-def discounts(a_K: np.ndarray, order: int, fallback: Discounts | None, corrected: tuple[int, int] | None = None) -> Discounts:
+def discounts(
+    a_K: np.ndarray, order: int, fallback: Discounts | None, corrected: tuple[int, int] | None = None
+) -> Discounts:
     """(D1, D2, D3+) of an order's adjusted counts: D_j = j - (j + 1) Y n_(j+1) / n_j, Y = n1 / (n1 + 2 n2).
 
     `corrected` is (a count that enters, the one instead of which it does). Where some n_j is 0 or a D_j is not in

@@ -65,14 +65,14 @@ def train(
         return _publish(folder, table, known, dataclasses.asdict(settings), facts, store.path, valid, arpa_file)
 
 
-def prune(
-    run: str | Path, out: str | Path, threshold: float, *, arpa_file: str | Path | None = None
-) -> dict[str, Any]:
+def prune(run: str | Path, out: str | Path, threshold: float, *, arpa_file: str | Path | None = None) -> dict[str, Any]:
     """Facts of the run's model without the n-grams that raise its perplexity by less than `threshold` each, written to `out`."""
     model, tokenizer = load(run)
     facts = files.read_manifest(Path(run) / directory.MANIFEST, directory.FORMAT)["facts"]
     if facts.get("normalised") is False:
-        raise ConfigError(f"{run}: its scores are no probabilities (stupid backoff), so none can be shared anew; prune another model.")
+        raise ConfigError(
+            f"{run}: its scores are no probabilities (stupid backoff), so none can be shared anew; prune another model."
+        )
     if Path(out).resolve() == Path(run).resolve():
         raise ConfigError(f"{run} already holds a run; choose another -o.")
     source = _source(Path(run))

@@ -46,7 +46,9 @@ def estimate(
     """
     smooth = lookup(SMOOTHINGS, settings.smoothing, "smoothing")
     if any(c < 0 for c in settings.cutoffs) or list(settings.cutoffs) != sorted(settings.cutoffs):
-        raise RequestError(f"cutoffs = {settings.cutoffs}: expected counts that do not fall from order to order, as 0,1,2.")
+        raise RequestError(
+            f"cutoffs = {settings.cutoffs}: expected counts that do not fall from order to order, as 0,1,2."
+        )
     table, facts = smooth(counts, ids, valid, settings, allocate)
     if any(settings.cutoffs):
         keep_K = np.ones(table.trie.levels[-1], np.bool_)
@@ -186,7 +188,9 @@ def _weights(bucket_N: np.ndarray, ml_N: np.ndarray, lower_N: np.ndarray) -> np.
     l_B = np.full(BUCKETS, 0.5)
     for _ in range(100):
         mine_N = l_B[bucket_N] * ml_N
-        l_B = np.bincount(bucket_N, mine_N / (mine_N + (1 - l_B[bucket_N]) * lower_N), minlength=BUCKETS) / np.maximum(held, 1)
+        l_B = np.bincount(bucket_N, mine_N / (mine_N + (1 - l_B[bucket_N]) * lower_N), minlength=BUCKETS) / np.maximum(
+            held, 1
+        )
     filled = np.flatnonzero(held)
     return np.interp(np.arange(BUCKETS), filled, np.clip(l_B[filled], 0, 0.9999)) if filled.size else np.zeros(BUCKETS)
 
@@ -200,7 +204,9 @@ def _interpolate(first_I, links_K, raw_K, l_B, low, high, log10_K, backoff_I):  
         share = l_B[int(np.log2(total))] if total > 0 else 0.0
         backoff_I[context] = np.log10(1 - share)
         for child in range(first_I[context], first_I[context + 1]):
-            log10_K[child] = np.log10(share * raw_K[child] / total + (1 - share) * 10.0 ** np.float64(log10_K[links_K[child]]))
+            log10_K[child] = np.log10(
+                share * raw_K[child] / total + (1 - share) * 10.0 ** np.float64(log10_K[links_K[child]])
+            )
 
 
 def _jelinek_mercer(
@@ -208,7 +214,9 @@ def _jelinek_mercer(
 ) -> Estimate:
     """Jelinek & Mercer 1980: p(w | h) = l c(h w) / c(h) + (1 - l) p(w | h'), with an l for each order and power of two of c(h)."""
     if valid is None or not len(valid):
-        raise DataError("Jelinek-Mercer takes its weights from held-out text, but the data has no valid split; add a valid.txt.")
+        raise DataError(
+            "Jelinek-Mercer takes its weights from held-out text, but the data has no valid split; add a valid.txt."
+        )
     trie, valid = counts.trie, np.asarray(valid, np.int64)
     known_V, n_V, total = _known(counts, settings)
     types = int(known_V.sum()) + 1
