@@ -76,7 +76,10 @@ def read(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes the arrays as a safetensors file, without a copy of them in memory; those of wide types first, so that all are aligned."""
+    """None; writes the arrays as a safetensors file, without a copy of them in memory.
+
+    Those of wide types come first, so that all are aligned.
+    """
     codes = {np.dtype(f"<{code[0].lower()}{int(code[1:]) // 8}"): code for code in DTYPES if code != "BF16"}
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     header, end = {}, 0

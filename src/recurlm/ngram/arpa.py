@@ -113,7 +113,7 @@ def read(path: Path, *, normalised: bool = True) -> tuple[Table, WordTokenizer]:
 
 
 @compiled
-def _descend(words_K, first_I, rows_NM, out_N):  # noqa: ANN001
+def _descend(words_K, first_I, rows_NM, out_N):
     """Writes the node of each row, -1 where there is none."""
     for i in range(rows_NM.shape[0]):
         node = np.int64(rows_NM[i, 0])

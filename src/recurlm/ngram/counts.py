@@ -63,7 +63,7 @@ def count(
 
 
 @compiled
-def _pass(sequence, shift, positions, place, out):  # noqa: ANN001
+def _pass(sequence, shift, positions, place, out):
     """A stable pass of counting sort by the id that is `shift` after each position."""
     for i in range(positions.size):
         p = positions[i]
@@ -73,7 +73,7 @@ def _pass(sequence, shift, positions, place, out):  # noqa: ANN001
 
 
 @compiled
-def window_rows(sequence, positions, boundary, pad, rows_RN):  # noqa: ANN001
+def window_rows(sequence, positions, boundary, pad, rows_RN):
     """Writes the windows at the positions; after a boundary that does not begin a window it holds `pad`."""
     order = rows_RN.shape[1]
     for i in range(positions.size):
@@ -109,7 +109,7 @@ def sorted_windows(
 
 
 @compiled
-def _grow(rows_RN, times_R, pad, last_N, totals_N, sizes_N, words_NR, starts_NR, children_NR):  # noqa: ANN001
+def _grow(rows_RN, times_R, pad, last_N, totals_N, sizes_N, words_NR, starts_NR, children_NR):
     """Adds windows to the trie: writes the new nodes of each order and returns how many there are.
 
     `totals_N` are the occurrences seen so far: what they were when a node came gives its own number by differences.

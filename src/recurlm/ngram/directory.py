@@ -1,7 +1,8 @@
-"""An n-gram model as a folder: manifest.json, config.json, model.safetensors, tokenizer.json, as a neural one, but memory-mapped."""
+"""An n-gram model as a folder of the same files as a neural one, but memory-mapped."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def read(folder: Path) -> tuple[NgramModel, dict[str, Any]]:
 
 
 @compiled
-def _sound(levels, words_K, first_I, links_K, log10_K, backoff_I):  # noqa: ANN001
+def _sound(levels, words_K, first_I, links_K, log10_K, backoff_I):
     """Whether every index leads to where walking expects it, and every number is one: after that nothing is checked again."""
     vocab, inner = levels[1], first_I.size - 1
     for w in range(vocab):
@@ -124,7 +125,7 @@ def _sound(levels, words_K, first_I, links_K, log10_K, backoff_I):  # noqa: ANN0
 def card(table: Table, settings: dict[str, Any], facts: dict[str, Any]) -> str:
     """The README.md: what the model is."""
     levels = table.trie.levels
-    sizes = ", ".join(f"{b - a:,}" for a, b in zip(levels, levels[1:], strict=False))
+    sizes = ", ".join(f"{b - a:,}" for a, b in itertools.pairwise(levels))
     measured = "" if facts.get("ppl") is None else f"| measured | perplexity {facts['ppl']:.2f} on the valid split |\n"
     described = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
     return f"""---

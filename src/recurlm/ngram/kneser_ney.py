@@ -16,13 +16,16 @@ Discounts = tuple[float, float, float]
 
 
 @compiled
-def _add_one(links, base, totals):  # noqa: ANN001
+def _add_one(links, base, totals):
     for node in links:
         totals[node - base] += 1
 
 
 def adjusted_counts(counts: Counts, allocate: Allocate = np.empty) -> np.ndarray:
-    """a_K: of the highest order, and of n-grams that begin a line, the occurrences; of others the number of distinct words before."""
+    """a_K: the number of distinct words before an n-gram.
+
+    Of the highest order, and of n-grams that begin a line, the number of occurrences.
+    """
     trie = counts.trie
     a_K = allocate(trie.levels[-1], np.uint32)
     a_K[trie.level(trie.order)] = counts.raw_K[trie.level(trie.order)]
@@ -66,7 +69,7 @@ def last_suffixes(ids: np.ndarray, counts: Counts) -> list[int]:
 
 
 @compiled
-def _count_counts(a_K, n_J):  # noqa: ANN001
+def _count_counts(a_K, n_J):
     for a in a_K:
         if a < n_J.size:
             n_J[a] += 1
@@ -102,7 +105,7 @@ def discounts(
 
 
 @compiled
-def _smooth(first_I, links_K, a_K, raw_K, cutoff, d_J, low, high, p_K, backoff_I):  # noqa: ANN001
+def _smooth(first_I, links_K, a_K, raw_K, cutoff, d_J, low, high, p_K, backoff_I):
     for context in range(low, high):
         begin, end = first_I[context], first_I[context + 1]
         total, left = 0.0, 0.0

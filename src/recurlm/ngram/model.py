@@ -17,7 +17,7 @@ LN10 = math.log(10)
 
 
 @compiled
-def _score(walk, states_B, ids_TB, targets_TB, nll_TB):  # noqa: ANN001
+def _score(walk, states_B, ids_TB, targets_TB, nll_TB):
     words_K, first_I, links_K, log10_K, backoff_I = walk
     inner, steps = first_I.size - 1, ids_TB.shape[0]
     for b in range(ids_TB.shape[1]):
@@ -35,7 +35,7 @@ def _score(walk, states_B, ids_TB, targets_TB, nll_TB):  # noqa: ANN001
 
 
 @compiled
-def _distribution(walk, state, out_V):  # noqa: ANN001
+def _distribution(walk, state, out_V):
     """Writes ln p of every word after a context: shorter contexts first, longer ones over them."""
     words_K, first_I, links_K, log10_K, backoff_I = walk
     contexts, weights, size = np.empty(64, np.int64), np.empty(64), 0
@@ -54,7 +54,7 @@ def _distribution(walk, state, out_V):  # noqa: ANN001
 
 
 @compiled
-def _advance(walk, states_B, ids_TB, out_TBV):  # noqa: ANN001
+def _advance(walk, states_B, ids_TB, out_TBV):
     words_K, first_I, links_K, log10_K, backoff_I = walk
     inner = first_I.size - 1
     for b in range(ids_TB.shape[1]):
@@ -66,7 +66,7 @@ def _advance(walk, states_B, ids_TB, out_TBV):  # noqa: ANN001
 
 
 @compiled
-def _trace(walk, state, ids_T, log10_T, nodes_T):  # noqa: ANN001
+def _trace(walk, state, ids_T, log10_T, nodes_T):
     words_K, first_I, links_K, log10_K, backoff_I = walk
     inner, total = first_I.size - 1, 0.0
     for t in range(ids_T.size):

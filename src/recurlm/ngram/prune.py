@@ -9,14 +9,14 @@ from recurlm.ngram.trie import Table, compiled, keep, renormalise, step
 
 
 @compiled
-def _history(first_I, log10_K, low, high, out_K):  # noqa: ANN001
+def _history(first_I, log10_K, low, high, out_K):
     for context in range(low, high):
         for child in range(first_I[context], first_I[context + 1]):
             out_K[child] = out_K[context] + log10_K[child]
 
 
 @compiled
-def _mark(walk, history_K, threshold, low, high, keep_K):  # noqa: ANN001
+def _mark(walk, history_K, threshold, low, high, keep_K):
     """Clears keep_K of the children, themselves without children, whose loss raises perplexity by less than the threshold."""
     words_K, first_I, links_K, log10_K, backoff_I = walk
     ln10 = np.log(10.0)

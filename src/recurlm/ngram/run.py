@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -16,14 +17,14 @@ import torch
 
 from recurlm import files
 from recurlm.config import TokenizerConfig, from_toml, read_text_file
-from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
+from recurlm.errors import CheckpointError, ConfigError, RunError, UserError
 from recurlm.ngram import arpa, directory
 from recurlm.ngram.counts import IN_MEMORY, count, in_files
 from recurlm.ngram.model import NgramModel
 from recurlm.ngram.prune import entropy_prune
 from recurlm.ngram.smoothing import Settings, estimate
 from recurlm.ngram.trie import Table
-from recurlm.text.store import Store, is_store, open_store, prepare
+from recurlm.text.store import is_store, open_store, prepare
 from recurlm.text.tokenizers import Tokenizer, load_tokenizer
 
 OWN_STORE, TOML = "store", "config.toml"
@@ -145,7 +146,7 @@ def _publish(
     levels = table.trie.levels
     facts = {
         "order": table.trie.order,
-        "ngrams": [int(table.known_V.sum()), *(b - a for a, b in zip(levels[1:], levels[2:], strict=False))],
+        "ngrams": [int(table.known_V.sum()), *(b - a for a, b in itertools.pairwise(levels))],
         "parameters": levels[-1] + table.trie.inner,
         "loss_nats": loss,
         "loss_split": "valid",

@@ -84,7 +84,7 @@ def _known(counts: Counts, settings: Settings) -> tuple[np.ndarray, np.ndarray, 
 
 
 @compiled
-def _discounted(first_I, raw_K, d_J, low, high, p_K):  # noqa: ANN001
+def _discounted(first_I, raw_K, d_J, low, high, p_K):
     """Writes d(c) c(h w) / c(h); where nothing is discounted, one more is put under the line."""
     for context in range(low, high):
         begin, end = first_I[context], first_I[context + 1]
@@ -100,7 +100,9 @@ def _discounted(first_I, raw_K, d_J, low, high, p_K):  # noqa: ANN001
 
 
 def good_turing(raw_N: np.ndarray) -> np.ndarray:
-    """d_r for r = 0 .. k, by which a count r is multiplied (Katz 1987, equation 17); k is at most 5, and as large as all are in (0, 1].
+    """d_r for r = 0 .. k, by which a count r is multiplied (Katz 1987, equation 17).
+
+    k is at most 5, and the largest with which all are in (0, 1].
 
     d_r = (r* / r - a) / (1 - a), r* = (r + 1) n_(r+1) / n_r, a = (k + 1) n_(k+1) / n_1.
     """
@@ -158,7 +160,7 @@ BUCKETS = 32
 
 
 @compiled
-def _observe(walk, raw_K, low, high, boundary, ids, bucket_N, ml_N, lower_N):  # noqa: ANN001
+def _observe(walk, raw_K, low, high, boundary, ids, bucket_N, ml_N, lower_N):
     """For each id whose context of one order is known: the context's size class, c(h w) / c(h) and p(w | h'); their number."""
     words_K, first_I, links_K, log10_K, backoff_I = walk
     inner, seen = first_I.size - 1, 0
@@ -196,7 +198,7 @@ def _weights(bucket_N: np.ndarray, ml_N: np.ndarray, lower_N: np.ndarray) -> np.
 
 
 @compiled
-def _interpolate(first_I, links_K, raw_K, l_B, low, high, log10_K, backoff_I):  # noqa: ANN001
+def _interpolate(first_I, links_K, raw_K, l_B, low, high, log10_K, backoff_I):
     for context in range(low, high):
         total = 0.0
         for child in range(first_I[context], first_I[context + 1]):

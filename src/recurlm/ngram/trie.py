@@ -102,7 +102,7 @@ def word_dtype(vocab_size: int) -> Any:
 
 
 @compiled
-def find(words_K, low, high, w):  # noqa: ANN001
+def find(words_K, low, high, w):
     """The place of w among the sorted words[low:high]; -1 when it is not there."""
     end = high
     while low < high:
@@ -115,7 +115,7 @@ def find(words_K, low, high, w):  # noqa: ANN001
 
 
 @compiled
-def step(words_K, first_I, links_K, log10_K, backoff_I, context, w):  # noqa: ANN001
+def step(words_K, first_I, links_K, log10_K, backoff_I, context, w):
     """(log10 p(w | context), the node that w was found at). The next context: `after` that node."""
     weight = 0.0
     while context >= 0:
@@ -128,13 +128,13 @@ def step(words_K, first_I, links_K, log10_K, backoff_I, context, w):  # noqa: AN
 
 
 @compiled
-def after(links_K, inner, node):  # noqa: ANN001
+def after(links_K, inner, node):
     """The context that a node is for the word after it."""
     return np.int64(node) if node < inner else np.int64(links_K[node])
 
 
 @compiled
-def _link(words_K, first_I, links_K, low, high):  # noqa: ANN001
+def _link(words_K, first_I, links_K, low, high):
     for parent in range(low, high):
         begin, end = first_I[parent], first_I[parent + 1]
         if begin == end:
@@ -190,7 +190,7 @@ def keep(table: Table, keep_K: np.ndarray) -> Table:
 
 
 @compiled
-def _sums(words_K, first_I, links_K, log10_K, backoff_I, low, high, own, below):  # noqa: ANN001
+def _sums(words_K, first_I, links_K, log10_K, backoff_I, low, high, own, below):
     for context in range(low, high):
         mine, lower = 0.0, 0.0
         for child in range(first_I[context], first_I[context + 1]):
