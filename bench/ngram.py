@@ -29,6 +29,8 @@ from recurlm.ngram.smoothing import SMOOTHINGS, Settings, estimate
 from recurlm.text.batches import measured_batches
 from recurlm.text.store import prepare
 
+COPIED = Settings(fallback=(0.5, 1, 1.5))  # no word of a text of copies is rare enough for discounts of its own
+
 
 def store_of(folder: str, scratch: Path):
     """The word store of a data set's folder."""
@@ -136,7 +138,7 @@ def large(folder: str, number: int = 13, where: str = "", limit: str = "1200MB")
         )
         counted = time.perf_counter()
         print(f"counted {counted - start:.1f} s, {peak():,.0f} MB; n-grams {np.diff(counts.trie.levels).tolist()}")
-        table, facts = estimate(counts, ids, None, Settings(), in_files(scratch) if on_disk else np.empty)
+        table, facts = estimate(counts, ids, None, COPIED, in_files(scratch) if on_disk else np.empty)
         estimated = time.perf_counter()
         print(f"estimated {estimated - counted:.1f} s, {peak():,.0f} MB; discounts {facts['discounts'][-1]}")
         del counts
@@ -151,7 +153,7 @@ def large(folder: str, number: int = 13, where: str = "", limit: str = "1200MB")
 
 def estimate_small(ids: np.ndarray, tokenizer) -> None:
     part = np.asarray(ids[:200_000])
-    estimate(count(part, tokenizer.vocab_size, tokenizer.boundary_id, 5), part, None, Settings())
+    estimate(count(part, tokenizer.vocab_size, tokenizer.boundary_id, 5), part, None, COPIED)
 
 
 def peak() -> float:

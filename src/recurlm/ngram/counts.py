@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import IO, Any, final
 
 import numpy as np
 
@@ -139,34 +140,32 @@ def _grow(rows_RN, times_R, pad, last_N, totals_N, sizes_N, words_NR, starts_NR,
 
 @final
 class _Column:
-    """An array that grows: in memory, or in a file."""
+    """An array that grows: in memory, or in an open file."""
 
-    def __init__(self, dtype: Any, path: Path | None):
-        self.dtype, self.path = np.dtype(dtype), path
+    def __init__(self, dtype: Any, file: IO[bytes] | None):
+        self.dtype, self.file = np.dtype(dtype), file
         self.parts: list[np.ndarray] = []
-        self.file = None if path is None else path.open("wb")
 
     def append(self, values: np.ndarray) -> None:
         part = values.astype(self.dtype)
-        self.parts.append(part) if self.file is None else part.tofile(self.file)
+        self.parts.append(part) if self.file is None else self.file.write(part.data)
 
     def take(self) -> np.ndarray:
         """The whole array; the column is empty then."""
-        if self.file is None or self.path is None:
+        if self.file is None:
             parts, self.parts = self.parts, []
             return np.concatenate(parts) if parts else np.empty(0, self.dtype)
-        self.file.close()
-        size = self.path.stat().st_size // self.dtype.itemsize
-        out = np.asarray(np.memmap(self.path, self.dtype, "r")) if size else np.empty(0, self.dtype)
-        self.path.unlink()
-        return out
+        size = self.file.tell() // self.dtype.itemsize
+        with self.file as file:
+            file.flush()
+            return np.asarray(np.memmap(file, self.dtype, "r")) if size else np.empty(0, self.dtype)
 
 
 def in_files(folder: Path) -> Allocate:
     """An Allocate whose arrays lie in files of the folder that have no name any more: they go with the array."""
 
     def allocate(size: int, dtype: Any) -> np.ndarray:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             return np.asarray(np.memmap(file, np.dtype(dtype), "w+", shape=(max(1, size),)))[:size]
 
     return allocate
@@ -176,21 +175,38 @@ def build(windows: Windows, vocab_size: int, boundary: int, order: int, scratch:
     """The Counts of sorted windows; with `scratch` their arrays lie in files there."""
     allocate = np.empty if scratch is None else in_files(scratch)
     kinds = {"words": word_dtype(vocab_size), "starts": np.uint32, "children": np.int32}
-    columns = [
-        {kind: _Column(dtype, scratch and scratch / f"{kind}-{m}") for kind, dtype in kinds.items()}
-        for m in range(order)
-    ]
     last_N, totals_N, sizes_N = np.full(order, -1), np.zeros(order, np.int64), np.zeros(order, np.int64)
-    for rows_RN, times_R in windows:
-        out = [np.empty((order, len(rows_RN)), np.int64 if k else np.int32) for k in range(3)]
-        fresh_N = _grow(rows_RN, times_R, vocab_size, last_N, totals_N, sizes_N, *out)
-        for m, column in enumerate(columns):
-            for values_NR, grown in zip(out, column.values(), strict=True):
-                grown.append(values_NR[m, : fresh_N[m]])
+    with ExitStack() as stack:
+        columns = [
+            {
+                kind: _Column(dtype, scratch and stack.enter_context(tempfile.TemporaryFile(dir=scratch)))
+                for kind, dtype in kinds.items()
+            }
+            for _ in range(order)
+        ]
+        for rows_RN, times_R in windows:
+            out = [np.empty((order, len(rows_RN)), np.int64 if k else np.int32) for k in range(3)]
+            fresh_N = _grow(rows_RN, times_R, vocab_size, last_N, totals_N, sizes_N, *out)
+            for m, column in enumerate(columns):
+                for values_NR, grown in zip(out, column.values(), strict=True):
+                    grown.append(values_NR[m, : fresh_N[m]])
+        return _assembled(columns, totals_N, sizes_N, vocab_size, boundary, allocate)
+
+
+def _assembled(
+    columns: list[dict[str, _Column]],
+    totals_N: np.ndarray,
+    sizes_N: np.ndarray,
+    vocab_size: int,
+    boundary: int,
+    allocate: Allocate,
+) -> Counts:
+    """The Counts of the columns, which are used up."""
+    order = len(columns)
     levels = np.cumsum([0, vocab_size, *sizes_N[1:]])
     if levels[-1] > MOST_NODES:
         raise RequestError(f"The text has {levels[-1]:,} n-grams; expected at most {MOST_NODES:,}: take a lower order.")
-    words_K, raw_K = allocate(levels[-1], kinds["words"]), allocate(levels[-1], np.uint32)
+    words_K, raw_K = allocate(levels[-1], word_dtype(vocab_size)), allocate(levels[-1], np.uint32)
     first_I = allocate(levels[-2] + 1, np.int32)
     first_I[-1] = levels[-1]
     for m, column in enumerate(columns):

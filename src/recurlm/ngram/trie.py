@@ -91,9 +91,12 @@ class Table:
 
     @property
     def walk(self) -> tuple[np.ndarray, ...]:
-        """What compiled functions take to walk it."""
+        """What compiled functions take to walk it: read-only, so that one compilation serves arrays in memory and in files."""
         t = self.trie
-        return t.words_K, t.first_I, t.links_K, self.log10_K, self.backoff_I
+        arrays = [a.view() for a in (t.words_K, t.first_I, t.links_K, self.log10_K, self.backoff_I)]
+        for array in arrays:
+            array.flags.writeable = False
+        return tuple(arrays)
 
 
 def word_dtype(vocab_size: int) -> Any:
