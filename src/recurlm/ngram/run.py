@@ -146,7 +146,7 @@ def _publish(
     levels = table.trie.levels
     facts = {
         "order": table.trie.order,
-        "ngrams": [int(table.known_V.sum()), *(b - a for a, b in itertools.pairwise(levels))],
+        "ngrams": [int(table.known_V.sum()), *(b - a for a, b in itertools.pairwise(levels[1:]))],
         "parameters": levels[-1] + table.trie.inner,
         "loss_nats": loss,
         "loss_split": "valid",
