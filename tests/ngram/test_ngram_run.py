@@ -76,6 +76,14 @@ def test_a_run_is_not_overwritten_and_a_failure_leaves_nothing(trained, store, t
     assert not (tmp_path / "new").exists()
 
 
+def test_what_a_killed_process_left_on_the_disk_is_removed(store, tmp_path):
+    litter = tmp_path / "run" / "scratch.tmp-999999"
+    litter.mkdir(parents=True)
+    (litter / "windows.duckdb").write_bytes(b"x" * 1000)
+    run.train(store.path, tmp_path / "run", order=2, settings=SETTINGS)
+    assert not litter.exists() and recurlm.load(tmp_path / "run").parameters
+
+
 def test_arpa_files_and_runs_are_the_same_models(trained, tmp_path):
     run.export_arpa(trained, tmp_path / "a.arpa.gz")
     facts = run.import_arpa(tmp_path / "a.arpa.gz", tmp_path / "run")

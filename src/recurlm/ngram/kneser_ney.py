@@ -130,10 +130,10 @@ def kneser_ney(
     """(model, discounts of each order) of a text's counts; `ids` are the text's own.
 
     p(w | h) = (a(h w) - D(a)) / sum_w a(h w) + gamma(h) p(w | h'), h' = h without its first word. n-grams that occur no more
-    than `cutoffs[order - 1]` times go into gamma; the model that comes back still holds them. The unigrams are
+    than `cutoffs[order - 1]` times (none given: 0) go into gamma; the model that comes back still holds them. The unigrams are
     interpolated with a uniform distribution over the words and <unk>, or else <unk> gets all that discounting leaves.
     """
-    trie, cut = counts.trie, [*cutoffs, *[0] * MOST][: counts.trie.order]
+    trie, cut = counts.trie, cutoffs or [0] * counts.trie.order
     a_K = adjusted_counts(counts, allocate)
     found: list[Discounts] = []
     odd = last_suffixes(ids, counts)
@@ -148,9 +148,6 @@ def kneser_ney(
         span = trie.levels[order - 2 : order]
         _smooth(trie.first_I, trie.links_K, a_K, counts.raw_K, cut[order - 1], d_J, *span, p_K, backoff_I)
     return in_logs(trie, p_K, backoff_I, known_V, unk), found
-
-
-MOST = 64
 
 
 def _unigrams(

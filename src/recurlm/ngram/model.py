@@ -27,7 +27,7 @@ def _score(walk, states_B, ids_TB, targets_TB, nll_TB):
                 node = step(words_K, first_I, links_K, log10_K, backoff_I, state, ids_TB[t, b])[1]
                 state = after(links_K, inner, node)
             log10, node = step(words_K, first_I, links_K, log10_K, backoff_I, state, targets_TB[t, b])
-            nll_TB[t, b] = -log10 * 2.302585092994046
+            nll_TB[t, b] = -log10 * LN10
             known = t + 1 < steps and ids_TB[t + 1, b] == targets_TB[t, b]
             if known:  # as in any text: what was predicted is read next
                 state = after(links_K, inner, node)
@@ -46,11 +46,11 @@ def _distribution(walk, state, out_V):
         state = np.int64(links_K[state])
         size += 1
     for w in range(out_V.size):
-        out_V[w] = (log10_K[w] + weight) * 2.302585092994046
+        out_V[w] = (log10_K[w] + weight) * LN10
     for place in range(size - 1, -1, -1):
         context = contexts[place]
         for child in range(first_I[context], first_I[context + 1]):
-            out_V[words_K[child]] = (log10_K[child] + weights[place]) * 2.302585092994046
+            out_V[words_K[child]] = (log10_K[child] + weights[place]) * LN10
 
 
 @compiled

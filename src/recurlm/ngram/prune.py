@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from recurlm.errors import RequestError
-from recurlm.ngram.trie import Table, compiled, keep, renormalise, step
+from recurlm.ngram.trie import LEAST_MASS, Table, compiled, keep, renormalise, step
 
 
 @compiled
@@ -27,7 +27,7 @@ def _mark(walk, history_K, threshold, low, high, keep_K):
             own -= 10.0 ** np.float64(log10_K[child])
             w = np.int64(words_K[child])
             below -= 10.0 ** step(words_K, first_I, links_K, log10_K, backoff_I, links_K[context], w)[0]
-        if own <= 1e-7 or below <= 1e-7:  # nothing is left to share, so nothing can be found by sharing
+        if own <= LEAST_MASS or below <= LEAST_MASS:  # nothing is left to share, so nothing can be found by sharing
             continue
         for child in range(begin, end):
             bare = True

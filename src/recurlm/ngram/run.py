@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from recurlm.ngram.trie import Table
 from recurlm.text.store import is_store, open_store, prepare
 from recurlm.text.tokenizers import Tokenizer, load_tokenizer
 
-OWN_STORE, TOML = "store", "config.toml"
+OWN_STORE, TOML, SCRATCH = "store", "config.toml", "scratch"
 SCORED = 1 << 18  # ids at once
 
 
@@ -54,7 +55,9 @@ def train(
         ids = store.ids("train")
         known = store.tokenizer()
         out_of_core = len(ids) > IN_MEMORY if out_of_core is None else out_of_core
-        scratch = folder if out_of_core else None
+        scratch = folder / f"{SCRATCH}.tmp-{os.getpid()}" if out_of_core else None
+        if scratch is not None:
+            scratch.mkdir()
         counts = count(
             ids, known.vocab_size, known.boundary_id, order,
             out_of_core=out_of_core, memory_limit=memory_limit, scratch=scratch,
@@ -119,7 +122,7 @@ def _new_run(run: str | Path) -> Iterator[Path]:
     ours = (directory.CONFIG, directory.TOKENIZER, directory.WEIGHTS, directory.CARD, TOML, OWN_STORE)
     try:
         with files.locked(folder):
-            files.clean(folder, "|".join(map(re.escape, (*ours, directory.MANIFEST, f".{OWN_STORE}"))))
+            files.clean(folder, "|".join(map(re.escape, (*ours, directory.MANIFEST, f".{OWN_STORE}", SCRATCH))))
             if there := [name for name in (directory.MANIFEST, *ours) if (folder / name).exists()]:
                 raise ConfigError(f"{folder} holds {', '.join(there)} already; choose another -o.")
             try:
@@ -129,6 +132,8 @@ def _new_run(run: str | Path) -> Iterator[Path]:
                     for name in ours:
                         files.remove(folder / name)
                 raise
+            finally:
+                files.remove(folder / f"{SCRATCH}.tmp-{os.getpid()}")
     except OSError as error:
         raise RunError(f"{error.filename or folder}: {error.strerror or error}.") from error
 
