@@ -8,12 +8,16 @@ import math
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
 from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, shown
+from recurlm.evaluation.interpolation import tuned_mixture
 from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.language_model import LanguageModel, load
 from recurlm.model import directory
@@ -184,15 +188,27 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
 def evaluate(
     run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "", batch_size: int = 1, counting: str = "exact",
     batching: str = "", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
+    mixed_with: Sequence[str | Path | LanguageModel] = (), caches: Sequence[int] = (), tune_on: str = "valid",
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
     A single file as `data` is measured whole. Losses are divided by the number of predicted targets; every token is
     predicted, the first from a boundary token. counting='published' reproduces awd-lstm-lm's slightly lower figure,
     for comparison only. `batching` is the way the model was trained unless it is named. A LanguageModel is measured
-    where it is, in its own precision.
+    where it is, in its own precision. With `mixed_with` or `caches` it is interpolated with these models of the same
+    tokenizer, and with the best of these unigram caches (windows in tokens); weights from the split `tune_on`, by EM.
     """
     model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
+    mixed: dict[str, Any] = {}
+    if mixed_with or caches:
+        others = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in mixed_with]
+        names = [str(m) if isinstance(m, str | Path) else f"model {n}" for n, m in enumerate((run, *mixed_with), 1)]
+        with tempfile.TemporaryDirectory() as scratch:
+            store, held_out = _evaluation_store(model, run, str(data), tune_on, Path(scratch))
+            model, mixed = interpolated(
+                dict(zip(names, (model, *others), strict=True)), caches, store.ids(held_out), batch_size, batching
+            )
+        mixed |= {"tuned_on": held_out}
     with tempfile.TemporaryDirectory() as scratch:
         store, split = _evaluation_store(model, run, str(data), split, Path(scratch))
         info, ids, unknown = store.info[split], store.ids(split), model.tokenizer.unk_id
@@ -202,7 +218,27 @@ def evaluate(
         ids = reading_order(ids, model.backward, boundary)
         batching = batching or (model.batching if counting == "exact" else "stream")
         out = evaluate_ids(model.model, ids, boundary, counts, batch_size, counting, with_ranks, batching)
-    return {"split": split, **out, "oov_rate": oov}
+    return {"split": split, **out, "oov_rate": oov, **mixed}
+
+
+def interpolated(
+    models: Mapping[str, LanguageModel], caches: Sequence[int], ids: np.ndarray, batch_size: int = 1, batching: str = ""
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """(one model of several that share a tokenizer, {weights, tuned_loss_nats}): see `evaluation.interpolation`.
+
+    UserError when the tokenizers differ; `ids` are the held-out text that the weights are fitted to.
+    """
+    first = next(iter(models.values()))
+    for name, model in models.items():
+        if model.tokenizer.hash != first.tokenizer.hash:
+            raise UserError(
+                f"{name}: it has another tokenizer than {next(iter(models))}; train both on one store to mix them."
+            )
+    boundary = first.tokenizer.boundary_id
+    ids = reading_order(ids, first.backward, boundary)
+    parts = {name: model.model for name, model in models.items()}
+    mixture, weights, loss = tuned_mixture(parts, caches, ids, boundary, batch_size, batching or first.batching)
+    return LanguageModel(mixture, first.tokenizer, first.facts), {"weights": weights, "tuned_loss_nats": loss}
 
 
 def _evaluation_store(

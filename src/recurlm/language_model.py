@@ -405,7 +405,13 @@ def _strings(stop: str | Sequence[str]) -> list[str]:
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
     """The language model of a run directory; CheckpointError naming the file when its content is wrong."""
     where = precision.resolve_device(device)
-    model, manifest = directory.read(Path(path), where, precision.resolve_dtype(dtype, where))
+    how = precision.resolve_dtype(dtype, where)
+    if directory.kind(Path(path)) == "ngram":
+        from recurlm.ngram import directory as ngrams  # compiles; only who has an n-gram model waits for that
+
+        model, manifest = ngrams.read(Path(path))
+    else:
+        model, manifest = directory.read(Path(path), where, how)
     tokenizer = load_tokenizer(Path(path) / directory.TOKENIZER)
     if tokenizer.vocab_size != model.vocab_size:
         raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}.")

@@ -6,13 +6,16 @@ The bytes that are hashed are the bytes that become tensors, so nothing can chan
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +27,7 @@ MAX_TENSORS = 4096
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32,
 }  # fmt: skip
 
 
@@ -69,6 +73,63 @@ def read(
             f"{path}: its checksum does not match its manifest; it is damaged or belongs to another model."
         )
     return tensors
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """None; writes the arrays as a safetensors file, without a copy of them in memory.
+
+    Those of wide types come first, so that all are aligned.
+    """
+    codes = {np.dtype(f"<{code[0].lower()}{int(code[1:]) // 8}"): code for code in DTYPES if code != "BF16"}
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    header, end = {}, 0
+    for name in order:
+        start, end = end, end + arrays[name].nbytes
+        header[name] = {"dtype": codes[arrays[name].dtype], "shape": arrays[name].shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(np.ascontiguousarray(arrays[name]).data)
+
+
+def map_arrays(path: Path, accepted: Any, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    """The file's arrays as read-only views of the file, which is read where they are used; errors as those of `read`.
+
+    Names, types (numpy's) and shapes are exactly the `expected` ones. The checksum is that of the file when it was mapped:
+    whoever writes into it later changes the arrays (recurlm puts new files in place of old ones and never does).
+    """
+    try:
+        with files.open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if not isinstance(accepted, dict) or size != accepted.get("size"):
+                raise ValueError(f"it is {size:,} bytes long, not as its manifest says")
+            digest = hashlib.sha256()
+            entries = {entry.name: entry for entry in _entries(file, size, digest, MAX_TENSORS)}
+            base = file.tell()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: it is missing.") from None
+    except OSError as error:
+        if error.errno not in files.NO_FILE:
+            raise
+        raise CheckpointError(f"{path}: it cannot be read ({error.strerror or error}).") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}.") from None
+    digest.update(memoryview(mapped)[base:])
+    if digest.hexdigest() != accepted.get("sha256"):
+        raise CheckpointError(
+            f"{path}: its checksum does not match its manifest; it is damaged or belongs to another model."
+        )
+    out = {}
+    for name in sorted(expected.keys() | entries.keys()):
+        wanted, entry = expected.get(name), entries.get(name)
+        found = entry and (str(torch.empty(0, dtype=entry.dtype).numpy().dtype), entry.shape)
+        if wanted is None or entry is None or found != wanted or (base + entry.start) % np.dtype(wanted[0]).itemsize:
+            raise CheckpointError(f"{path}: {shown(name)} is {found}, but config.json asks for {wanted}.")
+        out[name] = np.frombuffer(mapped, wanted[0], math.prod(wanted[1]), base + entry.start).reshape(wanted[1])
+    return out
 
 
 def _entries(file: BufferedReader, size: int, digest: Any, most: int) -> list[Entry]:

@@ -16,7 +16,7 @@ from recurlm.errors import DataError, RequestError, UserError
 
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
 BATCH_LINES = 1024
-SAMPLING, BEAM = "Sampling, in this order", "Beam search"
+SAMPLING, BEAM, MIX = "Sampling, in this order", "Beam search", "Mixtures"
 
 
 def eval_(
@@ -40,6 +40,21 @@ def eval_(
         ),
     ] = "",
     ranks: Annotated[bool, typer.Option("--ranks/--no-ranks", help="Top-1/5/10 and MRR too (slower).")] = True,
+    mixed_with: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", metavar="RUN", help="Interpolate with this model too; again for more.", rich_help_panel=MIX
+        ),
+    ] = None,
+    cache: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--cache", metavar="N", help="And with a cache of the last N tokens; the best N.", rich_help_panel=MIX
+        ),
+    ] = None,
+    tune_on: Annotated[
+        str, typer.Option("--tune-on", help="The split whose text decides on the weights.", rich_help_panel=MIX)
+    ] = "valid",
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = "auto",
@@ -59,12 +74,15 @@ def eval_(
         with_ranks=ranks,
         device=device,
         dtype=dtype,
+        mixed_with=mixed_with or (),
+        caches=cache or (),
+        tune_on=tune_on,
     )
     if as_json:
         print_json(values)
     else:
         print_table(values)
-    if not data:
+    if not data and not mixed_with and not cache:
         try:
             files.write_atomic(run / "eval.json", files.to_json(values))
         except OSError as error:

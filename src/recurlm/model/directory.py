@@ -32,6 +32,13 @@ def exists(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def kind(folder: Path) -> str:
+    """What the folder's model is: neural, ngram; UserError when it holds none, CheckpointError for a damaged manifest."""
+    if not exists(folder):
+        raise UserError(_no_model(folder))
+    return str(files.read_manifest(folder / MANIFEST, FORMAT).get("kind"))
+
+
 def write(
     folder: Path, model: NeuralModel, weights: dict[str, Tensor], tokenizer_json: str, facts: dict[str, Any]
 ) -> None:
