@@ -18,7 +18,7 @@ Rule = Callable[[str, Words], str]
 _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"'})
 _CLITIC = re.compile(r"(?<=\w) ?'(?=(?:s|re|ve|ll|d|m)\b)", re.IGNORECASE)
 _NOT = re.compile(r"(?<=\w) ?n't\b", re.IGNORECASE)
-_MARK = re.compile(r"(?<!@)([^\w\s'.@-])(?!@)")
+_MARK = re.compile(r"(?<!@)(?<!<unk)([^\w\s'.@-])(?!@|unk>)")
 _OPENING = re.compile(r"(?<!\S)'(?=\S)(?!(?:s|t|re|ve|ll|d|m)\b)")
 _DOTS = re.compile(r"\.{2,}")
 _EDGES = "\"'`()[]{}<>;:!?,-–—/*_"
@@ -76,10 +76,11 @@ def _by_lines(rule: Rule, text: str, words: Words) -> str:
 
 
 def _ptb_line(line: str, words: Words) -> str:
-    line = _CLITIC.sub(" '", _NOT.sub(" n't", line.lower())).replace("%", " % ").replace("$", " $ ")
-    parts, out = line.split(), []
+    line = _CLITIC.sub(" '", _NOT.sub(" n't", line)).replace("%", " % ")
+    parts, out = re.sub(r"\$(?=\d)", "$ ", line).split(), []
     for place, part in enumerate(parts, 1):
-        if part not in ("'s", "'re", "'ve", "'ll", "'d", "'m", "n't", "$", "&", "#"):
+        part = part if part in ("N", "<unk>") else part.lower()
+        if part not in ("'", "'s", "'re", "'ve", "'ll", "'d", "'m", "n't", "$", "&", "#", "<unk>"):
             part = part.strip(_EDGES)
             if part.endswith(".") and not _abbreviation(part, words, place == len(parts)):
                 part = part.rstrip(".")
