@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import final
+from typing import Any, final
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -70,8 +70,8 @@ def svg(chart: Chart, name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
-             "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, 
+             "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"], "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
              "axes.axisbelow": True}  # fmt: skip
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fonts that are not here: the reader's browser draws the letters
@@ -146,7 +146,8 @@ nav { columns: 3 14rem; font-size: .92rem; margin: 1rem 0 } nav a { display: blo
 .row svg { width: 29rem; max-width: 100%; height: auto } .scroll { overflow-x: auto; max-width: 100% }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .18rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
-th:first-child { text-align: left } tbody th { font-weight: normal } thead th { border-bottom: 2px solid #888; vertical-align: bottom }
+th:first-child { text-align: left } tbody th { font-weight: normal } 
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; max-width: 9.5rem }
 .line { font-family: Georgia, "Times New Roman", serif; margin: .2rem 0 .9rem; line-height: 1.9 }
 .line span { background: rgba(213, 94, 0, calc(var(--s) * .75)); border-radius: .2rem; padding: .1rem .15rem;
   -webkit-print-color-adjust: exact; print-color-adjust: exact }

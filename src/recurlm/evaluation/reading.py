@@ -169,11 +169,12 @@ class Reader:
         steps = max(1, min(256, _CHUNK // (rows * model.vocab_size)))
         ends = BATCHING[subject.batching]
         places = np.arange(count)  # batches of places instead of ids tell where in the text each row is
-        if ends is None:
-            batches = Streams(places, rows, -1)
-        else:
+        if ends is not None:
             batches = Sequences(places, ends(self.ids_N, boundary), rows, -1, steps)
-        windows = batches.length if ends is not None else -(-batches.length // steps)
+            windows = batches.length
+        else:
+            batches = Streams(places, rows, -1)
+            windows = -(-batches.length // steps)
         sampled = max(1, int(PREDICTIONS / model.vocab_size / count * windows))
         chosen = set(np.linspace(0, windows - 1, min(windows, sampled)).astype(int).tolist())
         nats_N, found, state = np.zeros(count), _Predictions(subject, count), None

@@ -17,9 +17,32 @@ from recurlm.evaluation.reading import Reader, Reading, Subject, Text
 
 WORDS = 250_000  # of a longer text the first lines that hold so many words are read
 RARE = 1000
-FREQUENCY = (("new", 0, 0), ("1–9", 1, 9), ("10–99", 10, 99), ("100–999", 100, 999), ("1k–9k", 1000, 9999), ("10k+", 10000, 10**12))
-DISTANCE = (("new", 0, 0), ("1–10", 1, 10), ("11–50", 11, 50), ("51–200", 51, 200), ("201–1k", 201, 1000), ("1k+", 1001, 10**12))
-PLACE = (("1", 1, 1), ("2", 2, 2), ("3", 3, 3), ("4–5", 4, 5), ("6–10", 6, 10), ("11–20", 11, 20), ("21–40", 21, 40), ("41+", 41, 10**12))
+FREQUENCY = (
+    ("new", 0, 0),
+    ("1–9", 1, 9),
+    ("10–99", 10, 99),
+    ("100–999", 100, 999),
+    ("1k–9k", 1000, 9999),
+    ("10k+", 10000, 10**12),
+)
+DISTANCE = (
+    ("new", 0, 0),
+    ("1–10", 1, 10),
+    ("11–50", 11, 50),
+    ("51–200", 51, 200),
+    ("201–1k", 201, 1000),
+    ("1k+", 1001, 10**12),
+)
+PLACE = (
+    ("1", 1, 1),
+    ("2", 2, 2),
+    ("3", 3, 3),
+    ("4–5", 4, 5),
+    ("6–10", 6, 10),
+    ("11–20", 11, 20),
+    ("21–40", 21, 40),
+    ("41+", 41, 10**12),
+)
 SINCE = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 50))
 PIECES = 24
 
@@ -66,7 +89,16 @@ def report(
         say(f"{reader.subject.name}: reading {len(the_text.words):,} words")
         readings.append(reader.read(rows))
     m = Measured(the_text, counts, readers, readings)
-    sections = [_summary(m), _calibration(m), _kinds(m), _frequency(m), _unknown(m), _positions(m), _over_time(m), _distance(m)]
+    sections = [
+        _summary(m),
+        _calibration(m),
+        _kinds(m),
+        _frequency(m),
+        _unknown(m),
+        _positions(m),
+        _over_time(m),
+        _distance(m),
+    ]
     for reader in readers:
         say(f"{reader.subject.name}: asking how it uses context, copies, adds and writes")
     able = [n for n, reader in enumerate(readers) if probes.enough(reader)]
@@ -78,18 +110,24 @@ def report(
     sections += _worst(m)
     cut = "" if len(shortened) == len(text) else f", the first {len(the_text.words):,} of them"
     lead = (
-        f"{place}{cut}: {len(the_text.words):,} words, line ends counted. Surprisal is -log2 p in bits; of a word that is several "
-        f"tokens, their sum. Every model reads in {rows} parallel streams. Kinds of words are means over all of the text; the sections "
+        f"{place}{cut}: {len(the_text.words):,} words, line ends counted. Surprisal is -log2 p in bits; of a word that"
+        " is several "
+        f"tokens, their sum. Every model reads in {rows} parallel streams. Kinds of words are means over all of the "
+        "text; the sections "
         "on context, switches, copying and writing are samples, whose size each names."
     )
-    title = "What " + " and ".join([", ".join(m.names[:-1]), m.names[-1]] if len(m.names) > 1 else m.names) + " gets wrong"
+    title = (
+        "What " + " and ".join([", ".join(m.names[:-1]), m.names[-1]] if len(m.names) > 1 else m.names) + " gets wrong"
+    )
     title = title.replace("gets", "get") if len(m.names) > 1 else title
     numbers = {
         "text": place,
         "words": len(the_text.words),
         "models": m.names,
         "summary": {name: reading.summary(the_text) for name, reading in zip(m.names, readings, strict=True)},
-        "sections": {s.key: [{"header": list(t.header), "rows": [list(r) for r in t.rows]} for t in s.tables] for s in sections},
+        "sections": {
+            s.key: [{"header": list(t.header), "rows": [list(r) for r in t.rows]} for t in s.tables] for s in sections
+        },
     }
     return page(title, lead, sections), numbers
 
@@ -121,7 +159,9 @@ def _curve(m: Measured, x_label: str, groups: Sequence[tuple[str, np.ndarray]]) 
     return Chart(x_label, "bits per word", lines, [name for name, _ in kept])
 
 
-def _binned(values_W: np.ndarray, bins: Sequence[tuple[str, int, int]], among_W: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def _binned(
+    values_W: np.ndarray, bins: Sequence[tuple[str, int, int]], among_W: np.ndarray
+) -> list[tuple[str, np.ndarray]]:
     return [(name, among_W & (values_W >= low) & (values_W <= high)) for name, low, high in bins]
 
 
@@ -144,13 +184,21 @@ def _summary(m: Measured) -> Section:
         values = [f.get(key) for f in found]
         if any(v is not None for v in values):
             percent = label.endswith("%")
-            rows.append([label.removesuffix(" %"), *(None if v is None else f"{100 * v:.1f} %" if percent else v for v in values)])
+            rows.append(
+                [
+                    label.removesuffix(" %"),
+                    *(None if v is None else f"{100 * v:.1f} %" if percent else v for v in values),
+                ]
+            )
     rows.append(["seconds for the reading", *(r.seconds for r in m.readings)])
     sampled = ", ".join(f"{len(r.rank_S):,}" for r in m.readings)
     says = (
-        f"Everything from 'token foreseen' on is of {sampled} tokens spread evenly over the text. Next k words foreseen: greedy "
-        "prediction gives exactly these words. Keystrokes: for word models and known words; suggestions change with every letter, taking "
-        "one is one key, the space included. A word model pays nothing for how an unknown word is spelled, so compare perplexities "
+        f"Everything from 'token foreseen' on is of {sampled} tokens spread evenly over the text. Next k words "
+        "foreseen: greedy "
+        "prediction gives exactly these words. Keystrokes: for word models and known words; suggestions change with "
+        "every letter, taking "
+        "one is one key, the space included. A word model pays nothing for how an unknown word is spelled, so compare"
+        " perplexities "
         "and bits only between models with like shares of unknown words."
     )
     return Section("summary", "Overall", says, tables=[Table(["", *m.names], rows)])
@@ -162,13 +210,23 @@ def _calibration(m: Measured) -> Section:
         c = calibration(r.confidence_S, r.correct_S)
         lines.append(Series(name, c.confidence, c.accuracy, n))
         expected, actual = r.entropy_W[r.sampled_W].mean(), r.bits_W[r.sampled_W].mean()
-        rows.append([name, 100 * c.ece, float(r.confidence_S.mean()), float(r.correct_S.mean()), float(expected), float(actual)])
+        rows.append(
+            [name, 100 * c.ece, float(r.confidence_S.mean()), float(r.correct_S.mean()), float(expected), float(actual)]
+        )
     says = (
-        "How often the most probable token is right, by the probability that the model gave it; on the grey line it is right as often as "
-        "it says, below it is too sure. ECE: expected calibration error, 15 bins. Entropy is the surprisal that the model itself expects."
+        "How often the most probable token is right, by the probability that the model gave it; on the grey line it "
+        "is right as often as "
+        "it says, below it is too sure. ECE: expected calibration error, 15 bins. Entropy is the surprisal that the "
+        "model itself expects."
     )
     header = ["", "ECE, points", "mean confidence %", "right %", "entropy a word, bits", "surprisal a word, bits"]
-    return Section("calibration", "Does it know what it knows?", says, [Chart("confidence", "accuracy", lines, diagonal=True)], [Table(header, rows)])
+    return Section(
+        "calibration",
+        "Does it know what it knows?",
+        says,
+        [Chart("confidence", "accuracy", lines, diagonal=True)],
+        [Table(header, rows)],
+    )
 
 
 def _kinds(m: Measured) -> Section:
@@ -183,8 +241,11 @@ def _kinds(m: Measured) -> Section:
         taken = taken | mask
     groups.append(("other words", ~taken))
     before = np.concatenate(([False], number[:-1]))
-    groups += [("right after a number", before & ~m.text.line_ends), ("first word of a line", np.isin(np.arange(len(words)), m.text.line_starts))]
-    says = "Where the bits go. The first six kinds part the text; the last two look at the word before."
+    groups += [
+        ("right after a number", before & ~m.text.line_ends),
+        ("first word of a line", np.isin(np.arange(len(words)), m.text.line_starts)),
+    ]
+    says = "Where the bits go. The kinds down to 'other words' part the text; the last two look at what was before."
     return Section("kinds", "Numbers, names, punctuation", says, tables=[_grouped(m, "kind", groups)])
 
 
@@ -196,7 +257,9 @@ def _frequency(m: Measured) -> Section:
     seen = np.array([counts.get(w, 0) for w in m.text.words])
     groups = _binned(seen, FREQUENCY, m.plain_W)
     says = f"Words by how often they are in {source}; line ends and unknown words left out."
-    return Section("frequency", "Rare words", says, [_curve(m, "times seen in training", groups)], [_grouped(m, "seen", groups)])
+    return Section(
+        "frequency", "Rare words", says, [_curve(m, "times seen in training", groups)], [_grouped(m, "seen", groups)]
+    )
 
 
 def _unknown(m: Measured) -> Section:
@@ -216,23 +279,30 @@ def _positions(m: Measured) -> Section:
     starts = m.text.line_starts
     place = np.arange(len(m.text.words)) - np.repeat(starts, np.diff([*starts, len(m.text.words)])) + 1
     groups = _binned(place, PLACE, ~m.text.line_ends)
-    return Section("line", "Within a line", "By the word's place in its line; line ends left out.", [_curve(m, "place in the line", groups)], [_grouped(m, "place", groups)])
+    return Section(
+        "line",
+        "Within a line",
+        "By the word's place in its line; line ends left out.",
+        [_curve(m, "place in the line", groups)],
+        [_grouped(m, "place", groups)],
+    )
 
 
 def _over_time(m: Measured) -> Section:
     pieces = np.array_split(np.arange(len(m.text.words)), min(PIECES, len(m.text.words)))
     lines = []
     middle = [float(100 * piece.mean() / len(m.text.words)) for piece in pieces]
-    rows: list[list[Cell]] = [[f"{x:.0f} %"] for x in middle]
     for n, (name, r) in enumerate(zip(m.names, m.readings, strict=True)):
         bits = [float(r.bits_W[piece].mean()) for piece in pieces]
         lines.append(Series(name, middle, bits, n))
         own = [piece[r.sampled_W[piece]] for piece in pieces]
         if all(map(len, own)):
-            lines.append(Series(f"{name}, expected", middle, [float(r.entropy_W[piece].mean()) for piece in own], n, dashed=True))
-        rows = [[*row, b] for row, b in zip(rows, bits, strict=True)]
+            lines.append(
+                Series(f"{name}, expected", middle, [float(r.entropy_W[piece].mean()) for piece in own], n, dashed=True)
+            )
     says = (
-        f"The entropy rate over the text, in {len(pieces)} equal pieces: surprisal, and dashed the entropy of the predictions, from the sample. "
+        f"The entropy rate over the text, in {len(pieces)} equal pieces: surprisal, and dashed the entropy of the "
+        "predictions, from the sample. "
         "Where the line rises above the dashes the model is surprised more than it expects."
     )
     return Section("time", "Over the text", says, [Chart("place in the text, %", "bits per word", lines)])
@@ -243,10 +313,17 @@ def _distance(m: Measured) -> Section:
     rare = np.array([counts.get(w, 0) < RARE for w in m.text.words])
     groups = _binned(last_occurrence(m.text.words), DISTANCE, m.plain_W & rare)
     says = (
-        f"Words that are less than {RARE:,} times in training, by how many words ago they were there last: a model that remembers finds "
+        f"Words that are less than {RARE:,} times in training, by how many words ago they were there last: a model "
+        "that remembers finds "
         "a word again that was there not long ago."
     )
-    return Section("distance", "Words that come again", says, [_curve(m, "words since the last time", groups)], [_grouped(m, "words ago", groups)])
+    return Section(
+        "distance",
+        "Words that come again",
+        says,
+        [_curve(m, "words since the last time", groups)],
+        [_grouped(m, "words ago", groups)],
+    )
 
 
 def _context(m: Measured, able: Sequence[int]) -> Section:
@@ -254,16 +331,24 @@ def _context(m: Measured, able: Sequence[int]) -> Section:
     for n in able:
         lengths, shuffled = probes.context_lengths(m.readers[n]), probes.shuffled_beyond(m.readers[n])
         name = m.names[n]
-        lines.append(Series(f"{name}: dropped", list(lengths), list(lengths.values()), n))
-        lines.append(Series(f"{name}: shuffled", list(shuffled), list(shuffled.values()), n, dashed=True))
-        header += [f"{name}: dropped beyond", f"{name}: shuffled beyond"]
+        lines.append(Series(f"{name}, dropped", list(lengths), list(lengths.values()), n))
+        lines.append(Series(f"{name}, shuffled", list(shuffled), list(shuffled.values()), n, dashed=True))
+        header += ["dropped", "shuffled"] if len(able) == 1 else [f"dropped: {name}", f"shuffled: {name}"]
         columns += [lengths, shuffled]
     rows: list[list[Cell]] = [[str(n), *(column.get(n) for column in columns)] for n in probes.LENGTHS]
     says = (
-        f"Bits per word of the same {probes.CHUNKS * probes.TARGETS} words when what lies farther back is dropped, or (of {probes.WHOLE} words) "
-        "shuffled. Where the curve is flat, the model makes nothing of what lies farther back; where only shuffling does no harm, it keeps topics but no order."
+        f"Bits per word of the same {probes.CHUNKS * probes.TARGETS} words when what lies farther back is dropped, or "
+        f"(of {probes.WHOLE} words) "
+        "shuffled. Where the curve is flat, the model makes nothing of what lies farther back; where only shuffling "
+        "does no harm, it keeps topics but no order."
     )
-    return Section("context", "How far back it looks", says, [Chart("words of context in order", "bits per word", lines, log=True)], [Table(header, rows)])
+    return Section(
+        "context",
+        "How far back it looks",
+        says,
+        [Chart("words of context in order", "bits per word", lines, log=True)],
+        [Table(header, rows)],
+    )
 
 
 def _switch(m: Measured, able: Sequence[int]) -> Section:
@@ -279,8 +364,10 @@ def _switch(m: Measured, able: Sequence[int]) -> Section:
         if lines:
             charts.append(Chart(f"words since the line's start ({m.names[n]})", "bits per word", lines, names))
     says = (
-        f"Bits per word from a line's start on, at {probes.SPLICES} places, when the {probes.WHOLE} words before it are its own, are of another place of the "
-        "text, as at the border of two documents, or are none. The gap to its own is what the change of subject costs, and how soon it is made good."
+        f"Bits per word from a line's start on, at {probes.SPLICES} places, when the {probes.WHOLE} words before it "
+        "are its own, are of another place of the "
+        "text, as at the border of two documents, or are none. The gap to its own is what the change of subject "
+        "costs, and how soon it is made good."
     )
     return Section("switch", "When the subject changes", says, charts, [Table(["after", *names], rows)])
 
@@ -290,7 +377,15 @@ def _lines(m: Measured, able: Sequence[int]) -> Section:
     for n in able:
         fresh, which = probes.afresh_at_lines(m.readers[n])
         carried = m.readings[n].bits_W[which]
-        rows.append([m.names[n], len(which), float(2 ** carried.mean()), float(2 ** fresh.mean()), float(fresh.mean() - carried.mean())])
+        rows.append(
+            [
+                m.names[n],
+                len(which),
+                float(2 ** carried.mean()),
+                float(2 ** fresh.mean()),
+                float(fresh.mean() - carried.mean()),
+            ]
+        )
     header = ["", "words", "perplexity, state carried", "perplexity, afresh at each line", "loss in bits a word"]
     says = "The same words read in one go and line by line, with a fresh state at each."
     return Section("sentences", "Sentence by sentence", says, tables=[Table(header, rows)])
@@ -307,9 +402,12 @@ def _repetition(m: Measured) -> Section:
             first, second = probes.copying(reader)
             copies.append([name, first, second, first - second])
     says = (
-        "How much a model's own text repeats itself, beside the text's own continuations: 12 passages of 100 tokens each after 50 of the text. rep-4: "
-        "share of 4-grams that were there before; rep/50: share of tokens that are among the 50 before; distinct-n: different n-grams over all. Below: "
-        "bits per word of 48 passages of 25 words, read once and at once again; who can copy needs hardly any the second time."
+        "How much a model's own text repeats itself, beside the text's own continuations: 12 passages of 100 tokens "
+        "each after 50 of the text. rep-4: "
+        "share of 4-grams that were there before; rep/50: share of tokens that are among the 50 before; distinct-n: "
+        "different n-grams over all. Below: "
+        "bits per word of 48 passages of 25 words, read once and at once again; who can copy needs hardly any the "
+        "second time."
     )
     tables = [Table(["continuation", "rep-4 %", "rep/50 %", "distinct-1 %", "distinct-2 %"], rows)] if rows else []
     tables += [Table(["copying", "first time", "second time", "gain"], copies)] if copies else []
@@ -320,20 +418,43 @@ def _arithmetic(m: Measured) -> Section:
     rows: list[list[Cell]] = []
     for name, reader in zip(m.names, m.readers, strict=True):
         found = probes.arithmetic(reader.subject)
-        rows.append([name, found.get("written", "its vocabulary has no way to write sums"), found.get("right"), found.get("mean_rank")])
-    says = "All 81 sums of two numbers from 1 to 9: is the right one the most probable of the answers 2 to 18? By chance it is in 5.9 % of them, at a mean rank of 9."
+        rows.append(
+            [
+                name,
+                found.get("written", "its vocabulary has no way to write sums"),
+                found.get("right"),
+                found.get("mean_rank"),
+            ]
+        )
+    says = (
+        "All 45 sums of two numbers that are 2 to 10: is the right answer the most probable of these nine? By chance "
+        "it is in 11.1 % of them, "
+        "at a mean rank of 5; always saying the most frequent number is right in up to 20 %."
+    )
     return Section("arithmetic", "Arithmetic", says, tables=[Table(["", "written as", "right %", "mean rank"], rows)])
 
 
 def _style(m: Measured, others: Mapping[str, str]) -> Section:
     rows: list[list[Cell]] = []
+    for name, reading in zip(m.names, m.readings, strict=True):
+        own = reading.summary(m.text)
+        label = "the text of this page" if len(m.names) == 1 else f"the text of this page: {name}"
+        rows.append([label, own["ppl_word"], own["bpb"], own["oov_rate"], "none"])
     for place, text in others.items():
         for name, reader in zip(m.names, m.readers, strict=True):
             found = probes.elsewhere(reader.subject, place, probes.first_lines(text, 20_000))
             label = place if len(m.names) == 1 else f"{place}: {name}"
             rows.append([label, found["ppl_word"], found["bpb"], found["oov_rate"], found["rule"]])
-    says = "The first 20,000 words of each text, written as the model's training text was (text rule). Unknown words make a text look easier than it is."
-    return Section("style", "Other styles", says, tables=[Table(["text", "perplexity a word", "bits a byte", "unknown %", "text rule"], rows)])
+    says = (
+        "The first 20,000 words of each text, written as the model's training text was (text rule). Unknown words "
+        "make a text look easier than it is."
+    )
+    return Section(
+        "style",
+        "Other styles",
+        says,
+        tables=[Table(["text", "perplexity a word", "bits a byte", "unknown %", "text rule"], rows)],
+    )
 
 
 def _worst(m: Measured, count: int = 8) -> list[Section]:
@@ -346,7 +467,16 @@ def _worst(m: Measured, count: int = 8) -> list[Section]:
     for n, (name, r) in enumerate(zip(m.names, m.readings, strict=True)):
         means = np.array([r.bits_W[starts[i] : ends[i]].mean() for i in usable])
         worst = usable[np.argsort(-means, kind="stable")[:count]]
-        sections.append(_coloured(m, f"worst-{n}", f"Worst lines of {name}", "The lines of 6 to 60 words with the most bits per word.", worst, [n]))
+        sections.append(
+            _coloured(
+                m,
+                f"worst-{n}",
+                f"Worst lines of {name}",
+                "The lines of 6 to 60 words with the most bits per word.",
+                worst,
+                [n],
+            )
+        )
     if len(m.names) > 1:
         gaps = np.array([(m.readings[0].bits_W - m.readings[1].bits_W)[starts[i] : ends[i]].mean() for i in usable])
         apart = usable[np.argsort(-np.abs(gaps), kind="stable")[:count]]

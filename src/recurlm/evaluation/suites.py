@@ -12,12 +12,10 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, final
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -195,8 +193,16 @@ def _linzen(path: Path, gold_path: Path) -> Iterator[Item]:
         cells = line.split("\t")
         if len(cells) != 4 or not (cells[0] + cells[3]).isdecimal() or not (cells[0] + cells[3]).isascii():
             _fail(gold_path, number, f"expected place, right form, wrong form and attractors, found {shown(line)}.")
-        at, good, bad = int(cells[0][:9]), cells[1].lower(), cells[2].lower()  # the text is lower case, four forms are not
-        if number > len(sentences) or [w.lower() for w in sentences[number - 1][at : at + 1]] != [good] or not bad.strip():
+        at, good, bad = (
+            int(cells[0][:9]),
+            cells[1].lower(),
+            cells[2].lower(),
+        )  # the text is lower case, four forms are not
+        if (
+            number > len(sentences)
+            or [w.lower() for w in sentences[number - 1][at : at + 1]] != [good]
+            or not bad.strip()
+        ):
             _fail(gold_path, number, f"line {number} of {path.name} has no {shown(good)} as word {at}, from 0.")
         prefix = " ".join(sentences[number - 1][:at])
         if not prefix:
@@ -249,7 +255,7 @@ SUITES: dict[str, Suite] = {
     "lambada": Suite(
         read_lambada,
         "lambada_test.jsonl",
-        "LAMBADA's test passages, one {\"text\": ...} a line",
+        'LAMBADA\'s test passages, one {"text": ...} a line',
         {"": {"LSTM": 0.0, "4-gram": 0.1}},
     ),
     "gulordava": Suite(
@@ -307,9 +313,11 @@ def evaluate_suite(
     name = rules.rule_name(tokenizer, rule)
     words, apply = rules.vocabulary(tokenizer), rules.RULES[name]
     encode = _Encoder(tokenizer, lambda text: apply(text, words))
-    measured = _pairs if isinstance(items[0], Pair) else _last_words
-    rows, oov_rate = measured(model, encode, items)
-    out: dict[str, Any] = {**_entry(rows), "oov_rate": oov_rate, "text_rule": name}
+    if pairs := [item for item in items if isinstance(item, Pair)]:
+        rows = _pairs(model, encode, pairs)
+    else:
+        rows = _last_words(model, encode, [item for item in items if isinstance(item, LastWord)])
+    out: dict[str, Any] = {**_entry(rows), "oov_rate": encode.unknown / max(1, encode.tokens), "text_rule": name}
     for key in ("family", "group"):
         parts = defaultdict(list)
         for row, item in zip(rows, items, strict=True):
@@ -338,7 +346,10 @@ def _entry(rows: Sequence[_Row]) -> dict[str, Any]:
         "accuracy_in_vocabulary": _mean(row.right for row in known),
     }
     if any(row.nats for row in rows):
-        for key, values in (("target_ppl", [r.nats for r in known]), ("target_ppl_last_sentence", [r.short_nats for r in known])):
+        for key, values in (
+            ("target_ppl", [r.nats for r in known]),
+            ("target_ppl_last_sentence", [r.short_nats for r in known]),
+        ):
             out[key] = math.exp(min(_mean(values) or 0, 700)) if values else None
     return out
 
@@ -365,15 +376,15 @@ class _Encoder:
         """(ids of the context, ids of the word that goes on from it)."""
         first = self.line(context)
         whole = self.tokenizer.encode_prefix(f"{self.rule(context)} {self.rule(word)}").tolist()
-        rest = whole[len(first) :] if whole[: len(first)] == first else self.tokenizer.encode_prefix(f" {self.rule(word)}").tolist()
+        rest = (
+            whole[len(first) :]
+            if whole[: len(first)] == first
+            else self.tokenizer.encode_prefix(f" {self.rule(word)}").tolist()
+        )
         return first, rest
 
-    @property
-    def oov_rate(self) -> float:
-        return self.unknown / max(1, self.tokens)
 
-
-def _pairs(model: StatefulModel, encode: _Encoder, items: Sequence[Pair]) -> tuple[list[_Row], float]:
+def _pairs(model: StatefulModel, encode: _Encoder, items: Sequence[Pair]) -> list[_Row]:
     boundary, places = encode.tokenizer.boundary_id, dict[tuple[int, ...], int]()
     asked = []
     for item in items:
@@ -392,13 +403,13 @@ def _pairs(model: StatefulModel, encode: _Encoder, items: Sequence[Pair]) -> tup
     for good, bad in zip(asked[::2], asked[1::2], strict=True):
         gain = nats[bad] - nats[good]
         rows.append(_Row(gain > TIE, abs(gain) <= TIE, known[good] and known[bad]))
-    return rows, encode.oov_rate
+    return rows
 
 
 _SENTENCE = re.compile(r"[.!?][\"'”’)]*\s+")
 
 
-def _last_words(model: StatefulModel, encode: _Encoder, items: Sequence[LastWord]) -> tuple[list[_Row], float]:
+def _last_words(model: StatefulModel, encode: _Encoder, items: Sequence[LastWord]) -> list[_Row]:
     if model.backward:
         raise RequestError("Last words follow from what is before them, but this model reads backward.")
     asked = []
@@ -412,7 +423,7 @@ def _last_words(model: StatefulModel, encode: _Encoder, items: Sequence[LastWord
         known = bool(target) and unknown not in target
         (nats, right), (short, _) = results[2 * n], results[2 * n + 1]
         rows.append(_Row(known and right, False, known, nats, short))
-    return rows, encode.oov_rate
+    return rows
 
 
 @torch.inference_mode()
@@ -433,7 +444,9 @@ def foresee(
             part = rows[first : first + most]
             block_TB = torch.tensor([[start_id, *asked[n][0], *asked[n][1]] for n in part]).t().contiguous()
             nll_TB, rank_TB = _ends(model, block_TB.to(model.device), before)
-            for n, nats, right in zip(part, nll_TB.double().sum(0).tolist(), (rank_TB == 1).all(0).tolist(), strict=True):
+            for n, nats, right in zip(
+                part, nll_TB.double().sum(0).tolist(), (rank_TB == 1).all(0).tolist(), strict=True
+            ):
                 out[n] = nats, right
     return out
 
