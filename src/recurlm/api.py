@@ -252,11 +252,14 @@ def report(
     with tempfile.TemporaryDirectory() as scratch:
         if data and not is_store(_place(str(data))):
             place, text = _beginning(data, split)
+            size = None
         else:
             store, split = _evaluation_store(models[0], run, str(data), split, Path(scratch))
-            place, text = f"{store.path}, {split}", models[0].tokenizer.decode(store.ids(split)[:_MOST_TOKENS])
+            info, ids = store.info[split], store.ids(split)[:_MOST_TOKENS]
+            place, text = f"{store.path}, {split}", models[0].tokenizer.decode(ids)
+            size = (info.characters, info.bytes) if len(ids) == info.tokens else None
         counts = _training_counts(models[0], run)
-    page, numbers = error_report(subjects, text, place, counts, other_texts, batch_size, say)
+    page, numbers = error_report(subjects, text, place, counts, other_texts, size, batch_size, say)
     try:
         files.write_atomic(out, page)
     except OSError as error:

@@ -91,7 +91,7 @@ class Keyboard:
     def __init__(self, words: Sequence[str], hidden: Sequence[int | None]):
         kept = [i for i in range(len(words)) if i not in hidden]
         self.order = np.array(sorted(kept, key=words.__getitem__), np.int64)
-        self._sorted: list[str] = [words[i] for i in self.order]
+        self._sorted = [str(words[i]) for i in self.order]
         self._place = {int(i): place for place, i in enumerate(self.order)}
         self._ranges: dict[int, list[tuple[int, int]]] = {}
 

@@ -70,9 +70,11 @@ def svg(chart: Chart, name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, 
-             "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"], "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
-             "axes.axisbelow": True}  # fmt: skip
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
+        "axes.axisbelow": True,
+    }  # fmt: skip
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fonts that are not here: the reader's browser draws the letters
         figure = Figure((6.2, 3.1), dpi=72, layout="constrained")
@@ -146,7 +148,7 @@ nav { columns: 3 14rem; font-size: .92rem; margin: 1rem 0 } nav a { display: blo
 .row svg { width: 29rem; max-width: 100%; height: auto } .scroll { overflow-x: auto; max-width: 100% }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .18rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
-th:first-child { text-align: left } tbody th { font-weight: normal } 
+th:first-child { text-align: left } tbody th { font-weight: normal }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; max-width: 9.5rem }
 .line { font-family: Georgia, "Times New Roman", serif; margin: .2rem 0 .9rem; line-height: 1.9 }
 .line span { background: rgba(213, 94, 0, calc(var(--s) * .75)); border-radius: .2rem; padding: .1rem .15rem;

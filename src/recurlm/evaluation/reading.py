@@ -41,10 +41,12 @@ class Subject:
 
 @final
 class Text:
-    """A text that ends with a line's end, and its words."""
+    """A text that ends with a line's end, and its words. `size` are the characters and bytes that it stands for, where it is
+    not written as it was (a word tokenizer keeps no white space)."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, size: tuple[int, int] | None = None):
         self.text = text if text.endswith("\n") or not text else text + "\n"
+        self.characters, self.bytes = size or (len(self.text), len(self.text.encode()))
 
     @cached_property
     def words(self) -> list[str]:
@@ -109,8 +111,8 @@ class Reading:
         out = {
             "ppl": 2 ** min(bits / self.tokens, 1000),
             "ppl_word": 2 ** min(bits / len(text.words), 1000),
-            "bpc": bits / len(text.text),
-            "bpb": bits / len(text.text.encode()),
+            "bpc": bits / text.characters,
+            "bpb": bits / text.bytes,
             "oov_rate": float(self.unknown_W.mean()),
         }
         out |= {f"top{k}": float((self.rank_S <= k).sum()) / some for k in TOP}

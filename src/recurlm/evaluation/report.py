@@ -74,15 +74,16 @@ def report(
     place: str,
     counts: Mapping[str, int] | None = None,
     others: Mapping[str, str] | None = None,
+    size: tuple[int, int] | None = None,
     rows: int = 8,
     say: Callable[[str], None] = lambda what: None,
 ) -> tuple[str, dict[str, Any]]:
     """(the page as HTML, its numbers) of models on a text that `place` names.
 
-    `others` are texts to measure a change of style with. Every model reads in `rows` streams; `say` is told what goes on.
+    `size` are the text's characters and bytes as it was written; `others` are texts to measure a change of style with. Every model reads in `rows` streams; `say` is told what goes on.
     """
     shortened = probes.first_lines(text, WORDS)
-    the_text = Text(shortened)
+    the_text = Text(shortened, size if len(shortened) == len(text) else None)
     readers = [Reader(subject, the_text) for subject in subjects]
     readings = []
     for reader in readers:

@@ -68,7 +68,7 @@ def rule_name(tokenizer: Tokenizer, asked: str = "auto") -> str:
 
 
 def _has_capitals(words: Words) -> bool:
-    return sum(word[:1].isupper() for word in words) > len(words) // 100  # N and a few strays are no case
+    return sum(word[:1].isupper() for word in words) > max(1, len(words) // 100)  # N and a few strays are no case
 
 
 def _by_lines(rule: Rule, text: str, words: Words) -> str:
