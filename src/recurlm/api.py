@@ -20,6 +20,7 @@ from recurlm.evaluation import suites
 from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.evaluation.reading import Subject
 from recurlm.evaluation.report import report as error_report
+from recurlm.inference.generate import check_range
 from recurlm.language_model import LanguageModel, load
 from recurlm.model import directory
 from recurlm.text.batches import Sequences, reading_order
@@ -235,6 +236,7 @@ def report(
     The text is a split (test) of the run's own data, or of `data`, as in `evaluate`; `against` are models to compare on the
     same words, `others` texts of another style. UserError before anything is measured when `out` cannot be written.
     """
+    check_range("batch_size", batch_size, 1, 65536)
     out = Path(out)
     if out.suffix != ".html":
         raise UserError(f"{out}: the report is one HTML page; expected a name that ends in .html.")
@@ -249,6 +251,8 @@ def report(
         for name, m in zip(_names(paths), models, strict=True)
     ]
     other_texts = {str(other): _beginning(other, "")[1] for other in others}
+    if short := [name for name, text in other_texts.items() if len(text.split()) < 16]:
+        raise UserError(f"{short[0]}: too short to measure; expected at least a few lines of text.")
     with tempfile.TemporaryDirectory() as scratch:
         if data and not is_store(_place(str(data))):
             place, text = _beginning(data, split)

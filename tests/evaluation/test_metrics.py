@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from recurlm.evaluation.metrics import (
-    SUGGESTIONS, Keyboard, calibration, distinct, last_occurrence, repeats_within, repetition,
+    SUGGESTIONS,
+    Keyboard,
+    calibration,
+    distinct,
+    last_occurrence,
+    repeats_within,
+    repetition,
 )  # fmt: skip
 from recurlm.evaluation.reading import exact_match
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recurlm.config import apply_assignments, Config
+from recurlm.config import Config, apply_assignments
 from recurlm.errors import ConfigError
 from recurlm.text.rules import RULES, rule_name, vocabulary
 from recurlm.text.tokenizers import TOKENIZERS, train_tokenizer

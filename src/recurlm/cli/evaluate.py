@@ -81,9 +81,7 @@ def report(
         others=other,
         data=data,
         split=split,
-        batch_size=max(
-            8, batch_size
-        ),  # one stream would be several times slower; a cold start every 8th of the text is little
+        batch_size=batch_size if batch_size != 1 else 8,  # one stream takes several times as long
         overwrite=force,
         device=device,
         dtype=dtype,

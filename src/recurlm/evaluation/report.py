@@ -80,7 +80,8 @@ def report(
 ) -> tuple[str, dict[str, Any]]:
     """(the page as HTML, its numbers) of models on a text that `place` names.
 
-    `size` are the text's characters and bytes as it was written; `others` are texts to measure a change of style with. Every model reads in `rows` streams; `say` is told what goes on.
+    `size` are the text's characters and bytes as it was written; `others` are texts to measure a change of style with.
+    Every model reads in `rows` streams; `say` is told what goes on.
     """
     shortened = probes.first_lines(text, WORDS)
     the_text = Text(shortened, size if len(shortened) == len(text) else None)
@@ -443,9 +444,9 @@ def _style(m: Measured, others: Mapping[str, str]) -> Section:
         rows.append([label, own["ppl_word"], own["bpb"], own["oov_rate"], "none"])
     for place, text in others.items():
         for name, reader in zip(m.names, m.readers, strict=True):
-            found = probes.elsewhere(reader.subject, place, probes.first_lines(text, 20_000))
+            found = probes.elsewhere(reader.subject, probes.first_lines(text, 20_000))
             label = place if len(m.names) == 1 else f"{place}: {name}"
-            rows.append([label, found["ppl_word"], found["bpb"], found["oov_rate"], found["rule"]])
+            rows.append([label, *(found.get(key) for key in ("ppl_word", "bpb", "oov_rate", "rule"))])
     says = (
         "The first 20,000 words of each text, written as the model's training text was (text rule). Unknown words "
         "make a text look easier than it is."
