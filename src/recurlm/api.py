@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
 from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, shown
@@ -260,7 +262,8 @@ def report(
         else:
             store, split = _evaluation_store(models[0], run, str(data), split, Path(scratch))
             info, ids = store.info[split], store.ids(split)[:_MOST_TOKENS]
-            place, text = f"{store.path}, {split}", models[0].tokenizer.decode(ids)
+            place = f"{store.path}, {split}"
+            text = _as_written(models[0], run, split, ids) or models[0].tokenizer.decode(ids)
             size = (info.characters, info.bytes) if len(ids) == info.tokens else None
         counts = _training_counts(models[0], run)
     page, numbers = error_report(subjects, text, place, counts, other_texts, size, batch_size, say)
@@ -297,6 +300,22 @@ def _beginning(data: str | Path, split: str) -> tuple[str, str]:
         return (str(data) if split == WHOLE else f"{data}, {split}"), b"".join(blocks).decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{data}: not UTF-8 text at byte {error.start}.") from None
+
+
+def _as_written(model: LanguageModel, run: str | Path | LanguageModel, split: str, ids: np.ndarray) -> str:
+    """The run's own text as it was written, white space and all, if it is still there and gives these ids; "" otherwise.
+
+    Where a word tokenizer's decoding stood in for it, models that read white space were wrong about every line end.
+    """
+    if isinstance(run, LanguageModel):
+        return ""
+    try:
+        toml = Path(run) / "config.toml"
+        text = _beginning(from_toml(read_text_file(toml, "configuration"), str(toml)).data.path, split)[1]
+        own = model.tokenizer.encode(text)
+    except UserError:
+        return ""
+    return text if len(own) and np.array_equal(own, ids[: len(own)]) else ""
 
 
 def _training_counts(model: LanguageModel, run: str | Path | LanguageModel) -> Counter[str] | None:

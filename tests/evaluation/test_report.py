@@ -182,6 +182,22 @@ def test_the_page_of_several_models(runs, tmp_path):
         assert mine[key] == pytest.approx(values[key], rel=1e-6), key
 
 
+def test_the_text_is_read_as_it_was_written(tmp_path):
+    """A word model's decoding knows no white space; another model must not be asked to read that instead."""
+    (tmp_path / "text.txt").write_text(small_text(600).replace("\n", " \n").replace(" and", "  and"))
+    for name, kind in (("words", "word"), ("bytes", "byte")):
+        config = tiny_config("train.max_steps=2", f'data.path="{tmp_path / "text.txt"}"', f"tokenizer.kind={kind}")
+        api.train(config, tmp_path / name, quiet=True)
+    here = [tmp_path / "words", tmp_path / "bytes"]
+    found = api.report(here[0], tmp_path / "a.html", against=here[1:])["summary"]["bytes"]
+    assert found["bpb"] == pytest.approx(api.evaluate(here[1], batch_size=8)["bpb"], rel=1e-6)
+    (tmp_path / "text.txt").write_text("something else\n" * 99)
+    other = api.report(here[0], tmp_path / "b.html", against=here[1:])["summary"]
+    assert other["bytes"]["bpb"] != pytest.approx(found["bpb"], rel=1e-6)
+    streams = 360 // 64  # of so short a text
+    assert other["words"]["bpb"] == pytest.approx(api.evaluate(here[0], batch_size=streams)["bpb"], rel=1e-6)
+
+
 def test_two_reports_are_equal(runs, tmp_path):
     pages = []
     for name in ("a.html", "b.html"):

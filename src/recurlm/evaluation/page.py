@@ -149,7 +149,7 @@ nav { columns: 3 14rem; font-size: .92rem; margin: 1rem 0 } nav a { display: blo
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .18rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
 th:first-child { text-align: left } tbody th { font-weight: normal }
-thead th { border-bottom: 2px solid #888; vertical-align: bottom; max-width: 9.5rem }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; max-width: 12rem }
 .line { font-family: Georgia, "Times New Roman", serif; margin: .2rem 0 .9rem; line-height: 1.9 }
 .line span { background: rgba(213, 94, 0, calc(var(--s) * .75)); border-radius: .2rem; padding: .1rem .15rem;
   -webkit-print-color-adjust: exact; print-color-adjust: exact }

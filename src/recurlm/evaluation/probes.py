@@ -88,8 +88,7 @@ def after_a_switch(reader: Reader) -> dict[str, np.ndarray]:
 
 def _line_starts(reader: Reader) -> np.ndarray:
     """The words, counted in reading order, that follow a line's end."""
-    first_N = reader.ids_N[reader.starts[:-1]]
-    return np.flatnonzero(first_N == reader.subject.tokenizer.boundary_id) + 1
+    return np.flatnonzero(reader.text.line_ends[reader.words_N[reader.starts[:-1]]]) + 1
 
 
 def afresh_at_lines(reader: Reader, words: int = 20_000) -> tuple[np.ndarray, np.ndarray]:

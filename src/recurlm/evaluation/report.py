@@ -193,7 +193,7 @@ def _summary(m: Measured) -> Section:
                 ]
             )
     rows.append(["seconds for the reading", *(r.seconds for r in m.readings)])
-    sampled = ", ".join(f"{len(r.rank_S):,}" for r in m.readings)
+    sampled = " and ".join(f"{len(r.rank_S):,}" for r in m.readings)
     says = (
         f"Everything from 'token foreseen' on is of {sampled} tokens spread evenly over the text. Next k words "
         "foreseen: greedy "
