@@ -96,7 +96,8 @@ def svg(chart: Chart, name: str) -> str:
             axes.minorticks_off()
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         if len(chart.series) > 1:
-            axes.legend(frameon=False, fontsize=9)
+            above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3 if len(chart.series) == 3 else 2}
+            axes.legend(frameon=False, fontsize=9, borderaxespad=0.2, columnspacing=1.2, **above)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     drawn = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
