@@ -312,11 +312,11 @@ def evaluate_suite(
     else:
         rows = _last_words(model, encode, [item for item in items if isinstance(item, LastWord)])
     out: dict[str, Any] = {**_entry(rows), "oov_rate": encode.unknown / max(1, encode.tokens), "text_rule": name}
-    for key in ("family", "group"):
+    for key, names in (("families", [i.family for i in items]), ("groups", [i.group for i in items])):
         parts = defaultdict(list)
-        for row, item in zip(rows, items, strict=True):
-            parts[getattr(item, key)].append(row)
-        out["families" if key == "family" else "groups"] = {k: _entry(v) for k, v in sorted(parts.items()) if k}
+        for row, name in zip(rows, names, strict=True):
+            parts[name].append(row)
+        out[key] = {name: _entry(part) for name, part in sorted(parts.items()) if name}
     return {**out, "seconds": time.perf_counter() - start}
 
 
