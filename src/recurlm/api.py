@@ -8,7 +8,8 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ import numpy as np
 from recurlm import files
 from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
 from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, shown
+from recurlm.evaluation import suites
 from recurlm.evaluation.interpolation import tuned_mixture
 from recurlm.evaluation.perplexity import evaluate_ids
+from recurlm.evaluation.reading import Subject
+from recurlm.evaluation.report import report as error_report
+from recurlm.inference.generate import check_range
 from recurlm.language_model import LanguageModel, load
 from recurlm.model import directory
 from recurlm.text.batches import Sequences, reading_order
@@ -239,6 +244,119 @@ def interpolated(
     parts = {name: model.model for name, model in models.items()}
     mixture, weights, loss = tuned_mixture(parts, caches, ids, boundary, batch_size, batching or first.batching)
     return LanguageModel(mixture, first.tokenizer, first.facts), {"weights": weights, "tuned_loss_nats": loss}
+
+
+def evaluate_suite(
+    run: str | Path | LanguageModel, suite: str, *, source: str | Path = "", text_rule: str = "auto",
+    device: str = "auto", dtype: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """A model's results on a suite: blimp, lambada or gulordava, from the folder `source` or the data folder, or a FILE.jsonl.
+
+    Accuracy of all items, each family and each group (see `evaluation.suites`), with the published figures beside. Text
+    is written as the model's training text was, by the rule that its vocabulary shows unless one is named.
+    """
+    name, items = suites.open_suite(suite, source)
+    model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
+    found = suites.evaluate_suite(model.model, model.tokenizer, items, text_rule)
+    return {"suite": name, **found, "published": suites.SUITES[name].published if name in suites.SUITES else {}}
+
+
+def report(
+    run: str | Path | LanguageModel, out: str | Path, *, against: Sequence[str | Path | LanguageModel] = (),
+    others: Sequence[str | Path] = (), data: str | Path = "", split: str = "", batch_size: int = 8, overwrite: bool = False,
+    device: str = "auto", dtype: str = "auto", say: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:  # fmt: skip
+    """The numbers of an error analysis, written to the page `out` (FILE.html): see `evaluation.report`.
+
+    The text is a split (test) of the run's own data, or of `data`, as in `evaluate`; `against` are models to compare on the
+    same words, `others` texts of another style. UserError before anything is measured when `out` cannot be written.
+    """
+    check_range("batch_size", batch_size, 1, 65536)
+    out = Path(out)
+    if out.suffix != ".html":
+        raise UserError(f"{out}: the report is one HTML page; expected a name that ends in .html.")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; use --force to replace it, or choose another name.")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder; make it first, or write the report elsewhere.")
+    models = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in (run, *against)]
+    paths = [m if isinstance(m, LanguageModel) else Path(m).resolve() for m in (run, *against)]
+    subjects = [
+        Subject(name, m.model, m.tokenizer, m.batching, m.parameters)
+        for name, m in zip(_names(paths), models, strict=True)
+    ]
+    other_texts = {str(other): _beginning(other, "")[1] for other in others}
+    if short := [name for name, text in other_texts.items() if len(text.split()) < 16]:
+        raise UserError(f"{short[0]}: too short to measure; expected at least a few lines of text.")
+    with tempfile.TemporaryDirectory() as scratch:
+        if data and not is_store(_place(str(data))):
+            place, text = _beginning(data, split)
+            size = None
+        else:
+            store, split = _evaluation_store(models[0], run, str(data), split, Path(scratch))
+            info, ids = store.info[split], store.ids(split)[:_MOST_TOKENS]
+            place = f"{store.path}, {split}"
+            text = _as_written(models[0], run, split, ids) or models[0].tokenizer.decode(ids)
+            size = (info.characters, info.bytes) if len(ids) == info.tokens else None
+        counts = _training_counts(models[0], run)
+    page, numbers = error_report(subjects, text, place, counts, other_texts, size, batch_size, say)
+    try:
+        files.write_atomic(out, page)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}.") from None
+    return numbers
+
+
+_MOST_TOKENS, _MOST_BYTES = 2_000_000, 8_000_000  # of a text to report on; the report itself may take less
+
+
+def _names(models: Sequence[Path | LanguageModel]) -> list[str]:
+    """A short name for each model, no two the same."""
+    names = [m.name if isinstance(m, Path) else f"model {n}" for n, m in enumerate(models, 1)]
+    return [name if names.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(names, 1)]
+
+
+def _beginning(data: str | Path, split: str) -> tuple[str, str]:
+    """(place, text): the first lines of a file, or of a folder's or data set's split (test)."""
+    if _place(str(data)).is_file() and not split:
+        corpus, split = open_whole(data), WHOLE
+    else:
+        corpus = open_corpus(data, needs_train=False)
+        split = _known_split(split or "test", corpus.splits, str(data))
+    blocks, size = [], 0
+    for block in corpus.blocks(split):
+        blocks.append(block)
+        size += len(block)
+        if size >= _MOST_BYTES:
+            break
+    try:
+        return (str(data) if split == WHOLE else f"{data}, {split}"), b"".join(blocks).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{data}: not UTF-8 text at byte {error.start}.") from None
+
+
+def _as_written(model: LanguageModel, run: str | Path | LanguageModel, split: str, ids: np.ndarray) -> str:
+    """The run's own text as it was written, white space and all, if it is still there and gives these ids; "" otherwise.
+
+    Where a word tokenizer's decoding stood in for it, models that read white space were wrong about every line end.
+    """
+    if isinstance(run, LanguageModel):
+        return ""
+    try:
+        toml = Path(run) / "config.toml"
+        text = _beginning(from_toml(read_text_file(toml, "configuration"), str(toml)).data.path, split)[1]
+        own = model.tokenizer.encode(text)
+    except UserError:
+        return ""
+    return text if len(own) and np.array_equal(own, ids[: len(own)]) else ""
+
+
+def _training_counts(model: LanguageModel, run: str | Path | LanguageModel) -> Counter[str] | None:
+    """How often each word is in the first 10 million tokens of the run's own training text; None when that is not there."""
+    own = None if isinstance(run, LanguageModel) else Path(run) / OWN_STORE
+    if own is None or not is_store(own) or "train" not in (store := open_store(own)).splits:
+        return None
+    return Counter(model.tokenizer.decode(store.ids("train")[:10_000_000]).split())
 
 
 def _evaluation_store(

@@ -126,6 +126,26 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("eval run --counting nice", 2, "counting"),
     ("eval run --batch-size 0", 2, "batch_size"),
     ("eval run --data no.txt", 2, "no.txt"),
+    ("eval run --suite blip", 2, "blimp, lambada, gulordava"),
+    ("eval run --suite blimp", 2, "--from DIR"),
+    ("eval run --suite blimp --from folder", 2, "--from DIR"),
+    ("eval run --suite no.jsonl", 2, "no.jsonl"),
+    ("eval run --suite bad.jsonl", 3, "line 1"),
+    ("eval run --suite folder.jsonl", 2, "folder.jsonl"),
+    ("eval run --suite own.jsonl --text-rule pbt", 2, "Did you mean 'ptb'"),
+    ("eval run --suite own.jsonl --data text.txt", 2, "leave out --report"),
+    ("eval run --suite own.jsonl --report r.html", 2, "leave out --report"),
+    ("eval run --from folder", 2, "give --suite"),
+    ("eval run --against run", 2, "give --report"),
+    ("eval run --report r.txt", 2, "ends in .html"),
+    ("eval run --report no/r.html", 2, "no such folder"),
+    ("eval run --report mine.html", 2, "--force"),
+    ("eval run --report r.html --against nothing", 2, "no such folder"),
+    ("eval run --report r.html --other no.txt", 2, "no.txt"),
+    ("eval run --report r.html --other latin.txt", 3, "UTF-8"),
+    ("eval run --report r.html --other empty.txt", 2, "too short"),
+    ("eval run --report r.html --split tests", 2, "no split"),
+    ("eval run --report r.html --batch-size 0", 2, "batch_size"),
     ("eval run --data empty.txt", 3, "empty"),
     ("eval run --data run", 2, "a run directory"),
     ("eval run --data charstore", 3, "another tokenizer"),
@@ -216,6 +236,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "two.txt").write_text("one\ntwo\n")
     (here / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1") * 50)
     (here / "bad.jsonl").write_text('{"title": "x"}\n' * 9)
+    (here / "own.jsonl").write_text('{"good": "the king", "bad": "king the"}\n')
+    (here / "mine.html").write_text("mine")
+    (here / "folder.jsonl").mkdir()
     (here / "cut.txt.gz").write_bytes(gzip.compress(small_text(100).encode())[:-20])
     (here / "raw.txt.gz").write_text(small_text(50))
     (here / "bad.toml").write_text("[model\nlayer = ")

@@ -11,12 +11,14 @@ from typing import Annotated
 
 import typer
 
+from recurlm.cli import evaluate
 from recurlm.cli.common import Device, Dtype, Json, Threads, note, print_json, print_table, set_threads, unescape
 from recurlm.errors import DataError, RequestError, UserError
 
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
 BATCH_LINES = 1024
 SAMPLING, BEAM, MIX = "Sampling, in this order", "Beam search", "Mixtures"
+SUITE, REPORT = "A suite of tests", "Error analysis"
 
 
 def eval_(
@@ -55,13 +57,59 @@ def eval_(
     tune_on: Annotated[
         str, typer.Option("--tune-on", help="The split whose text decides on the weights.", rich_help_panel=MIX)
     ] = "valid",
+    suite: Annotated[
+        str,
+        typer.Option(
+            "--suite", help="blimp, lambada, gulordava or FILE.jsonl instead of a text.", rich_help_panel=SUITE
+        ),
+    ] = "",
+    source: Annotated[
+        str, typer.Option("--from", metavar="DIR", help="Where the suite's files are.", rich_help_panel=SUITE)
+    ] = "",
+    text_rule: Annotated[
+        str,
+        typer.Option(
+            "--text-rule",
+            help="How the training text is written: as-is, ptb, wikitext or tokens; auto: seen from the vocabulary.",
+            rich_help_panel=SUITE,
+        ),
+    ] = "auto",
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE.html", help="Write an error analysis to this page.", rich_help_panel=REPORT
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", metavar="RUN", help="Another model beside it; may be given again.", rich_help_panel=REPORT
+        ),
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--other", metavar="TEXT", help="A text of another style; may be given again.", rich_help_panel=REPORT
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page.", rich_help_panel=REPORT)] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = "auto",
     as_json: Json = False,
 ) -> None:
     """Perplexity, bits per character and byte, top-k accuracy: recurlm eval runs/book --split test"""
+    evaluate.check(
+        suite, source, text_rule, report, against or other or force, data or split or counting != "exact" or batching
+    )
     set_threads(threads)
+    if suite:
+        evaluate.suite(run, suite, source, text_rule, device, dtype, as_json)
+        return
+    if report:
+        others = against or [], other or []
+        evaluate.report(run, report, *others, data, split, batch_size, force, device, dtype, as_json)
+        return
     from recurlm import api, files
 
     values = api.evaluate(

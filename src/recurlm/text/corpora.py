@@ -205,6 +205,23 @@ def _documents(path: Path, start: int, end: int | None) -> Iterator[bytes]:
             place += len(line)
 
 
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, text without its end) of each line of a file, `.gz` too. DataError for a line that is not UTF-8
+    or longer than a document may be; UserError for a file that cannot be read."""
+    with _opened(path) as file:
+        most, number = _most(path), 0
+        while line := file.readline(MAX_DOCUMENT + 1):
+            _bounded(path, file, most)
+            number += 1
+            if len(line) > MAX_DOCUMENT:
+                raise DataError(f"{path}, line {number}: it is longer than {MAX_DOCUMENT >> 20} MB; split it.")
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: not UTF-8 text at byte {error.start} of the line.") from None
+            yield number, text.removeprefix("\ufeff" if number == 1 else "").removesuffix("\n").removesuffix("\r")
+
+
 def _line_at(path: Path, place: int) -> int:
     """The number, from 1, of the line that starts at that byte."""
     return 1 + sum(chunk.count(b"\n") for chunk in _chunks(path, 0, place))
