@@ -174,6 +174,8 @@ def test_without_cuda_bindings_lstm_falls_back_and_says_why(monkeypatch):
 # ---- on a GPU -----------------------------------------------------------------------------------------------
 
 gpu = pytest.mark.skipif(not CUDA, reason="no GPU here")
+# Of cuDNN, which would have all weights in one piece of memory; torch's own filter is reset by pytest.
+cudnn = pytest.mark.filterwarnings("ignore:RNN module weights")
 
 
 def outcome(function, given, dtype) -> list[Tensor]:
@@ -196,6 +198,7 @@ def random_case(T, B, E, H, dtype, seed):
 
 
 @gpu
+@cudnn
 @pytest.mark.parametrize("ten", range(10))
 def test_outputs_and_gradients_are_as_near_to_the_truth_as_cudnns(ten):
     for number in range(10 * ten, 10 * ten + 10):
@@ -239,6 +242,7 @@ def test_ten_thousand_launches_end():
 
 
 @gpu
+@cudnn
 def test_a_layer_that_does_not_fit_runs_by_cudnn_and_says_why():
     given = random_case(4, 2, 8, 6000, torch.bfloat16, 1)
     with pytest.warns(RuntimeWarning, match="6000 units with batches of 2 do not fit"):

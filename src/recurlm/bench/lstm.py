@@ -54,8 +54,7 @@ def time(function: Layer, shape: Sequence[int], dtype: str, backward: bool, grap
     """Microseconds of a layer of the shape (T, B, I, H), caches cold."""
     T, B, width, H = shape
     nbytes = TYPES[dtype].itemsize * (4 * H * (width + H) + T * B * (10 * H + width))
-    how, _ = precision.resolve_dtype(dtype if dtype != "fp16" else "fp32", torch.device("cuda")), None
-    with precision.applied(how):
+    with precision.applied(precision.resolve_dtype("tf32" if dtype == "tf32" else "fp32", torch.device("cuda"))):
         works = in_turn(lambda: layer(function, T, B, width, H, TYPES[dtype], backward), nbytes)
         return gpu_time(works, graph=graph, repeats=8)
 

@@ -51,6 +51,7 @@ HOPPER_SHARED = 227 << 10  # bytes for one program
 LARGE = 1 << 26
 KEPT_BYTES = 32 << 20  # of exponentials, at most
 KEPT_ROWS = 128  # of a program of `_rescale`
+KEPT_MULTIPLE = 16  # of columns that are kept: cuBLAS is six times slower where rows are not aligned
 CHUNK_BYTES = 72 << 20  # of P at once, and more for large vocabularies: CHUNK_SHARE of the weight
 CHUNK_SHARE = 1.75
 COLUMNS = 256  # of a program of `_sum_rows`
@@ -137,9 +138,9 @@ def _backward(
 
 @triton.jit(do_not_specialize=["N"])
 def _rescale(
-    p, marks, targets, nll, lse2, upstream, dbias, N, V, stride, BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
+    p, marks, targets, nll, lse2, upstream, dbias, N, V, BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
 ):
-    """P (rows x vocabulary) in the place of the exponentials of a tile of `_forward`, and its sums over BN rows."""
+    """P (rows x V) in the place of the exponentials of a tile of `_forward`, and its sums over BN rows."""
     v = tl.program_id(0) * BV + tl.arange(0, BV)
     total = tl.zeros((ROWS, BV), tl.float32)
     for start in range(0, BN, ROWS):
@@ -149,7 +150,7 @@ def _rescale(
         factor = g * tl.exp2(mark * LOG2E - tl.load(lse2 + n, mask=n < N, other=float("inf")))
         at_target = g * (tl.exp2(tl.load(nll + n, mask=n < N, other=0.0) * -LOG2E) - 1)
         y = tl.load(targets + n, mask=n < N, other=-1).to(tl.int32)
-        at, keep = p + n.to(tl.int64)[:, None] * stride + v[None, :], (n < N)[:, None] & (v < V)[None, :]
+        at, keep = p + n.to(tl.int64)[:, None] * V + v[None, :], (n < N)[:, None] & (v < V)[None, :]
         x = tl.load(at, mask=keep, other=0.0).to(tl.float32) * factor[:, None]
         x = tl.where(v[None, :] == y[:, None], at_target[:, None], x)
         tl.store(at, x.to(p.dtype.element_ty), mask=keep)
@@ -229,7 +230,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tiles = _tiles(h_NH, V, keep)[0]
         row_tiles, v_tiles = triton.cdiv(N, tiles.n), triton.cdiv(V, tiles.v)
         splits = _splits(row_tiles, v_tiles, _slots(h_NH, tiles))
-        kept_NV = h_NH.new_empty(N, V + -V % 8)[:, :V] if keep else None
+        kept_NV = h_NH.new_empty(N, V + -V % KEPT_MULTIPLE) if keep else None  # exponentials of nothing: zeros
         marks_TN = torch.empty(v_tiles, N, device=h_NH.device) if keep else None
         partial_2SN = torch.empty(2, splits, N, device=h_NH.device)
         nll_N, lse2_N = torch.empty(N, device=h_NH.device), torch.empty(N, device=h_NH.device)
@@ -284,11 +285,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _summed(dbias_RV: Tensor, bias_V: Tensor) -> Tensor:
-    """The sum of the rows, in the type of the bias."""
-    (R, V), db_V = dbias_RV.shape, torch.empty_like(bias_V)
+    """The sum of the rows, in the type of the bias, as long as it is."""
+    (R, V), db_V = dbias_RV.shape, bias_V.new_empty(dbias_RV.shape[1])
     with torch.cuda.device_of(bias_V):
         _sum_rows[(triton.cdiv(V, COLUMNS),)](dbias_RV, db_V, R, V, COLUMNS, num_warps=2)
-    return db_V
+    return db_V[: len(bias_V)]
 
 
 def _from_kept(ctx, p_NV: Tensor, marks_TN: Tensor, nll_N: Tensor, tile: int, upstream_N: Tensor) -> tuple:
@@ -298,15 +299,16 @@ def _from_kept(ctx, p_NV: Tensor, marks_TN: Tensor, nll_N: Tensor, tile: int, up
     dbias_RV = torch.empty(parts, V, device=p_NV.device)
     with torch.cuda.device_of(p_NV):
         _rescale[(triton.cdiv(V, tile), parts)](
-            p_NV, marks_TN, targets_N, nll_N, lse2_N, upstream_N, dbias_RV, N, V, p_NV.stride(0), KEPT_ROWS, tile, 16
+            p_NV, marks_TN, targets_N, nll_N, lse2_N, upstream_N, dbias_RV, N, V, KEPT_ROWS, tile, 16
         )
     for_hidden, for_weight, *_ = ctx.needs_input_grad
     dh_NH = torch.empty_like(h_NH) if for_hidden else None
-    dw_VH = torch.empty_like(w_VH, dtype=ctx.weight_dtype) if for_weight else None
+    dw_VH = w_VH.new_empty(V, h_NH.shape[1], dtype=ctx.weight_dtype) if for_weight else None
     if dw_VH is not None:
         _product(p_NV.t(), h_NH, dw_VH)
+        dw_VH = dw_VH[: len(w_VH)]
     if dh_NH is not None:
-        _product(p_NV, w_VH, dh_NH)
+        _product(p_NV, pad(w_VH, (0, 0, 0, V - len(w_VH))) if V > len(w_VH) else w_VH, dh_NH)
     return dh_NH, dw_VH, _summed(dbias_RV, bias_V), None, None
 
 

@@ -18,6 +18,7 @@ PATIENCE = 4_000_000_000  # nanoseconds that a block waits for another
 LEAST_CAPABILITY = (8, 0)
 RING = 4  # uses of the ring of partial sums before a place is used again
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
+MOST_BATCH = 48  # for more, cuDNN is as fast (docs/log.md)
 
 
 class Card(NamedTuple):
@@ -178,6 +179,8 @@ def obstacle(units: int, batch: int, device: torch.device) -> str:
     index = torch.cuda.current_device() if device.index is None else device.index
     if card(index).capability < LEAST_CAPABILITY:
         return "this GPU is older than compute capability {}.{}".format(*LEAST_CAPABILITY)
+    if batch > MOST_BATCH:
+        return f"cuDNN is as fast for batches of more than {MOST_BATCH}"
     return "" if _best(units, batch, index) else f"{units} units with batches of {batch} do not fit on this GPU at once"
 
 
@@ -249,6 +252,8 @@ def lstm(
     """
     w_ih, w_hh, b_ih, b_hh = weights
     H = h_BH.shape[-1]
+    if layouts is None and x_TBI.shape[1] > MOST_BATCH:
+        return reference.lstm(x_TBI, h_BH, c_BH, weights)
     layouts = layouts or _best(H, x_TBI.shape[1], x_TBI.device.index)
     if layouts is None:
         why = obstacle(H, x_TBI.shape[1], x_TBI.device)
