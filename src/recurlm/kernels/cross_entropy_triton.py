@@ -308,7 +308,7 @@ def _from_kept(ctx, p_NV: Tensor, marks_TN: Tensor, nll_N: Tensor, tile: int, up
         _product(p_NV.t(), h_NH, dw_VH)
         dw_VH = dw_VH[: len(w_VH)]
     if dh_NH is not None:
-        _product(p_NV, pad(w_VH, (0, 0, 0, V - len(w_VH))) if V > len(w_VH) else w_VH, dh_NH)
+        _product(p_NV, pad(w_VH, (0, 0, 0, V - len(w_VH))) if len(w_VH) < V else w_VH, dh_NH)
     return dh_NH, dw_VH, _summed(dbias_RV, bias_V), None, None
 
 
