@@ -20,7 +20,7 @@ RUNS = {
     ("awd-lstm-ptb", "bf16"): 31,
     ("awd-lstm-ptb", "tf32"): 31,
 }
-COLOURS = {"bf16": "tab:orange", "tf32": "tab:blue"}
+COLOURS = {"bf16": "tab:orange", "tf32": "tab:blue", "bf16, cuDNN": "tab:green", "tf32, not captured": "tab:grey"}
 
 
 def run(data: str, out: Path, seconds: str) -> None:
@@ -76,12 +76,14 @@ def report(folder: Path, picture: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, recipe in zip(figure.subplots(1, len(recipes), squeeze=False)[0], recipes, strict=True):
         types = {dtype: runs for (name, dtype), runs in found.items() if name == recipe}
-        both = sorted(set.intersection(*(set(runs) for runs in types.values())))
+        epochs = sorted(set.union(*(set(runs) for runs in types.values())))
+        last = [max(runs) for runs in types.values()]
         print(f"| {recipe}, epoch | " + " | ".join(f"{d} valid ppl | {d} train loss" for d in types) + " |")
         print("|---" * (1 + 2 * len(types)) + "|")
-        for epoch in [e for e in both if e in (1, 2, 5) or e % 5 == 0 or e == both[-1]]:
+        for epoch in [e for e in epochs if e in (1, 2, 5, *last) or e % 5 == 0]:
             cells = [
-                f"{math.exp(r[epoch]['loss_nats']):.2f} | {r[epoch]['train_loss_nats']:.4f}" for r in types.values()
+                f"{math.exp(r[epoch]['loss_nats']):.2f} | {r[epoch]['train_loss_nats']:.4f}" if epoch in r else " | "
+                for r in types.values()
             ]
             print(f"| {epoch} | " + " | ".join(cells) + " |")
         for dtype, runs in types.items():
@@ -93,7 +95,7 @@ def report(folder: Path, picture: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    figure.savefig(picture)
+    figure.savefig(picture, metadata={"Date": None})
 
 
 if __name__ == "__main__":

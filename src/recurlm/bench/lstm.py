@@ -3,8 +3,9 @@
     python -m recurlm.bench.lstm [--layouts T B H [fp16]]
 
 The peer of a row is the fastest of cuDNN's in the same type, with its sizes as they are and padded to a multiple of 128;
-the other rows are cuDNN as it is commonly called. All are CUDA graphs but those called eager. The limit is that of the
-products' arithmetic at the rate of a large product. --layouts times the kernels' layouts instead, the best first.
+the other rows are cuDNN as it is commonly called. All are CUDA graphs but those called eager. Large batches are measured
+with our kernel too, though `kernels.lstm` leaves them to cuDNN. The limit is that of the products' arithmetic at the rate of
+a large product. --layouts times the kernels' layouts instead, the best first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurlm import kernels
 from recurlm.bench.timing import Row, duration, gemm_rate, gpu_time, in_turn
 from recurlm.kernels import lstm_cuda, reference
 from recurlm.model import precision
@@ -59,6 +59,12 @@ def time(function: Layer, shape: Sequence[int], dtype: str, backward: bool, grap
         return gpu_time(works, graph=graph, repeats=8)
 
 
+def resident(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`lstm_cuda.lstm` for batches of any size."""
+    layouts = lstm_cuda.best(h_BH.shape[-1], x_TBI.shape[1], torch.cuda.current_device())
+    return lstm_cuda.lstm(x_TBI, h_BH, c_BH, weights, layouts)
+
+
 def padded(size: int) -> int:
     return -(-size // 128) * 128
 
@@ -80,7 +86,7 @@ def rows() -> list[dict[str, Any]]:
     for T, B, width, H, dtype, both, forward in SHAPES:
         shape, aligned = (T, B, width, H), (T, B, padded(width), padded(H))
         for backward, target in ((True, both), (False, forward)):
-            ours = time(kernels.lstm, shape, dtype, backward)
+            ours = time(resident, shape, dtype, backward)
             peers = {
                 "cuDNN": time(reference.lstm, shape, dtype, backward),
                 "cuDNN, padded": time(reference.lstm, aligned, dtype, backward),

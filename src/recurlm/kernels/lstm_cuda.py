@@ -94,7 +94,7 @@ def _work(groups: int, warps: int, blocks_k: int, kept: int, tiles_m: int, tiles
     return products, groups * warps * (blocks_k - kept) * 2 * tiles_m * 0.002
 
 
-# The estimates' factors are fitted to some 700 layouts measured on an H200 (bench/results/h200/lstm-layouts.txt).
+# The estimates' factors are fitted to some 900 layouts measured on an H200 (bench/results/h200/lstm-layouts.txt).
 
 
 def forward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
@@ -166,8 +166,8 @@ def _kernel(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
 
 
 @functools.cache
-def _best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
-    """The forward and the backward layout; None where one of the kernels does not fit."""
+def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
+    """The forward and the backward layout for a GPU of torch's; None where one of the kernels does not fit."""
     if card(index).capability < LEAST_CAPABILITY:
         return None
     fore, back = (layouts(_up(units, MULTIPLE) * MULTIPLE, batch, card(index)) for layouts in LAYOUTS.values())
@@ -181,7 +181,7 @@ def obstacle(units: int, batch: int, device: torch.device) -> str:
         return "this GPU is older than compute capability {}.{}".format(*LEAST_CAPABILITY)
     if batch > MOST_BATCH:
         return f"cuDNN is as fast for batches of more than {MOST_BATCH}"
-    return "" if _best(units, batch, index) else f"{units} units with batches of {batch} do not fit on this GPU at once"
+    return "" if best(units, batch, index) else f"{units} units with batches of {batch} do not fit on this GPU at once"
 
 
 @functools.cache
@@ -254,7 +254,7 @@ def lstm(
     H = h_BH.shape[-1]
     if layouts is None and x_TBI.shape[1] > MOST_BATCH:
         return reference.lstm(x_TBI, h_BH, c_BH, weights)
-    layouts = layouts or _best(H, x_TBI.shape[1], x_TBI.device.index)
+    layouts = layouts or best(H, x_TBI.shape[1], x_TBI.device.index)
     if layouts is None:
         why = obstacle(H, x_TBI.shape[1], x_TBI.device)
         warnings.warn(f"{why}: this LSTM layer runs by cuDNN, several times slower.", RuntimeWarning, stacklevel=3)
