@@ -59,6 +59,8 @@ def test_query(call, store, tmp_path):
     near, far = answer["pairs"][0]["divergence_bits"], answer["pairs"][1]["divergence_bits"]
     assert 0 <= near < far <= 1 and len(answer["next"]["the king"]) == 3
     assert call("ngram", "query", kn, "the king", "the river", "--next", 2)[1].count("Jensen-Shannon") == 1
+    neural = Path(__file__).parents[1] / "golden" / "run"
+    assert call("ngram", "query", neural, "the king", "the river", "--next", 2)[1].count("Jensen-Shannon") == 1
 
 
 def test_mixtures(call, store, tmp_path):

@@ -165,15 +165,18 @@ def query(
     """Which n-gram gave each word its probability: recurlm ngram query runs/kn5 'the cat sat'
 
     With --next 5 'amazing because' 'awesome because': the next words, and the divergence of the two distributions
-    (Jensen-Shannon, 0 to 1 bit).
+    (Jensen-Shannon, 0 to 1 bit); that is asked of neural models too.
     """
+    lines = list(map(unescape, texts)) if texts else list(_stdin())
+    if next_:
+        from recurlm import api
+
+        loaded = api.load(source)
+        return _next(loaded.model, loaded.tokenizer, lines, next_, as_json)
     from recurlm.ngram import run
     from recurlm.ngram.query import by_length, explain
 
     model, tokenizer = run.load(source)
-    lines = list(map(unescape, texts)) if texts else list(_stdin())
-    if next_:
-        return _next(model, tokenizer, lines, next_, as_json)
     found = [explain(model, tokenizer, line) for line in lines]
     if summary:
         if not found:
