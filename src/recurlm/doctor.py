@@ -106,7 +106,10 @@ def _dynamic_update_outcome(
     draw, out = torch.Generator().manual_seed(1), []
     for with_rms in (True, False):
         weights, gradients, trained, rms = (
-            [torch.randn(*shape, generator=draw, dtype=torch.float64).to(device, dtype) for shape in ((70, 33), (2049,))]
+            [
+                torch.randn(*shape, generator=draw, dtype=torch.float64).to(device, dtype)
+                for shape in ((70, 33), (2049,))
+            ]
             for _ in range(4)
         )
         function(weights, gradients, trained, [r.abs() for r in rms] if with_rms else None, 0.1, 0.3, 0.5)

@@ -33,7 +33,9 @@ def model_of(layer: str = "lstm", head: str = "tied") -> NeuralModel:
     return NeuralModel(ModelConfig(layer=layer, head=head, **sizes), V, generator).double().requires_grad_(False)
 
 
-def published(model, config: DynamicConfig, train: np.ndarray, ids: np.ndarray) -> tuple[list[float], list[torch.Tensor]]:
+def published(
+    model, config: DynamicConfig, train: np.ndarray, ids: np.ndarray
+) -> tuple[list[float], list[torch.Tensor]]:
     """(nll of every target of `ids`, RMS): the published code's two stages, by hand."""
     model = model_of(model.config.layer, model.config.head).requires_grad_(True)
     parameters = list(model.parameters())
@@ -128,7 +130,10 @@ def test_without_a_rate_it_is_the_model():
     model, (x, y) = model_of(), columns(IDS)
     dynamic = DynamicEvaluation(model, dataclasses.replace(SGD, lr=0.0))
     torch.testing.assert_close(
-        dynamic.score(x, y, dynamic.initial_state(1))[0], model.score(x, y, model.initial_state(1))[0], rtol=0, atol=1e-13
+        dynamic.score(x, y, dynamic.initial_state(1))[0],
+        model.score(x, y, model.initial_state(1))[0],
+        rtol=0,
+        atol=1e-13,
     )
 
 

@@ -120,7 +120,13 @@ def eval_(
 ) -> None:
     """Perplexity, bits per character and byte, top-k accuracy: recurlm eval runs/book --split test"""
     evaluate.check(
-        suite, source, text_rule, report, against or other or force, data or split or counting != "exact" or batching
+        suite,
+        source,
+        text_rule,
+        report,
+        against or other or force,
+        data or split or counting != "exact" or batching,
+        mixed_with or cache or dynamic or tune_on,
     )
     set_threads(threads)
     if suite:
