@@ -90,9 +90,8 @@ def main(run: str, place: str, split: str = "test", tokens: str = "0") -> None:
     if torch.cuda.is_available():
         row("update, 30 times", lambda: update_bandwidth(model))
         first, second = ([float(r.double().norm()) for r in rms[c] or []] for c in ways)
-        print(
-            f"largest relative difference of the norms of RMS: {max(abs(a / b - 1) for a, b in zip(first, second, strict=True)):.2e}"
-        )
+        apart = max(abs(a / b - 1) for a, b in zip(first, second, strict=True))
+        print(f"norms of RMS, captured and not, differ by at most {apart:.2e}")
     for capture in ways:
         name = "captured" if capture else "not captured"
         dynamic = DynamicEvaluation(model, DYNAMIC, rms[ways[0]], capture)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from recurlm import kernels
 from recurlm.config import CacheConfig, DynamicConfig, ModelConfig, dynamic_config
 from recurlm.errors import ConfigError, DataError, RequestError, RunError
 from recurlm.evaluation.interpolation import FACTOR, descend, tuned_dynamic
 from recurlm.evaluation.perplexity import mean_loss
-from recurlm.inference.dynamic import DynamicEvaluation, gradient_rms
+from recurlm.inference.dynamic import DynamicEvaluation, Segments, gradient_rms
 from recurlm.inference.mixture import UnigramCache
 from recurlm.inference.neural_cache import NeuralCache
 from recurlm.model.heads import HEADS
@@ -164,8 +165,6 @@ def test_a_cache_on_top_uses_the_states_of_the_moved_model():
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
 def test_the_model_is_unchanged_when_something_stops_it(failure, monkeypatch):
-    from recurlm import kernels
-
     model, (x, y) = model_of(), columns(IDS)
     before, dynamic, calls = [p.clone() for p in model.parameters()], adapted(model, RMS), []
     update = kernels.dynamic_update
@@ -226,3 +225,69 @@ def test_what_cannot_be_is_said():
         with pytest.raises(ConfigError, match=says):
             dynamic_config(values)
     assert dynamic_config({"rule": "sgd"}).decay == 0 and dynamic_config({}).lr == 5e-5
+
+
+class Graph:
+    """Stands in for a CUDA graph on the CPU: captured without an effect, its replay fills the tensors of the capture."""
+
+    def __init__(self, work, segments: Segments):
+        kept = [(t, t.detach().clone()) for t in (*segments.weights, *state_leaves(segments.state))]
+        work()
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+        ((self.key, self.outputs),) = ((key, list(found)) for key, found in segments.fixed.items())
+        self.work, self.segments, self.replays = work, segments, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.work()
+        for old, new in zip(self.outputs, self.segments.fixed[self.key], strict=True):
+            old.copy_(new)
+        self.segments.fixed[self.key] = self.outputs
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_segments_are_replayed_from_the_second_on(scores, monkeypatch):
+    graphs, dynamic, (x, y) = [], adapted(model_of(), RMS), columns(IDS)
+    expected = dynamic.read(x, dynamic.initial_state(1), y if scores else None)
+    dynamic = adapted(model_of(), RMS)
+    monkeypatch.setattr(kernels, "graph_of", lambda work: graphs.append(Graph(work, dynamic.segments)) or graphs[-1])
+    dynamic.segments.capture = True
+    for _ in range(2):
+        found = dynamic.read(x, dynamic.initial_state(1), y if scores else None)
+        for a, b in zip(
+            (*found[:2], *state_leaves(found[2])), (*expected[:2], *state_leaves(expected[2])), strict=True
+        ):
+            assert torch.equal(a, b)
+    assert [graph.replays for graph in graphs] == [2 * ((len(x) - 1) // RMS.segment) - 1]
+
+
+def test_a_model_that_cannot_be_captured_is_read_as_it_is(monkeypatch):
+    def fails(work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    dynamic, (x, y) = adapted(model_of(), SGD), columns(IDS)
+    expected, _ = dynamic.score(x, y, dynamic.initial_state(1))
+    monkeypatch.setattr(kernels, "graph_of", fails)
+    dynamic.segments.capture, dynamic.segments.graphs = True, {}
+    with pytest.warns(RuntimeWarning, match="not permitted"):
+        found, _ = dynamic.score(x, y, dynamic.initial_state(1))
+    assert torch.equal(found, expected)
+    assert torch.equal(dynamic.score(x, y, dynamic.initial_state(1))[0], expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("config", [RMS, SGD])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_graphs_on_a_gpu_change_nothing(layer, head, config):
+    model, (x, y) = model_of(layer, head).float().cuda(), (a.cuda() for a in columns(IDS))
+    out = []
+    for capture in (False, True, True):
+        rms = gradient_rms(model, TRAIN, 0, config, capture) if config.rule == "rms" else None
+        dynamic = DynamicEvaluation(model, config, rms, capture)
+        out.append(dynamic.score(x, y, dynamic.initial_state(1))[0])
+        assert not capture or any(dynamic.segments.graphs.values())
+    torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(out[1], out[2])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurlm.config import CacheConfig, DataConfig, DynamicConfig
+from recurlm.config import CacheConfig, DataConfig, DynamicConfig, settings_of
 from recurlm.errors import RunError
 from recurlm.evaluation.perplexity import check_measurable, mean_loss
 from recurlm.inference.dynamic import DynamicEvaluation
@@ -111,7 +111,7 @@ def tuned_dynamic(
         except RunError:  # too large a step
             return math.inf
 
-    start = {name: getattr(config, name) for name in sorted(free, reverse=True)}  # lr first
+    start = {name: settings_of(config)[name] for name in sorted(free, reverse=True)}  # lr first
     values, least = descend(loss, start, {"decay": 1.0})
     return dataclasses.replace(config, **values), least
 
