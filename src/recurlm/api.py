@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import math
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from recurlm import files
 from recurlm.config import (
     Config,
+    DataConfig,
     cache_config,
     dynamic_config,
     from_dict,
@@ -30,7 +32,7 @@ from recurlm.config import (
 from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, shown
 from recurlm.evaluation import suites
 from recurlm.evaluation.interpolation import tuned_dynamic, tuned_mixture
-from recurlm.evaluation.perplexity import evaluate_ids
+from recurlm.evaluation.perplexity import check_measurable, evaluate_ids
 from recurlm.evaluation.reading import Subject
 from recurlm.evaluation.report import report as error_report
 from recurlm.inference.dynamic import DynamicEvaluation, gradient_rms
@@ -225,98 +227,107 @@ def evaluate(
     start = time.perf_counter()
     model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
     batching = batching or (model.batching if counting == "exact" else "stream")
-    adapted: dict[str, Any] = {}
+    boundary, adapted = model.tokenizer.boundary_id, {}
     with tempfile.TemporaryDirectory() as scratch:
-        if mixed_with or caches or dynamic is not None:
-            others = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in mixed_with]
-            names = [str(m) if isinstance(m, str | Path) else f"model {n}" for n, m in enumerate((run, *mixed_with), 1)]
-            models = dict(zip(names, (model, *others), strict=True))
-            if len(models) < len(names):
-                raise UserError("A model is named twice; mix models that differ.")
-            model, adapted = _adapted(
-                models, run, str(data), caches, dynamic, tune_on, batch_size, batching, Path(scratch)
-            )
-        store, split = _evaluation_store(model, run, str(data), split, Path(scratch))
-        info, ids, unknown = store.info[split], store.ids(split), model.tokenizer.unk_id
+
+        def text_of(source: str, split: str, name: str) -> tuple[Store, str, np.ndarray]:
+            """(store, split, the split's ids as the model reads them)."""
+            store, split = _evaluation_store(model, run, source, split, Path(scratch) / name)
+            return store, split, reading_order(store.ids(split), model.backward, boundary)
+
+        store, split, ids = text_of(str(data), split, "measured")
+        info, unknown = store.info[split], model.tokenizer.unk_id
         counts = {"words": info.words, "characters": info.characters, "bytes": info.bytes}
         oov = float((ids == unknown).mean()) if unknown is not None else 0.0
-        boundary = model.tokenizer.boundary_id
-        ids = reading_order(ids, model.backward, boundary)
-        measured = time.perf_counter()
-        out = evaluate_ids(model.model, ids, boundary, counts, batch_size, counting, with_ranks, batching)
+        measured = model.model
+        if mixed_with or caches or dynamic is not None:
+            check_measurable(
+                ids, boundary, DataConfig(eval_batch_size=batch_size, counting=counting, batching=batching)
+            )
+            own = "" if isinstance(run, str | Path) else str(data)
+            splits = (
+                lambda: text_of(own, "train", "training")[2],
+                lambda: text_of(str(data), tune_on or "valid", "held-out")[2],
+            )
+            others = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in mixed_with]
+            names = [str(m) if isinstance(m, str | Path) else f"model {n}" for n, m in enumerate((run, *mixed_with), 1)]
+            models = list(zip(names, (model, *others), strict=True))
+            measured, adapted = _adapted(models, caches, dynamic, tune_on, batch_size, batching, *splits)
+        since = time.perf_counter()
+        out = evaluate_ids(measured, ids, boundary, counts, batch_size, counting, with_ranks, batching)
     if adapted:
         now = time.perf_counter()
-        adapted["seconds"] |= {"evaluation": now - measured, "all": now - start}
+        adapted["seconds"] |= {"evaluation": now - since, "all": now - start}
     return {"split": split, **out, "oov_rate": oov, **adapted}
 
 
 def _adapted(
-    models: Mapping[str, LanguageModel], run: str | Path | LanguageModel, data: str, caches: Sequence[int | Mapping[str, Any]],
-    dynamic: Mapping[str, Any] | None, tune_on: str, batch_size: int, batching: str, scratch: Path,
-) -> tuple[LanguageModel, dict[str, Any]]:  # fmt: skip
+    models: Sequence[tuple[str, LanguageModel]], caches: Sequence[int | Mapping[str, Any]], dynamic: Mapping[str, Any] | None,
+    tune_on: str, batch_size: int, batching: str, training: Callable[[], np.ndarray], held_out: Callable[[], np.ndarray],
+) -> tuple[StatefulModel, dict[str, Any]]:  # fmt: skip
     """(one model of all: the first, moved by dynamic evaluation, with its neural cache, mixed with the others and a unigram
     cache; its settings, weights, tuned losses and seconds)."""
-    first, name = next(iter(models.values())), next(iter(models))
-    for other, model in models.items():
-        if model.tokenizer.hash != first.tokenizer.hash:
-            raise UserError(f"{other}: it has another tokenizer than {name}; train both on one store to mix them.")
+    (name, first), boundary = models[0], models[0][1].tokenizer.boundary_id
+    parts = {other: model.model for other, model in models}
     windows = [c for c in caches if not isinstance(c, Mapping)]
     neural = [c for c in caches if isinstance(c, Mapping)]
-    if len(neural) > 1:
-        raise UserError("Two neural caches were asked for; give one (and, beside it, unigram caches: --cache N).")
+    mixes = bool(len(models) > 1 or windows)
     cache = cache_config(neural[0]) if neural else None
     how = None if dynamic is None else dynamic_config(dynamic)
     free_cache = {"theta", "lambda"} - set(neural[0]) if neural and tune_on else set()
     free_dynamic = {"lr", "decay"} - set(dynamic) if dynamic is not None and tune_on else set()
+    for other, model in models:
+        if model.tokenizer.hash != first.tokenizer.hash:
+            raise UserError(f"{other}: it has another tokenizer than {name}; train both on one store to mix them.")
+    if len(parts) < len(models):
+        raise UserError("A model is named twice; mix models that differ.")
+    if len(neural) > 1:
+        raise UserError("Two neural caches were asked for; give one (and, beside it, unigram caches: --cache N).")
+    if (cache or how) and not isinstance(first.model, NeuralModel):
+        raise UserError(
+            f"{name}: an n-gram model; a neural cache and dynamic evaluation need a neural one, named first."
+        )
     if (cache or how) and batching != "stream":
         raise UserError(
             f"A neural cache and dynamic evaluation follow one stream of text, not {batching}s; give --batching stream."
         )
-    boundary, seconds, out = first.tokenizer.boundary_id, {}, {}
-    mixes = bool(len(models) > 1 or windows)
+    if how and batch_size != 1:
+        raise UserError(f"batch_size = {batch_size}: dynamic evaluation reads one stream, for its weights follow it.")
     if tune_on and not (mixes or free_cache or free_dynamic):
         raise UserError(
             f"--tune-on {tune_on}: every setting is given, so nothing is left to tune; leave out theta, lambda, lr or decay."
         )
+    out: dict[str, Any] = {"seconds": {}}
 
-    def ids_of(place: str, split: str, folder: str) -> tuple[np.ndarray, str]:
-        (scratch / folder).mkdir()
-        store, split = _evaluation_store(first, run, place, split, scratch / folder)
-        return reading_order(store.ids(split), first.backward, boundary), split
+    @contextlib.contextmanager
+    def timed(what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        out["seconds"][what] = time.perf_counter() - start
 
-    held_out = np.empty(0)
-    if mixes or free_cache or free_dynamic:
-        held_out, out["tuned_on"] = ids_of(data, tune_on or "valid", "held-out")
-    base: StatefulModel = first.model
-    if how:
-        rms, start = None, time.perf_counter()
-        if how.rule == "rms":
-            if not isinstance(base, NeuralModel):
-                raise UserError(f"{name}: an n-gram model; dynamic evaluation needs the gradients of a neural one.")
-            own = not isinstance(run, LanguageModel)
-            rms = gradient_rms(base, ids_of("" if own else data, "train", "training")[0], boundary, how)
-            seconds["statistics"] = time.perf_counter() - start
+    ids = held_out() if mixes or free_cache or free_dynamic else np.empty(0)
+    if how and isinstance(first.model, NeuralModel):
+        with timed("statistics"):
+            rms = gradient_rms(first.model, training(), boundary, how) if how.rule == "rms" else None
         if free_dynamic:
-            start = time.perf_counter()
-            how, out["tuned_dynamic_loss_nats"] = tuned_dynamic(base, how, free_dynamic, rms, held_out, boundary)
-            seconds["tuning_dynamic"] = time.perf_counter() - start
-        base = DynamicEvaluation(base, how, rms)
+            with timed("tuning dynamic"):
+                how, out["tuned_dynamic_loss_nats"] = tuned_dynamic(first.model, how, free_dynamic, rms, ids, boundary)
+        parts[name] = DynamicEvaluation(first.model, how, rms)
         out["dynamic"] = settings_of(how)
     if mixes or free_cache:
-        start = time.perf_counter()
-        parts = {name: base} | {other: model.model for other, model in list(models.items())[1:]}
-        base, weights, out["tuned_loss_nats"] = tuned_mixture(
-            parts, windows, held_out, boundary, batch_size, batching, cache, free_cache
-        )
+        with timed("tuning"):
+            one, weights, out["tuned_loss_nats"] = tuned_mixture(
+                parts, windows, ids, boundary, batch_size, batching, cache, free_cache
+            )
         out |= {"weights": weights} if mixes else {}
-        cached = base.models[0] if isinstance(base, Mixture) else base
+        cached = one.models[0] if isinstance(one, Mixture) else one
         cache = cached.config if isinstance(cached, NeuralCache) else None
-        seconds["tuning"] = time.perf_counter() - start
-    elif cache:
-        base = NeuralCache(base, cache)
+    else:
+        one = NeuralCache(parts[name], cache) if cache else parts[name]
     out |= {"cache": settings_of(cache)} if cache else {}
-    out |= {"tuned": sorted(free_cache | free_dynamic)} if free_cache or free_dynamic else {}
-    return LanguageModel(base, first.tokenizer, first.facts), out | {"seconds": seconds}
+    if len(ids):
+        out |= {"tuned": sorted(free_cache | free_dynamic), "tuned_on": tune_on or "valid"}
+    return one, out
 
 
 def evaluate_suite(

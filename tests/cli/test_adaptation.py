@@ -126,7 +126,7 @@ def test_a_table_for_people(call, runs):
         (["--dynamic", "lr=-1"], "dynamic lr = -1"),
         (["--dynamic", "rule=adam"], "rms, sgd"),
         (["--dynamic", "segment=2.5"], "a whole number"),
-        (["--dynamic", "lr=1e-4", "--batch-size", "2"], "a batch of 2"),
+        (["--dynamic", "lr=1e-4", "--batch-size", "2"], "batch_size = 2"),
         (["--dynamic", "lr=1e-4", "--batching", "sentence"], "--batching stream"),
         (["--cache", "window=5,theta=1,lambda=0.1", "--tune-on", "valid"], "nothing is left to tune"),
         (["--cache", "window=5", "--tune-on", "dev"], "no split 'dev'"),
