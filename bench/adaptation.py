@@ -3,9 +3,10 @@
 Usage: python bench/adaptation.py RUN STORE [SPLIT [TOKENS]]     the store's split (test), its first TOKENS (0: all)
 
 Dynamic evaluation runs captured in CUDA graphs and not, in the same process, with the published settings for the Penn
-Treebank; without a GPU only the latter. First a few hundred tokens of each, whose time is not counted.
+Treebank; without a GPU only the latter. A few tokens of each come first, so that nothing compiles in what is timed.
 """
 
+import copy
 import dataclasses
 import math
 import sys
@@ -39,7 +40,7 @@ def row(name: str, work: Callable[[], object], ids: np.ndarray | None = None) ->
     except Exception as error:
         print(f"{name:<44} failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}", flush=True)
         return None
-    rate = f"{len(ids) / seconds:12,.0f} tokens/s   ppl {math.exp(found):9.4f}" if ids is not None else ""
+    rate = f"{len(ids) / seconds:12,.0f} tokens/s   ppl {math.exp(found):10.5f}" if ids is not None else ""
     print(f"{name:<44} {seconds:9.3f} s {rate}", flush=True)
     return found
 
@@ -73,32 +74,38 @@ def main(run: str, place: str, split: str = "test", tokens: str = "0") -> None:
     def loss(measured: StatefulModel, text: np.ndarray = ids) -> float:
         return mean_loss(measured, text, boundary, 1, "exact")
 
-    cached = NeuralCache(model, CacheConfig())
-    for measured in (model, cached):
-        loss(measured, few)
-    row("the model alone", lambda: loss(model), ids)
-    row("neural cache, window 500", lambda: loss(cached), ids)
-    ways = [True, False] if torch.cuda.is_available() else [False]
-    rms = {}
-    for capture in ways:
-        name = "captured" if capture else "not captured"
-        gradient_rms(model, train, boundary, dataclasses.replace(DYNAMIC, batches=3), capture)  # type: ignore[arg-type]
-        rms[capture] = row(
-            f"statistics, {name}",
-            lambda c=capture: gradient_rms(model, train, boundary, DYNAMIC, c),  # type: ignore[arg-type]
+    def dynamic(capture: bool, text: np.ndarray = ids, cache: CacheConfig | None = None) -> float:
+        moved = DynamicEvaluation(model, DYNAMIC, rms[capture] or rms[not capture], capture)
+        return loss(moved if cache is None else NeuralCache(moved, cache), text)
+
+    def exact() -> float:
+        """The same on the CPU in float64."""
+        wide = copy.deepcopy(model).cpu().double()  # type: ignore[attr-defined]
+        return loss(
+            DynamicEvaluation(wide, DYNAMIC, [r.cpu().double() for r in rms[next(iter(ways))]], False), few[:100]
         )
+
+    for name, measured in (("the model alone", model), ("neural cache, window 500", NeuralCache(model, CacheConfig()))):
+        loss(measured, few)
+        row(name, lambda m=measured: loss(m), ids)
+    ways = {True: "captured", False: "not captured"} if torch.cuda.is_available() else {False: "not captured"}
+    rms: dict[bool, list] = {}
+    few_batches, cache = dataclasses.replace(DYNAMIC, batches=3), CacheConfig(lambda_=0.05)
+    for capture, name in ways.items():
+        row(f"statistics of 3 batches, {name}", lambda c=capture: gradient_rms(model, train, boundary, few_batches, c))
+        rms[capture] = row(f"statistics, {name}", lambda c=capture: gradient_rms(model, train, boundary, DYNAMIC, c))
     if torch.cuda.is_available():
         row("update, 30 times", lambda: update_bandwidth(model))
-        first, second = ([float(r.double().norm()) for r in rms[c] or []] for c in ways)
+    if len(ways) == 2 and all(rms.values()):
+        first, second = ([float(r.double().norm()) for r in rms[c]] for c in ways)
         apart = max(abs(a / b - 1) for a, b in zip(first, second, strict=True))
         print(f"norms of RMS, captured and not, differ by at most {apart:.2e}")
-    for capture in ways:
-        name = "captured" if capture else "not captured"
-        dynamic = DynamicEvaluation(model, DYNAMIC, rms[ways[0]], capture)
-        loss(dynamic, few)
-        row(f"dynamic evaluation, {name}", lambda d=dynamic: loss(d), ids)
-        both = NeuralCache(dynamic, CacheConfig(theta=1.0, lambda_=0.05))
-        row(f"dynamic evaluation with cache, {name}", lambda b=both: loss(b), ids)
+    row("dynamic evaluation, 100 tokens, CPU, float64", exact, few[:100])
+    for capture, name in ways.items():
+        row(f"dynamic evaluation, 100 tokens, {name}", lambda c=capture: dynamic(c, few[:100]), few[:100])
+    for capture, name in ways.items():
+        row(f"dynamic evaluation, {name}", lambda c=capture: dynamic(c), ids)
+        row(f"dynamic evaluation with cache, {name}", lambda c=capture: dynamic(c, ids, cache), ids)
 
 
 if __name__ == "__main__":
