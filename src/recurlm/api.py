@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import math
 import re
 import shutil
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recurlm import files
-from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
+from recurlm.config import (
+    Config,
+    DataConfig,
+    cache_config,
+    dynamic_config,
+    from_dict,
+    from_toml,
+    read_text_file,
+    settings_of,
+    to_dict,
+)
 from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, shown
 from recurlm.evaluation import suites
-from recurlm.evaluation.interpolation import tuned_mixture
-from recurlm.evaluation.perplexity import evaluate_ids
+from recurlm.evaluation.interpolation import tuned_dynamic, tuned_mixture
+from recurlm.evaluation.perplexity import check_measurable, evaluate_ids
 from recurlm.evaluation.reading import Subject
 from recurlm.evaluation.report import report as error_report
+from recurlm.inference.dynamic import DynamicEvaluation, gradient_rms
 from recurlm.inference.generate import check_range
+from recurlm.inference.mixture import Mixture
+from recurlm.inference.neural_cache import NeuralCache
 from recurlm.language_model import LanguageModel, load
 from recurlm.model import directory
+from recurlm.model.neural import NeuralModel
+from recurlm.protocol import StatefulModel
 from recurlm.text.batches import Sequences, reading_order
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
@@ -193,57 +210,124 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
 def evaluate(
     run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "", batch_size: int = 1, counting: str = "exact",
     batching: str = "", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
-    mixed_with: Sequence[str | Path | LanguageModel] = (), caches: Sequence[int] = (), tune_on: str = "valid",
+    mixed_with: Sequence[str | Path | LanguageModel] = (), caches: Sequence[int | Mapping[str, Any]] = (),
+    dynamic: Mapping[str, Any] | None = None, tune_on: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
     A single file as `data` is measured whole. Losses are divided by the number of predicted targets; every token is
     predicted, the first from a boundary token. counting='published' reproduces awd-lstm-lm's slightly lower figure,
     for comparison only. `batching` is the way the model was trained unless it is named. A LanguageModel is measured
-    where it is, in its own precision. With `mixed_with` or `caches` it is interpolated with these models of the same
-    tokenizer, and with the best of these unigram caches (windows in tokens); weights from the split `tune_on`, by EM.
+    where it is, in its own precision. With `mixed_with` or whole numbers among `caches` it is interpolated with these models
+    of the same tokenizer, and with the best of these unigram caches (windows in tokens); weights from the split `tune_on`
+    (valid), by EM. A mapping among `caches` is a neural cache's settings, `dynamic` those of dynamic evaluation (see
+    `config.CacheConfig`, `config.DynamicConfig`). What they leave out has its default; where `tune_on` is named, theta,
+    lambda, lr and decay that they leave out are searched on that split.
     """
+    start = time.perf_counter()
     model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
-    mixed: dict[str, Any] = {}
-    if mixed_with or caches:
-        others = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in mixed_with]
-        names = [str(m) if isinstance(m, str | Path) else f"model {n}" for n, m in enumerate((run, *mixed_with), 1)]
-        with tempfile.TemporaryDirectory() as scratch:
-            store, held_out = _evaluation_store(model, run, str(data), tune_on, Path(scratch))
-            model, mixed = interpolated(
-                dict(zip(names, (model, *others), strict=True)), caches, store.ids(held_out), batch_size, batching
-            )
-        mixed |= {"tuned_on": held_out}
+    batching = batching or (model.batching if counting == "exact" else "stream")
+    boundary, adapted = model.tokenizer.boundary_id, {}
     with tempfile.TemporaryDirectory() as scratch:
-        store, split = _evaluation_store(model, run, str(data), split, Path(scratch))
-        info, ids, unknown = store.info[split], store.ids(split), model.tokenizer.unk_id
+
+        def text_of(source: str, split: str, name: str) -> tuple[Store, str, np.ndarray]:
+            """(store, split, the split's ids as the model reads them)."""
+            store, split = _evaluation_store(model, run, source, split, Path(scratch) / name)
+            return store, split, reading_order(store.ids(split), model.backward, boundary)
+
+        store, split, ids = text_of(str(data), split, "measured")
+        info, unknown = store.info[split], model.tokenizer.unk_id
         counts = {"words": info.words, "characters": info.characters, "bytes": info.bytes}
         oov = float((ids == unknown).mean()) if unknown is not None else 0.0
-        boundary = model.tokenizer.boundary_id
-        ids = reading_order(ids, model.backward, boundary)
-        batching = batching or (model.batching if counting == "exact" else "stream")
-        out = evaluate_ids(model.model, ids, boundary, counts, batch_size, counting, with_ranks, batching)
-    return {"split": split, **out, "oov_rate": oov, **mixed}
-
-
-def interpolated(
-    models: Mapping[str, LanguageModel], caches: Sequence[int], ids: np.ndarray, batch_size: int = 1, batching: str = ""
-) -> tuple[LanguageModel, dict[str, Any]]:
-    """(one model of several that share a tokenizer, {weights, tuned_loss_nats}): see `evaluation.interpolation`.
-
-    UserError when the tokenizers differ; `ids` are the held-out text that the weights are fitted to.
-    """
-    first = next(iter(models.values()))
-    for name, model in models.items():
-        if model.tokenizer.hash != first.tokenizer.hash:
-            raise UserError(
-                f"{name}: it has another tokenizer than {next(iter(models))}; train both on one store to mix them."
+        measured = model.model
+        if mixed_with or caches or dynamic is not None:
+            check_measurable(
+                ids, boundary, DataConfig(eval_batch_size=batch_size, counting=counting, batching=batching)
             )
-    boundary = first.tokenizer.boundary_id
-    ids = reading_order(ids, first.backward, boundary)
-    parts = {name: model.model for name, model in models.items()}
-    mixture, weights, loss = tuned_mixture(parts, caches, ids, boundary, batch_size, batching or first.batching)
-    return LanguageModel(mixture, first.tokenizer, first.facts), {"weights": weights, "tuned_loss_nats": loss}
+            own = "" if isinstance(run, str | Path) else str(data)
+            splits = (
+                lambda: text_of(own, "train", "training")[2],
+                lambda: text_of(str(data), tune_on or "valid", "held-out")[2],
+            )
+            others = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in mixed_with]
+            names = [str(m) if isinstance(m, str | Path) else f"model {n}" for n, m in enumerate((run, *mixed_with), 1)]
+            models = list(zip(names, (model, *others), strict=True))
+            measured, adapted = _adapted(models, caches, dynamic, tune_on, batch_size, batching, *splits)
+        since = time.perf_counter()
+        out = evaluate_ids(measured, ids, boundary, counts, batch_size, counting, with_ranks, batching)
+    if adapted:
+        now = time.perf_counter()
+        adapted["seconds"] |= {"evaluation": now - since, "all": now - start}
+    return {"split": split, **out, "oov_rate": oov, **adapted}
+
+
+def _adapted(
+    models: Sequence[tuple[str, LanguageModel]], caches: Sequence[int | Mapping[str, Any]], dynamic: Mapping[str, Any] | None,
+    tune_on: str, batch_size: int, batching: str, training: Callable[[], np.ndarray], held_out: Callable[[], np.ndarray],
+) -> tuple[StatefulModel, dict[str, Any]]:  # fmt: skip
+    """(one model of all: the first, moved by dynamic evaluation, with its neural cache, mixed with the others and a unigram
+    cache; its settings, weights, tuned losses and seconds)."""
+    (name, first), boundary = models[0], models[0][1].tokenizer.boundary_id
+    parts = {other: model.model for other, model in models}
+    windows = [c for c in caches if not isinstance(c, Mapping)]
+    neural = [c for c in caches if isinstance(c, Mapping)]
+    mixes = bool(len(models) > 1 or windows)
+    cache = cache_config(neural[0]) if neural else None
+    how = None if dynamic is None else dynamic_config(dynamic)
+    free_cache = {"theta", "lambda"} - set(neural[0]) if neural and tune_on else set()
+    free_dynamic = {"lr", "decay"} - set(dynamic) if dynamic is not None and tune_on else set()
+    for other, model in models:
+        if model.tokenizer.hash != first.tokenizer.hash:
+            raise UserError(f"{other}: it has another tokenizer than {name}; train both on one store to mix them.")
+    if len(parts) < len(models):
+        raise UserError("A model is named twice; mix models that differ.")
+    if len(neural) > 1:
+        raise UserError("Two neural caches were asked for; give one (and, beside it, unigram caches: --cache N).")
+    if (cache or how) and not isinstance(first.model, NeuralModel):
+        raise UserError(
+            f"{name}: an n-gram model; a neural cache and dynamic evaluation need a neural one, named first."
+        )
+    if (cache or how) and batching != "stream":
+        raise UserError(
+            f"A neural cache and dynamic evaluation follow one stream of text, not {batching}s; give --batching stream."
+        )
+    if how and batch_size != 1:
+        raise UserError(f"batch_size = {batch_size}: dynamic evaluation reads one stream, for its weights follow it.")
+    if tune_on and not (mixes or free_cache or free_dynamic):
+        raise UserError(
+            f"--tune-on {tune_on}: every setting is given, so nothing is left to tune; leave out theta, lambda, lr or decay."
+        )
+    out: dict[str, Any] = {"seconds": {}}
+
+    @contextlib.contextmanager
+    def timed(what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        out["seconds"][what] = time.perf_counter() - start
+
+    ids = held_out() if mixes or free_cache or free_dynamic else np.empty(0)
+    if how and isinstance(first.model, NeuralModel):
+        with timed("statistics"):
+            rms = gradient_rms(first.model, training(), boundary, how) if how.rule == "rms" else None
+        if free_dynamic:
+            with timed("tuning dynamic"):
+                how, out["tuned_dynamic_loss_nats"] = tuned_dynamic(first.model, how, free_dynamic, rms, ids, boundary)
+        parts[name] = DynamicEvaluation(first.model, how, rms)
+        out["dynamic"] = settings_of(how)
+    if mixes or free_cache:
+        with timed("tuning"):
+            one, weights, out["tuned_loss_nats"] = tuned_mixture(
+                parts, windows, ids, boundary, batch_size, batching, cache, free_cache
+            )
+        out |= {"weights": weights} if mixes else {}
+        cached = one.models[0] if isinstance(one, Mixture) else one
+        cache = cached.config if isinstance(cached, NeuralCache) else None
+    else:
+        one = NeuralCache(parts[name], cache) if cache else parts[name]
+    out |= {"cache": settings_of(cache)} if cache else {}
+    if len(ids):
+        out |= {"tuned": sorted(free_cache | free_dynamic), "tuned_on": tune_on or "valid"}
+    return one, out
 
 
 def evaluate_suite(

@@ -228,6 +228,42 @@ class Config:
 SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The neural cache of an evaluation; see `inference.neural_cache`."""
+
+    window: int = _opt(500, "Positions that it remembers", low=1, high=1_000_000)
+    theta: float = _opt(1.0, "How sharply it attends to like contexts", low=0, high=1000)
+    lambda_: float = _opt(0.1, "Its weight beside the model", low=0, high=1)
+    rule: str = _opt(
+        "exact",
+        "'exact' from the first token on; 'published' as awd-lstm-lm: only with a full window, never for the first token of "
+        "a chunk",
+        choices=("exact", "published"),
+    )
+    chunk: int = _opt(5000, "published: tokens of a chunk, --bptt there", low=1, high=10**9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicConfig:
+    """Dynamic evaluation; see `inference.dynamic`."""
+
+    rule: str = _opt(
+        "rms", "'rms': gradients over their RMS on the training text; 'sgd': plain", choices=("rms", "sgd")
+    )
+    lr: float = _opt(5e-5, "Learning rate", low=0, high=1e6)
+    decay: float = _opt(2e-3, "Pull towards the trained weights", low=0, high=1)
+    eps: float = _opt(2e-5, "rms: added to the RMS", low=1e-30, high=1e6)
+    segment: int = _opt(5, "Tokens between updates", low=1, high=100_000)
+    batch: int = _opt(100, "rms: streams of the training text in its statistics", low=1, high=65536)
+    batches: int = _opt(0, "rms: most minibatches of the statistics; 0 = the whole training text", low=0, high=10**12)
+    tune_tokens: int = _opt(0, "Tokens of the --tune-on split that decide; 0 = all", low=0, high=10**12)
+
+
+DYNAMIC = {"rms": DynamicConfig(), "sgd": DynamicConfig(rule="sgd", lr=0.1, decay=0.0)}
+"""The defaults of dynamic evaluation, by rule."""
+
+
 MAX_LIST = 256
 
 
@@ -289,15 +325,49 @@ def section_from_dict(section: str, values: Any, base: Any = None) -> Any:
     """A section's dataclass: `values` over `base` (or the defaults). ConfigError for unknown keys and bad values."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"[{section}] must be a table of settings, found {type(values).__name__}.")
-    cls = SECTIONS[section]
-    hints = _hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    return _with(base if base is not None else SECTIONS[section](), values, f"[{section}]", f"{section}.")
+
+
+def _with(base: Any, values: Mapping[str, Any], place: str, prefix: str) -> Any:
+    """The dataclass `base` with `values`, each checked; a field that ends in _ is named without it."""
+    hints = _hints(type(base))
+    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(base)}
     clean: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"[{section}] has no setting {shown(key)}.{nearest(key, fields)}")
-        clean[key] = _check(hints[key], value, fields[key].metadata, f"{section}.{key}")
-    return dataclasses.replace(base if base is not None else cls(), **clean)
+            raise ConfigError(f"{place} has no setting {shown(key)}.{nearest(key, fields)}")
+        field = fields[key]
+        clean[field.name] = _check(hints[field.name], value, field.metadata, prefix + key)
+    return dataclasses.replace(base, **clean)
+
+
+def cache_config(values: Mapping[str, Any]) -> CacheConfig:
+    """The neural cache of the settings {name: value}; ConfigError for unknown names and bad values."""
+    return _with(CacheConfig(), values, "cache", "cache ")
+
+
+def dynamic_config(values: Mapping[str, Any]) -> DynamicConfig:
+    """Dynamic evaluation by the settings {name: value} over its rule's; ConfigError for unknown names and bad values."""
+    rule = _with(DynamicConfig(), {k: v for k, v in values.items() if k == "rule"}, "dynamic", "dynamic ").rule
+    return _with(DYNAMIC[rule], values, "dynamic", "dynamic ")
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """{name: value} of a CacheConfig or DynamicConfig, as it takes them."""
+    return {name.rstrip("_"): value for name, value in dataclasses.asdict(config).items()}
+
+
+def parse_options(option: str, text: str) -> dict[str, Any]:
+    """{key: value} of `key=value,key=value`; the values are TOML, or bare strings. ConfigError naming the option."""
+    out: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, raw = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not raw:
+            raise ConfigError(f"{option} {shown(text)}: expected key=value,key=value, found {shown(part)}.")
+        if key in out:
+            raise ConfigError(f"{option} {shown(text)}: {shown(key)} is given twice.")
+        out[key] = _value(raw)
+    return out
 
 
 def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
@@ -396,12 +466,16 @@ def parse_assignment(text: str) -> tuple[str, str, Any]:
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
         raise ConfigError(f"--set {shown(text)}: expected section.key=value, such as optimizer.lr=30.")
+    return section, key, _value(raw)
+
+
+def _value(raw: str) -> Any:
+    """The TOML value, or the text itself where it is none."""
     try:
         parsed = tomllib.loads(f"value = {raw}")
-        value = parsed["value"] if len(parsed) == 1 else raw
+        return parsed["value"] if len(parsed) == 1 else raw
     except (ValueError, RecursionError):
-        value = raw.strip()
-    return section, key, value
+        return raw.strip()
 
 
 def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:

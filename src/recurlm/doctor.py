@@ -100,6 +100,23 @@ def _lstm_outcome(
     return [*results, *torch.autograd.grad(results, (x_TBI, *state, *weights), upstream)]
 
 
+def _dynamic_update_outcome(
+    function: Callable[..., Any], device: torch.device, rounded: torch.dtype, dtype: torch.dtype
+) -> list[Tensor]:
+    draw, out = torch.Generator().manual_seed(1), []
+    for with_rms in (True, False):
+        weights, gradients, trained, rms = (
+            [
+                torch.randn(*shape, generator=draw, dtype=torch.float64).to(device, dtype)
+                for shape in ((70, 33), (2049,))
+            ]
+            for _ in range(4)
+        )
+        function(weights, gradients, trained, [r.abs() for r in rms] if with_rms else None, 0.1, 0.3, 0.5)
+        out += weights
+    return out
+
+
 # operation -> (the function that everything calls, its slow twin, what to compare of them)
 CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
     "pool": (kernels.pool, reference.pool, _pool_outcome),
@@ -110,6 +127,7 @@ CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
     ),
     "penalties": (kernels.penalties, reference.penalties, _penalties_outcome),
     "lstm": (kernels.lstm, reference.lstm, _lstm_outcome),
+    "dynamic_update": (kernels.dynamic_update, reference.dynamic_update, _dynamic_update_outcome),
 }
 
 

@@ -49,7 +49,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(rows: dict[str, Any]) -> None:
-    """Names and values, aligned, on stdout."""
+    """Names and values, aligned, on stdout; a table within is a row for each of its values."""
+    rows = {
+        f"{name} {key}" if key else name: value
+        for name, found in rows.items()
+        for key, value in (found.items() if isinstance(found, dict) else [("", found)])
+    }
     width = max(map(len, rows), default=0)
     for name, value in rows.items():
         if isinstance(value, float):

@@ -9,8 +9,14 @@ from recurlm.cli.common import note, print_json, print_table
 from recurlm.errors import RequestError
 
 
-def check(suite: str, source: str, text_rule: str, report: Path | None, of_report: object, of_text: object) -> None:
+def check(
+    suite: str, source: str, text_rule: str, report: Path | None, of_report: object, of_text: object, adapted: object
+) -> None:
     """None; RequestError for options that do not go together."""
+    if adapted and (suite or report):
+        raise RequestError(
+            "--with, --cache, --dynamic and --tune-on change how a text is measured; leave out --suite and --report."
+        )
     if suite and (report or of_text):
         raise RequestError(
             "--suite measures the suite's own sentences; leave out --report and what names or reads a text."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ import typer
 
 from recurlm.cli import evaluate
 from recurlm.cli.common import Device, Dtype, Json, Threads, note, print_json, print_table, set_threads, unescape
+from recurlm.config import parse_options
 from recurlm.errors import DataError, RequestError, UserError
 
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
 BATCH_LINES = 1024
-SAMPLING, BEAM, MIX = "Sampling, in this order", "Beam search", "Mixtures"
+SAMPLING, BEAM, MIX = "Sampling, in this order", "Beam search", "Caches, dynamic evaluation, mixtures"
 SUITE, REPORT = "A suite of tests", "Error analysis"
 
 
@@ -49,14 +51,32 @@ def eval_(
         ),
     ] = None,
     cache: Annotated[
-        list[int] | None,
+        list[str] | None,
         typer.Option(
-            "--cache", metavar="N", help="And with a cache of the last N tokens; the best N.", rich_help_panel=MIX
+            "--cache",
+            metavar="N|window=N,...",
+            help="A unigram cache of the last N tokens (again: the best N), or a neural cache: window, theta, lambda, rule, chunk.",
+            rich_help_panel=MIX,
         ),
     ] = None,
+    dynamic: Annotated[
+        str,
+        typer.Option(
+            "--dynamic",
+            metavar="rule=rms,...",
+            help="Dynamic evaluation: rule (rms, sgd), lr, decay, eps, segment, batch, batches, tune_tokens.",
+            rich_help_panel=MIX,
+        ),
+    ] = "",
     tune_on: Annotated[
-        str, typer.Option("--tune-on", help="The split whose text decides on the weights.", rich_help_panel=MIX)
-    ] = "valid",
+        str,
+        typer.Option(
+            "--tune-on",
+            metavar="SPLIT",
+            help="Search what is not given of theta, lambda, lr, decay there; weights always come from there (valid).",
+            rich_help_panel=MIX,
+        ),
+    ] = "",
     suite: Annotated[
         str,
         typer.Option(
@@ -100,7 +120,13 @@ def eval_(
 ) -> None:
     """Perplexity, bits per character and byte, top-k accuracy: recurlm eval runs/book --split test"""
     evaluate.check(
-        suite, source, text_rule, report, against or other or force, data or split or counting != "exact" or batching
+        suite,
+        source,
+        text_rule,
+        report,
+        against or other or force,
+        data or split or counting != "exact" or batching,
+        mixed_with or cache or dynamic or tune_on,
     )
     set_threads(threads)
     if suite:
@@ -123,14 +149,15 @@ def eval_(
         device=device,
         dtype=dtype,
         mixed_with=mixed_with or (),
-        caches=cache or (),
+        caches=[int(c) if re.fullmatch(r"[+-]?\d{1,18}", c) else parse_options("--cache", c) for c in cache or ()],
+        dynamic=parse_options("--dynamic", dynamic) if dynamic else None,
         tune_on=tune_on,
     )
     if as_json:
         print_json(values)
     else:
         print_table(values)
-    if not data and not mixed_with and not cache:
+    if not data and not mixed_with and not cache and not dynamic:
         try:
             files.write_atomic(run / "eval.json", files.to_json(values))
         except OSError as error:

@@ -6,7 +6,7 @@ Any models over the same ids mix: n-gram models of several domains, n-gram and n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import numpy as np
@@ -120,17 +120,29 @@ def check_alike(models: Sequence[StatefulModel]) -> None:
             raise RequestError("One of the models reads forward and one backward; they predict different things.")
 
 
-@torch.inference_mode()
 def losses(models: Sequence[StatefulModel], batches: Batches, steps: int) -> np.ndarray:
     """nll_KN in nats of every counted target under each model, in windows of `steps`."""
+
+    def score(ids_TB: Tensor, targets_TB: Tensor, states: State) -> tuple[Tensor, State]:
+        return _score_all(models, ids_TB, targets_TB, states)
+
+    return stored(score, lambda batch: tuple(model.initial_state(batch) for model in models), batches, steps)
+
+
+@torch.inference_mode()
+def stored(
+    score: Callable[[Tensor, Tensor, State], tuple[Tensor, State]], initial_state: Callable[[int], State],
+    batches: Batches, steps: int,
+) -> np.ndarray:  # fmt: skip
+    """nll_KN of every counted target, `score` giving (nll_KTB, state) for (ids_TB, targets_TB, state)."""
     parts, state = [], ()
     for window in batches.windows(steps):
         inputs_TB, targets_TB = torch.from_numpy(window.inputs_TB), torch.from_numpy(window.targets_TB)
         if window.fresh:
-            state = tuple(model.initial_state(inputs_TB.shape[1]) for model in models)
-        nll_KTB, state = _score_all(models, inputs_TB, targets_TB, state)
+            state = initial_state(inputs_TB.shape[1])
+        nll_KTB, state = score(inputs_TB, targets_TB, state)
         counted_TB = ... if window.counted_TB is None else torch.from_numpy(window.counted_TB).to(nll_KTB.device)
-        parts.append(nll_KTB[:, counted_TB].flatten(1).cpu().numpy())
+        parts.append(nll_KTB[:, counted_TB].flatten(1).double().cpu().numpy())
     return np.concatenate(parts, axis=1)
 
 

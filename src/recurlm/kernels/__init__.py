@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import os
 import warnings
@@ -81,6 +82,15 @@ def _cuda_lstm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return lstm
 
 
+def _triton_dynamic_update() -> Callable[..., None]:
+    if not has_triton():
+        _warn("triton is not installed: the update of dynamic evaluation takes several times as long.")
+        return reference.dynamic_update
+    from recurlm.kernels.dynamic_triton import dynamic_update
+
+    return dynamic_update
+
+
 def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
@@ -103,6 +113,7 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
     ("penalties", "cuda", torch.float16): _triton_penalties,
     ("lstm", "cuda", torch.bfloat16): _cuda_lstm,
     ("lstm", "cuda", torch.float16): _cuda_lstm,
+    ("dynamic_update", "cuda", torch.float32): _triton_dynamic_update,
 }
 
 
@@ -111,6 +122,7 @@ TWINS: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": reference.linear_cross_entropy,
     "penalties": reference.penalties,
     "lstm": reference.lstm,
+    "dynamic_update": reference.dynamic_update,
 }
 
 
@@ -162,6 +174,39 @@ def lstm_waited_in_vain(device: torch.device) -> bool:
     from recurlm.kernels import lstm_cuda
 
     return lstm_cuda.waited_too_long(device)
+
+
+def dynamic_update(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], trained: Sequence[Tensor], rms: Sequence[Tensor] | None,
+    lr: float, decay: float, eps: float,
+) -> None:  # fmt: skip
+    """Moves `weights` in place by the update of dynamic evaluation; see `reference.dynamic_update` for the formula."""
+    update = _load("dynamic_update", weights[0].device.type, weights[0].dtype)
+    update(weights, gradients, trained, rms, lr, decay, eps)
+
+
+def graph_of(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """The CUDA graph of what `work` launches, which is not run; it was called once before, so that nothing compiles now."""
+    graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    collects = gc.isenabled()
+    gc.disable()  # a collection during the capture could free what belongs to another graph
+    torch.cuda.empty_cache()  # what is cached cannot be had during the capture
+    try:
+        with torch.cuda.stream(side):
+            graph.capture_begin(pool=pool, capture_error_mode="relaxed")
+            try:
+                work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the first error is the one to read
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
+    current.wait_stream(side)
+    return graph
 
 
 class InUse(NamedTuple):

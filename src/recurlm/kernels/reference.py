@@ -74,3 +74,20 @@ def lstm(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Sequence[Tensor]) -
     state = [h_BH.unsqueeze(0), c_BH.unsqueeze(0)]
     y_TBH, h, c = torch.lstm(x_TBI, state, list(weights), True, 1, 0.0, training, False, False)
     return y_TBH, h.squeeze(0), c.squeeze(0)
+
+
+@torch.no_grad()
+def dynamic_update(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], trained: Sequence[Tensor], rms: Sequence[Tensor] | None,
+    lr: float, decay: float, eps: float,
+) -> None:  # fmt: skip
+    """Moves `weights` in place: w <- w + min(decay rms, 1) (trained - w) - lr gradient / (rms + eps).
+
+    Krause et al. 2018 (Dynamic evaluation of neural sequence models), section 4, with decay = lambda / mean rms. Without
+    `rms` the pull is `decay` and the step lr gradient, for every element.
+    """
+    for n, (w, g, t) in enumerate(zip(weights, gradients, trained, strict=True)):
+        if rms is None:
+            w.lerp_(t, decay).sub_(g, alpha=lr)
+        else:
+            w.lerp_(t, (rms[n] * decay).clamp_(max=1)).addcdiv_(g, rms[n] + eps, value=-lr)

@@ -103,13 +103,17 @@ class NeuralModel(nn.Module, StatefulModel):
         nll_N = self.head.nll(hidden_TBH.flatten(0, 1), targets_TB.flatten(), self.embedding)  # type: ignore[operator]
         return nll_N.view(targets_TB.shape)
 
-    def advance(self, ids_TB: Tensor, state: State) -> tuple[Tensor, State]:
+    def read(self, ids_TB: Tensor, state: State, targets_TB: Tensor | None = None) -> tuple[Tensor, Tensor, State]:
+        """(hidden_TBH, nll_TB of the targets or, without them, log_probs_TBV, state after the last input)."""
         with applied(self.precision):
             out = self(ids_TB, state)
+            if targets_TB is not None:
+                return out.raw_TBH, self.nll(out.raw_TBH, targets_TB), out.state
             log_probs_NV = self.head.log_probs(out.raw_TBH.flatten(0, 1), self.embedding)  # type: ignore[operator]
-        return log_probs_NV.view(*ids_TB.shape, self.vocab_size), out.state
+        return out.raw_TBH, log_probs_NV.view(*ids_TB.shape, self.vocab_size), out.state
+
+    def advance(self, ids_TB: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.read(ids_TB, state)[1:]
 
     def score(self, ids_TB: Tensor, targets_TB: Tensor, state: State) -> tuple[Tensor, State]:
-        with applied(self.precision):
-            out = self(ids_TB, state)
-            return self.nll(out.raw_TBH, targets_TB), out.state
+        return self.read(ids_TB, state, targets_TB)[1:]

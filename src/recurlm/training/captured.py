@@ -8,10 +8,8 @@ checkpoints, validation and the plain step see what they always see.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import gc
 from typing import Any
 
 import numpy as np
@@ -267,26 +265,7 @@ class CapturedStep:
             return None
 
     def _capture(self, length: int) -> torch.cuda.CUDAGraph:
-        graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        collects = gc.isenabled()
-        gc.disable()  # a collection during the capture could free what belongs to another graph
-        torch.cuda.empty_cache()  # what is cached cannot be had during the capture
-        try:
-            with torch.cuda.stream(side):
-                graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
-                try:
-                    self._body(length, None)
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):  # the first error is the one to read
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-        finally:
-            if collects:
-                gc.enable()
-        current.wait_stream(side)
-        return graph
+        return kernels.graph_of(lambda: self._body(length, None), self.pool)
 
     # ---- what came of it ------------------------------------------------------------------------------------
 
