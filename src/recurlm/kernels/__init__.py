@@ -135,6 +135,18 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     return _load("linear_cross_entropy", hidden_NH.device.type, hidden_NH.dtype)(*arguments)
 
 
+def first_rows_cross_entropy(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, count: Tensor
+) -> Tensor:
+    """`linear_cross_entropy` of the first `count` rows, a whole number on the device that the host need not know; else 0.
+
+    Every target must be one of the vocabulary. No gradient comes from the rows beyond.
+    """
+    arguments = hidden_NH, weight_VH, bias_V, targets_N
+    nll_N = linear_cross_entropy(*arguments)
+    return torch.where(torch.arange(len(nll_N), device=nll_N.device) < count, nll_N, 0)
+
+
 def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tuple[Tensor, Tensor]:
     """(ar * mean(dropped^2), tar * mean((raw_t - raw_{t-1})^2)), at least fp32; 0 for a weight of 0 and for T = 1."""
     arguments = raw_TBH, dropped_TBH, ar, tar

@@ -51,6 +51,14 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     return cross_entropy(logits(hidden_NH, weight_VH, bias_V), targets_N, reduction="none")
 
 
+def first_rows_cross_entropy(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, count: Tensor
+) -> Tensor:
+    """nll_N as `linear_cross_entropy` has it for the first `count` rows (a whole number, one element), 0 for the others."""
+    nll_N = linear_cross_entropy(hidden_NH, weight_VH, bias_V, targets_N)
+    return torch.where(torch.arange(len(nll_N), device=nll_N.device) < count, nll_N, 0)
+
+
 def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tuple[Tensor, Tensor]:
     """(ar * mean(dropped^2), tar * mean((raw_t - raw_{t-1})^2)), fp32 or wider; the constant 0 where there is nothing.
 

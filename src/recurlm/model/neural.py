@@ -12,6 +12,7 @@ from recurlm.config import DropoutConfig, ModelConfig
 from recurlm.errors import lookup
 from recurlm.model import dropout as drop
 from recurlm.model.heads import HEADS
+from recurlm.model.heads.base import HeadDropout
 from recurlm.model.lanes import Lane, overlapped
 from recurlm.model.layers import LAYERS
 from recurlm.model.layers.base import uniform
@@ -19,15 +20,16 @@ from recurlm.model.precision import FP32, Precision, applied
 from recurlm.protocol import State, StatefulModel
 
 PARTS, LEAST_PART = 3, 4  # of a window whose layers overlap: their number, and steps at least
-NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0, recurrent=0)
+NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0, recurrent=0, latent=0)
 
 
 class Activations(NamedTuple):
-    """What one forward pass gives: the last layer before and after its dropout, and the state."""
+    """What one forward pass gives: the last layer before and after its dropout, the state, and what the head is to drop."""
 
     raw_TBH: Tensor
     dropped_TBH: Tensor
     state: State
+    head_dropout: HeadDropout | None = None
 
 
 def layer_sizes(config: ModelConfig) -> tuple[int, ...]:
@@ -87,20 +89,23 @@ class NeuralModel(nn.Module, StatefulModel):
         """
         p = dropout if dropout is not None and generator is not None else NO_DROPOUT
         noise = generator if dropout is not None else None
+        head_dropout = None if noise is None or p.latent == 0 else HeadDropout(p.latent, ids_TB.shape[1], noise)
         x = drop.embed(ids_TB, self.embedding, p.embedding, p.input, self._dtype(), noise)
         if lanes and isinstance(noise, drop.Noise):
-            return Activations(*overlapped(list(self.layers), x, state, p, noise, lanes, PARTS))  # type: ignore[arg-type]
+            out = overlapped(list(self.layers), x, state, p, noise, lanes, PARTS)  # type: ignore[arg-type]
+            return Activations(*out, head_dropout)
         raw, states = x, []
         for n, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
             weight = drop.weight_drop(layer.droppable, p.weight, noise)  # type: ignore[arg-type]
             raw, new_state = layer(x, layer_state, weight, p.recurrent, noise)
             x = drop.locked(raw, p.hidden if n < len(self.layers) - 1 else p.output, noise)
             states.append(new_state)
-        return Activations(raw, x, tuple(states))
+        return Activations(raw, x, tuple(states), head_dropout)
 
-    def nll(self, hidden_TBH: Tensor, targets_TB: Tensor) -> Tensor:
-        """nll_TB of the targets given the last layer's output."""
-        nll_N = self.head.nll(hidden_TBH.flatten(0, 1), targets_TB.flatten(), self.embedding)  # type: ignore[operator]
+    def nll(self, hidden_TBH: Tensor, targets_TB: Tensor, dropout: HeadDropout | None = None) -> Tensor:
+        """nll_TB of the targets given the last layer's output; `dropout` is the head's own, in a training pass."""
+        rows_NH, targets_N = hidden_TBH.flatten(0, 1), targets_TB.flatten()
+        nll_N = self.head.nll(rows_NH, targets_N, self.embedding, dropout)  # type: ignore[operator]
         return nll_N.view(targets_TB.shape)
 
     def advance(self, ids_TB: Tensor, state: State) -> tuple[Tensor, State]:
