@@ -193,6 +193,46 @@ def test_a_vocabulary_of_one_word_is_certain(head, generator):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_shapes_of_the_loss_and_its_gradients_do_not_depend_on_the_targets(head):
+    """On a device whose numbers nobody knows, off the CPU's own ways: what a CUDA graph needs."""
+    with torch.device("meta"):
+        made = HEADS[head].build(V, 6, ModelConfig(embedding_size=6, **HEAD), torch.Generator("cpu"))
+        hidden, embedding = torch.zeros(20, 6, requires_grad=True), torch.zeros(V, 6, requires_grad=True)
+        nll = made.nll(hidden, torch.zeros(20, dtype=torch.long), embedding)
+        torch.autograd.grad(nll.sum(), [hidden, embedding, *made.parameters()], materialize_grads=True)
+    assert nll.shape == (20,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_graph_replays_the_loss_and_its_gradients(head, dtype, generator):
+    size, config = 500, ModelConfig(embedding_size=64, **HEAD | {"cutoffs": (40, 200)})
+    made = HEADS[head].build(size, 64, config, generator).to("cuda", dtype)
+    leaves = [torch.randn(n, 64, generator=generator).to("cuda", dtype).requires_grad_() for n in (300, size)]
+    leaves += made.parameters()
+    targets = torch.randint(size, (3, 300), generator=generator).cuda()
+    targets[1] %= 40
+
+    def outcome(y):
+        nll = made.nll(leaves[0], y, leaves[1])
+        return [nll.detach(), *torch.autograd.grad(nll.sum(), leaves, materialize_grads=True)]
+
+    outcome(targets[0])
+    graph, given, now = torch.cuda.CUDAGraph(), targets[0].clone(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=now):
+        found = outcome(given)
+    for y in targets:
+        given.copy_(y)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(found, outcome(y), strict=True):
+            torch.testing.assert_close(a, b)
+        assert (found[0].cpu() - made.to("cpu").nll(leaves[0].cpu(), y.cpu(), leaves[1].cpu())).abs().max() < 0.1
+        made.to("cuda")
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_heads_in_bf16_are_near_those_in_float64(head, generator):
     config = ModelConfig(embedding_size=16, **HEAD)
     made = HEADS[head].build(V, 16, config, generator)

@@ -57,28 +57,14 @@ def _cluster_of(ids_N: Tensor, bounds: tuple[int, ...]) -> Tensor:
 
 
 def clusters_nll(parts: Clusters, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-    """nll_N. On a GPU every tail gets all rows, its own first, and how many they are as a number on the device."""
+    """nll_N: that in the shortlist, and for words of a tail that within the tail."""
     bounds, short = parts.bounds, parts.short
-    cluster_N = _cluster_of(targets_N, bounds)
-    short_N = torch.where(cluster_N == 0, targets_N, bounds[1] - 1 + cluster_N)
+    short_N = torch.where(targets_N < bounds[1], targets_N, bounds[1] - 1 + _cluster_of(targets_N, bounds))
     nll_N = kernels.linear_cross_entropy(short.features(hidden_NH), short.weight_VF, short.bias_V, short_N)
-    if not parts.tails:
-        return nll_N
-    N, cuda = len(targets_N), hidden_NH.is_cuda
-    if cuda:
-        order_N, places_N = cluster_N.argsort(stable=True), torch.arange(N, device=targets_N.device)
-        counts = [(cluster_N == k).sum() for k in range(len(bounds) - 1)]
-        start = counts[0]
-    for k, tail in enumerate(parts.tails, 1):
-        if cuda:
-            rows = order_N[(places_N + start) % N]
-            start = start + counts[k]
-        else:
-            rows = (cluster_N == k).nonzero().squeeze(1)
-        within = (targets_N[rows] - bounds[k]).clamp(0, bounds[k + 1] - bounds[k] - 1)
-        given = tail.features(hidden_NH[rows]), tail.weight_VF, tail.bias_V, within
-        tail_N = kernels.first_rows_cross_entropy(*given, counts[k]) if cuda else kernels.linear_cross_entropy(*given)
-        nll_N = nll_N.index_add(0, rows, tail_N)
+    for first, tail in zip(bounds[1:], parts.tails, strict=False):
+        within_N = targets_N - first  # out of range for all other rows
+        own_N = kernels.cluster_cross_entropy(tail.features(hidden_NH), tail.weight_VF, tail.bias_V, within_N)
+        nll_N = nll_N + own_N
     return nll_N
 
 

@@ -165,7 +165,7 @@ class HierarchicalHead(Head):
             paths(self.lengths, hidden_NH.device),
             max(1, ELEMENTS // (len(self.lengths) * hidden_NH.shape[1])),
         )
-        along = self._along_padded if hidden_NH.is_cuda else self._along
+        along = self._along if hidden_NH.device.type == "cpu" else self._along_padded
         given = zip(hidden_NH.split(rows), targets_N.split(rows), strict=True)
         return torch.cat([along(tables, h_RH, y_R) for h_RH, y_R in given])
 
@@ -202,7 +202,7 @@ class HierarchicalHead(Head):
 
     def topk(self, hidden_NH: Tensor, k: int, embedding_VE: Tensor) -> tuple[Tensor, Tensor]:
         """Best first from the root: a node is opened when nothing else that is left can be more probable."""
-        if hidden_NH.is_cuda or k * SEARCHED > self.vocab_size:
+        if hidden_NH.device.type != "cpu" or k * SEARCHED > self.vocab_size:
             return super().topk(hidden_NH, k, embedding_VE)
         found = [self._best(hidden_H, k) for hidden_H in hidden_NH]
         nll_NK = torch.tensor([[nll for nll, _ in row] for row in found], dtype=torch.float64).view(-1, k)
