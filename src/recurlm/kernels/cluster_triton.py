@@ -29,6 +29,7 @@ LISTED = 1024  # positions that `_list` looks at together
 ROWS = 16  # rows of a program of `_combine` and of `_add_up`
 SHAPES = ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16))  # rows that stay, rows that stream by
 STAGES = 2
+PER_SM = 1  # programs for each multiprocessor
 MOST_HELD = 1 << 15  # fp32 sums of a program: half of a multiprocessor's registers
 
 
@@ -41,7 +42,7 @@ class Tiles(NamedTuple):
     slots: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _list(targets, rows, count, N, V, BLOCK: tl.constexpr):
     """The rows whose target is in the cluster, in order, and how many."""
     total = tl.zeros((), tl.int32)
@@ -95,7 +96,7 @@ def _forward(
         tl.store(sums + item * BN + i, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _combine(
     h, w, bias, rows, count, targets, tops, sums, nll, lse2, programs, V,
     F: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
@@ -154,7 +155,7 @@ def _for_hidden(
         tl.store(parts + (item.to(tl.int64) * BN + i[:, None]) * DP + d[None, :], out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _add_up(
     parts, rows, count, dh, programs, V, F: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -217,7 +218,7 @@ def tiles(features: int, itemsize: int, shared: int, multiprocessors: int) -> Ti
         needed = (stay + STAGES * stream) * width * itemsize + 4 * stay * stream
         if needed <= shared and stay * width <= MOST_HELD:
             warps = 8 if stay * max(width, stream) >= 1 << 14 else 4
-            return Tiles(stay, stream, warps, multiprocessors)
+            return Tiles(stay, stream, warps, PER_SM * multiprocessors)
     return None
 
 

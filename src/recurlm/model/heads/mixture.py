@@ -61,8 +61,7 @@ class MixtureHead(Head):
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
         rows_RE, targets_R = self.latents(hidden_NH, dropout).flatten(0, 1), targets_N.repeat_interleave(self.experts)
-        nll_NK = self.base.nll(rows_RE, targets_R, embedding_VE).view(-1, self.experts)
-        return -(self.log_prior(hidden_NH) - nll_NK).logsumexp(1)
+        return mixed(self.log_prior(hidden_NH), self.base.nll(rows_RE, targets_R, embedding_VE))
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
         """One expert after the other, so that no more than two distributions are there at once."""
@@ -80,6 +79,11 @@ class MixtureHead(Head):
         latents_NKE = self.latents(hidden_NH)
         rows_NE = latents_NKE[torch.arange(len(chosen_N), device=chosen_N.device), chosen_N]
         return self.base.sample(rows_NE, embedding_VE, generator)
+
+
+def mixed(log_prior_NK: Tensor, nll_R: Tensor) -> Tensor:
+    """nll_N = -logsumexp_k(log pi_k - nll_k); `nll_R` are the experts' of each token in turn, R = N K."""
+    return -(log_prior_NK - nll_R.view_as(log_prior_NK)).logsumexp(1)
 
 
 def _base(config: ModelConfig) -> type[Head]:
