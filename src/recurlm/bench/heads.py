@@ -132,7 +132,7 @@ def cost(it: Subject, device: str) -> Cost:
     """What it takes; the same calls on CPU and GPU."""
 
     def train() -> list[Tensor]:
-        return list(torch.autograd.grad(it.nll().mean(), it.leaves))
+        return list(torch.autograd.grad(it.nll().mean(), it.leaves, materialize_grads=True))
 
     def score() -> Tensor:
         with torch.no_grad():
@@ -239,7 +239,7 @@ def sweep(seconds: float = 80) -> None:
         it = subject(head, size, "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
 
         def train(it: Subject = it) -> list[Tensor]:
-            return list(torch.autograd.grad(it.nll().mean(), it.leaves))
+            return list(torch.autograd.grad(it.nll().mean(), it.leaves, materialize_grads=True))
 
         print(f"{head}: rows that stay and that stream, stages, programs a multiprocessor")
         for shape in (None, (128, 128), (128, 64), (64, 128), (64, 64), (64, 32)):
