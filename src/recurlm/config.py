@@ -116,9 +116,12 @@ class ModelConfig:
     )
     div: float = _opt(
         4.0,
-        "adaptive: each tail cluster has rows smaller by this factor than the one before; 1 = none",
+        "adaptive, adaptive_inputs: each tail cluster has rows smaller by this factor than the one before; 1 = none",
         low=1,
         high=65536,
+    )
+    adaptive_inputs: bool = _opt(
+        False, "tied-adaptive: the input vectors of the tail clusters are smaller by model.div each, and shared"
     )
     tree: str = _opt(
         "huffman", "hierarchical: huffman (frequent words near the root) or balanced", choices=("huffman", "balanced")

@@ -9,9 +9,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from recurlm.config import DropoutConfig, ModelConfig
-from recurlm.errors import lookup
+from recurlm.errors import ConfigError, lookup
 from recurlm.model import dropout as drop
+from recurlm.model.embedding import AdaptiveEmbedding
 from recurlm.model.heads import HEADS
+from recurlm.model.heads.adaptive import tied_clusters
 from recurlm.model.heads.base import HeadDropout
 from recurlm.model.lanes import Lane, overlapped
 from recurlm.model.layers import LAYERS
@@ -41,6 +43,19 @@ def layer_sizes(config: ModelConfig) -> tuple[int, ...]:
     return (config.hidden_size,) * (config.num_layers - 1) + (last,)
 
 
+def _embedding(config: ModelConfig, vocab_size: int, generator: Generator) -> nn.Parameter | AdaptiveEmbedding:
+    """The input vectors: a matrix, or with `adaptive_inputs` one with smaller vectors for rarer words."""
+    if not config.adaptive_inputs:
+        return uniform((vocab_size, config.embedding_size), config.init_range, generator)
+    head = config.base if config.head == "mixture" else config.head
+    if head != "tied-adaptive":
+        raise ConfigError(
+            "model.adaptive_inputs = true shares the clusters of a head; it needs head = 'tied-adaptive'."
+        )
+    bounds, sizes = tied_clusters(config, vocab_size)
+    return AdaptiveEmbedding(bounds, sizes, config.init_range, generator)
+
+
 class NeuralModel(nn.Module, StatefulModel):
     """A recurrent language model with fp32 weights and an explicit precision, which `advance` and `score` apply."""
 
@@ -56,7 +71,7 @@ class NeuralModel(nn.Module, StatefulModel):
         self.config, self.vocab_size, self.precision, self.backward = config, vocab_size, how, config.backward
         sizes = layer_sizes(config)
         inputs = (config.embedding_size, *sizes[:-1])
-        self.embedding = uniform((vocab_size, config.embedding_size), config.init_range, generator)
+        self.embedding = _embedding(config, vocab_size, generator)
         self.layers = nn.ModuleList(
             layer.build(i, h, n, config, generator) for n, (i, h) in enumerate(zip(inputs, sizes, strict=True))
         )
@@ -64,15 +79,15 @@ class NeuralModel(nn.Module, StatefulModel):
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        return next(self.parameters()).device
 
     def initial_state(self, batch: int) -> State:
-        like = self.embedding.new_empty(0, dtype=self._dtype())
+        like = torch.empty(0, dtype=self._dtype(), device=self.device)
         return tuple(layer.initial_state(batch, like) for layer in self.layers)  # type: ignore[operator]
 
     def _dtype(self) -> torch.dtype:
         """The compute type; a model in float64 (tests) computes in float64."""
-        return torch.float64 if self.embedding.dtype == torch.float64 else self.precision.dtype
+        return torch.float64 if next(self.parameters()).dtype == torch.float64 else self.precision.dtype
 
     def forward(
         self,
@@ -101,6 +116,10 @@ class NeuralModel(nn.Module, StatefulModel):
             x = drop.locked(raw, p.hidden if n < len(self.layers) - 1 else p.output, noise)
             states.append(new_state)
         return Activations(raw, x, tuple(states), head_dropout)
+
+    def vectors(self) -> Tensor:
+        """The input vector of every word, x_VE."""
+        return self.embedding if isinstance(self.embedding, Tensor) else self.embedding.matrix()
 
     def nll(self, hidden_TBH: Tensor, targets_TB: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         """nll_TB of the targets given the last layer's output; `dropout` is the head's own, in a training pass."""

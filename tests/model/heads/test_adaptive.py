@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from recurlm import api
 from recurlm.config import ModelConfig
 from recurlm.errors import ConfigError
 from recurlm.kernels import reference
 from recurlm.model.heads import HEADS, adaptive, cuts
 from recurlm.model.heads.base import Use
+from recurlm.model.neural import NeuralModel
+from support import tiny_config
 
 V, H = 50, 16
 
@@ -141,3 +144,46 @@ def test_topk_leaves_tails_closed_that_cannot_matter(generator, monkeypatch):
     values, _ = made.topk(hidden, 3, embedding)
     assert opened == [7, 0, 0, 0]
     assert values.isfinite().all()
+
+
+def test_adaptive_inputs_are_the_factors_of_a_tied_matrix(generator):
+    """The head over tables and projections equals the head over the matrix that they multiply to, gradients too."""
+    config = ModelConfig(
+        head="tied-adaptive", adaptive_inputs=True, embedding_size=H, hidden_size=H, cutoffs=(6, 20, 35), div=2
+    )
+    model = NeuralModel(config, V, generator).double()
+    assert [tuple(t.shape) for t in model.embedding.tables] == [(6, 16), (14, 8), (15, 8), (15, 8)]
+    matrix, (hidden, targets, _) = model.vectors(), given(generator)
+    ids = torch.arange(V).view(10, 5)
+    torch.testing.assert_close(model.embedding(ids), matrix[ids])
+    factored, whole = (model.head.nll(hidden, targets, e) for e in (model.embedding, matrix))
+    torch.testing.assert_close(factored, whole)
+    torch.testing.assert_close(model.head.log_probs(hidden, model.embedding), model.head.log_probs(hidden, matrix))
+    leaves = [hidden, *model.head.parameters(), *model.embedding.parameters()]
+    for a, b in zip(torch.autograd.grad(factored.sum(), leaves), torch.autograd.grad(whole.sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    upstream = torch.randn(10, 5, H, generator=generator, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((model.embedding(ids) * upstream).sum(), list(model.embedding.parameters())),
+        torch.autograd.grad((model.vectors()[ids] * upstream).sum(), list(model.embedding.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("head", ["tied-adaptive", "mixture"])
+def test_a_run_with_adaptive_inputs_trains_resumes_and_is_used(head, text_file, tmp_path):
+    settings = (f'data.path="{text_file}"', f"model.head={head}", "model.base=tied-adaptive", "model.adaptive_inputs=true",
+                "model.cutoffs=[8,20]", "model.div=2", "model.experts=2", "train.max_steps=8")  # fmt: skip
+    run = tmp_path / "run"
+    assert api.train(tiny_config(*settings), run, quiet=True).finished
+    assert api.train(tiny_config(*settings, "train.max_steps=12"), run, resume=True, quiet=True).step == 12
+    model = api.load(run)
+    assert model.score("the king").total > 0 and len(model.generate("the", tokens=5, seed=1)) > 3
+    assert model.neighbours("king", k=2) and model.parameters == sum(p.numel() for p in model.model.parameters())
+
+
+def test_adaptive_inputs_need_a_head_to_share_with(generator):
+    for settings in ({"head": "tied"}, {"head": "mixture", "base": "softmax"}):
+        with pytest.raises(ConfigError, match=r"model\.adaptive_inputs"):
+            NeuralModel(ModelConfig(adaptive_inputs=True, **settings), V, generator)

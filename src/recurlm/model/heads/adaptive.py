@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from recurlm import kernels
 from recurlm.config import ModelConfig
 from recurlm.kernels.reference import logits
+from recurlm.model.embedding import AdaptiveEmbedding
 from recurlm.model.heads import cuts
 from recurlm.model.heads.base import Head, HeadDropout, Use, check_tied
 from recurlm.model.layers.base import uniform
@@ -190,9 +191,10 @@ class AdaptiveHead(Head):
 
 
 class TiedAdaptiveHead(Head):
-    """Clusters over the rows of the embedding, undivided, and a trained vector (a tombstone) for each tail.
+    """Clusters over the rows of the embedding, and a trained vector (a tombstone) for each tail.
 
-    The tied softmax of salesforce/awd-lstm-lm (its SplitCrossEntropy) with the clusters in order of frequency.
+    With a plain embedding the tied softmax of salesforce/awd-lstm-lm (its SplitCrossEntropy), clusters in order of
+    frequency; with `adaptive_inputs` vectors and projections are those of the input (Baevski & Auli 2019).
     """
 
     tied = True
@@ -208,20 +210,29 @@ class TiedAdaptiveHead(Head):
     @classmethod
     def build(cls, vocab_size: int, hidden_size: int, config: ModelConfig, generator: Generator) -> TiedAdaptiveHead:
         check_tied("tied-adaptive", hidden_size, config)
-        return cls(_bounds(config, vocab_size, tail_sizes(hidden_size, 1)), hidden_size)
+        return cls(tied_clusters(config, vocab_size)[0], hidden_size)
 
     @classmethod
     def settle(cls, config: ModelConfig, hidden_size: int, use: Use) -> tuple[ModelConfig, str]:
-        return _settled(config, tail_sizes(hidden_size, 1), use)
+        return _settled(config, _tied_sizes(config), use)
 
-    def parts(self, embedding_VE: Tensor) -> Clusters:
-        """The clusters as parts of the embedding; they are cut at once, so that its gradient is put together once."""
+    def parts(self, embedding_VE: Tensor | AdaptiveEmbedding) -> Clusters:
+        """The clusters as parts of the embedding; they are cut at once, so that its gradient is put together once.
+
+        Where the embedding has smaller vectors for rarer words, W_k = e_k P_k', so W_k h = e_k (P_k' h).
+        """
+        features: list[Callable[[Tensor], Tensor]] = [_itself] * (len(self.bounds) - 1)
         sizes = [last - first for first, last in zip(self.bounds, self.bounds[1:], strict=False)]
-        weights, biases = list(embedding_VE.split(sizes)), list(self.bias.split(sizes))
+        biases = list(self.bias.split(sizes))
+        if isinstance(embedding_VE, Tensor):
+            weights = list(embedding_VE.split(sizes))
+        else:
+            weights = list(embedding_VE.tables)
+            features[1:] = [functools.partial(_projected, p.T) for p in embedding_VE.projections]
         if self.tombstones is not None and self.tombstone_bias is not None:
             weights[0] = torch.cat((weights[0], self.tombstones))
             biases[0] = torch.cat((biases[0], self.tombstone_bias))
-        short, *tails = (Cluster(_itself, w, b) for w, b in zip(weights, biases, strict=True))
+        short, *tails = (Cluster(*parts) for parts in zip(features, weights, biases, strict=True))
         return Clusters(self.bounds, short, tails)
 
     def nll(
@@ -237,6 +248,16 @@ class TiedAdaptiveHead(Head):
 
     def sample(self, hidden_NH: Tensor, embedding_VE: Tensor, generator: Generator) -> Tensor:
         return clusters_sample(self.parts(embedding_VE), hidden_NH, generator)
+
+
+def _tied_sizes(config: ModelConfig) -> tuple[int, ...]:
+    return tail_sizes(config.embedding_size, config.div if config.adaptive_inputs else 1)
+
+
+def tied_clusters(config: ModelConfig, vocab_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(bounds, features) of the clusters that a tied-adaptive head shares with the embedding."""
+    sizes = _tied_sizes(config)
+    return _bounds(config, vocab_size, sizes), sizes
 
 
 def _itself(hidden_NH: Tensor) -> Tensor:
