@@ -140,7 +140,7 @@ def cost(it: Subject, device: str) -> Cost:
 
     best = it.best or score
     if device == "cpu":
-        times = cpu_time({"train": train, "score": score, "best": best}, seconds=1.0, rounds=3)
+        times = cpu_time({"train": train, "score": score, "best": best}, seconds=0.3, rounds=3)
         return Cost(times["train"].best, times["score"].best, times["best"].best, None)
     memory = gpu_memory(train) - sum(leaf.nbytes for leaf in it.leaves) / 1e6
     times = [

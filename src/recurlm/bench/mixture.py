@@ -48,7 +48,7 @@ def inputs(shape: tuple[int, int, int, int], device: str = "cuda", dtype: torch.
 def ours(leaves: list[Tensor], targets_N: Tensor, cross_entropy: Callable[..., Tensor] | None = None) -> Tensor:
     """nll_N without the experts' distributions."""
     latents_NKE, log_prior_NK, weight_VE, bias_V = leaves
-    rows_R = targets_N.repeat_interleave(latents_NKE.shape[1])
+    rows_R = targets_N[:, None].expand(-1, latents_NKE.shape[1]).flatten()
     nll_R = (cross_entropy or kernels.linear_cross_entropy)(latents_NKE.flatten(0, 1), weight_VE, bias_V, rows_R)
     return mixed(log_prior_NK, nll_R)
 

@@ -60,7 +60,10 @@ class MixtureHead(Head):
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
-        rows_RE, targets_R = self.latents(hidden_NH, dropout).flatten(0, 1), targets_N.repeat_interleave(self.experts)
+        rows_RE, targets_R = (
+            self.latents(hidden_NH, dropout).flatten(0, 1),
+            targets_N[:, None].expand(-1, self.experts).flatten(),
+        )
         return mixed(self.log_prior(hidden_NH), self.base.nll(rows_RE, targets_R, embedding_VE))
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
