@@ -42,7 +42,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "cuda": (Size(1400, 400, 10_000), Size(5600, 400, 33_278), Size(8400, 400, 267_735)),
-    "cpu": (Size(256, 256, 10_000), Size(256, 256, 33_278), Size(256, 256, 267_735)),
+    "cpu": (Size(256, 256, 10_000), Size(256, 256, 33_278), Size(64, 256, 267_735)),
 }
 TREES = (1_000, 10_000, 100_000, 1_000_000)  # words of the hierarchical softmax alone
 TREE_UNITS = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -32,18 +33,16 @@ class AdaptiveEmbedding(nn.Module):
 
     def forward(self, ids_TB: Tensor) -> Tensor:
         """x_TBE. Every cluster looks up every place, for the host does not know which are its own."""
-        out_TBE = None
-        for n, (first, last) in enumerate(pairwise(self.bounds)):
-            at_TB = ids_TB - first
-            inside_TB1 = ((at_TB >= 0) & (at_TB < last - first))[..., None]
-            # places elsewhere look up rows in turn, so that their gradients of zero do not pile up on one row
-            x_TBF = (
-                embedding(torch.where(inside_TB1[..., 0], at_TB, at_TB % (last - first)), self.tables[n]) * inside_TB1
-            )
-            x_TBE = x_TBF @ self.projections[n - 1].T if n else x_TBF
-            out_TBE = x_TBE if out_TBE is None else out_TBE + x_TBE
-        assert out_TBE is not None
-        return out_TBE
+        return functools.reduce(torch.add, (self._of_cluster(n, ids_TB) for n in range(len(self.tables))))
+
+    def _of_cluster(self, n: int, ids_TB: Tensor) -> Tensor:
+        """x_TBE of the words of cluster n, 0 elsewhere."""
+        first, last = self.bounds[n : n + 2]
+        at_TB = ids_TB - first
+        inside_TB = (at_TB >= 0) & (at_TB < last - first)
+        # places elsewhere look up rows in turn, so that their gradients of zero do not pile up on one row
+        e_TBF = embedding(torch.where(inside_TB, at_TB, at_TB % (last - first)), self.tables[n]) * inside_TB[..., None]
+        return e_TBF @ self.projections[n - 1].T if n else e_TBF
 
     def matrix(self) -> Tensor:
         """x_VE of every word."""

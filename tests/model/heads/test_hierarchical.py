@@ -116,3 +116,16 @@ def test_lengths_that_are_no_tree_are_refused(lengths, generator):
 def test_lengths_for_another_vocabulary_are_refused(generator):
     with pytest.raises(ConfigError, match="for 2 words, but the vocabulary has 3"):
         HierarchicalHead.build(3, 4, ModelConfig(code_lengths=(0, 2)), generator)
+
+
+def test_a_search_that_would_open_too_many_nodes_gives_up(generator, monkeypatch):
+    made = HierarchicalHead.build(5000, 5, ModelConfig(tree="balanced"), generator).double()
+    hidden = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    made.weight.data.zero_()  # all words are about as probable: everything is open
+    assert made._best(hidden[0], 2, most=78) is None
+    values, _ = made.topk(hidden, 2, hidden)
+    expected = made.log_probs(hidden, hidden).topk(2).values
+    torch.testing.assert_close(values, expected)
+    made.bias.data += 20  # always to the left
+    (best, *_) = made._best(hidden[0], 2, most=78)
+    assert best[1] == 0 and best[0] < 1e-6

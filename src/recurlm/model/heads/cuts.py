@@ -36,8 +36,13 @@ COSTS = {"cpu": Costs(1.6e-4, 5.8e-11, 36), "cuda": Costs(8e-5, 1.6e-14, 32)}
 
 
 def zipf(vocab_size: int) -> np.ndarray:
-    """Counts for a vocabulary in order of frequency whose text is not known: 1 / (rank + 2.7) (Mandelbrot 1953)."""
-    return 1 / (np.arange(vocab_size) + 3.7)
+    """Counts for a vocabulary in order of frequency whose text is not known: 1 / (rank + 2.7), steeper for rare words.
+
+    Zipf's law with Mandelbrot's offset to the 5,000th word, the power 1.6 beyond (two regimes: Ferrer i Cancho & Sole 2001),
+    which lets the last of WikiText-103's 267,735 words occur 3 times in 103 million, as the last ones there do.
+    """
+    ranks = np.arange(1, vocab_size + 1)
+    return 1 / (ranks + 2.7) / np.maximum(1, ranks / 5000) ** 0.6
 
 
 def expected_cost(counts_V: np.ndarray, cuts: tuple[int, ...], size_of: Callable[[int], int], rows: int, costs: Costs):

@@ -201,16 +201,24 @@ class HierarchicalHead(Head):
         return torch.cat(out, dim=1)
 
     def topk(self, hidden_NH: Tensor, k: int, embedding_VE: Tensor) -> tuple[Tensor, Tensor]:
-        """Best first from the root: a node is opened when nothing else that is left can be more probable."""
+        """Best first from the root: a node is opened when nothing else that is left can be more probable.
+
+        Where the words are so alike that a row would need to open many nodes, all of them are computed at once.
+        """
         if hidden_NH.device.type != "cpu" or k * SEARCHED > self.vocab_size:
             return super().topk(hidden_NH, k, embedding_VE)
-        found = [self._best(hidden_H, k) for hidden_H in hidden_NH]
+        found = []
+        for hidden_H in hidden_NH:
+            row = self._best(hidden_H, k, most=self.vocab_size // 64)
+            if row is None:
+                return super().topk(hidden_NH, k, embedding_VE)
+            found.append(row)
         nll_NK = torch.tensor([[nll for nll, _ in row] for row in found], dtype=torch.float64).view(-1, k)
         ids_NK = torch.tensor([[word for _, word in row] for row in found], dtype=torch.long).view(-1, k)
         return -nll_NK.to(torch.promote_types(hidden_NH.dtype, torch.float32)), ids_NK
 
-    def _best(self, hidden_H: Tensor, k: int) -> list[tuple[float, int]]:
-        """(nll, id) of the k most probable words, best first."""
+    def _best(self, hidden_H: Tensor, k: int, most: int) -> list[tuple[float, int]] | None:
+        """(nll, id) of the k most probable words, best first; None when `most` nodes do not suffice."""
         tree, found = levels(self.lengths), []
         waiting = [(0.0, 0, 0)]  # nll, depth, slot
         while len(found) < k:
@@ -219,6 +227,9 @@ class HierarchicalHead(Head):
             if slot < level.leaves:
                 found.append((nll, level.first_id + slot))
                 continue
+            if not most:
+                return None
+            most -= 1
             at = slot - level.leaves
             node = level.first_node + at
             x = _wide(self.weight[node].to(hidden_H.dtype) @ hidden_H + self.bias[node].to(hidden_H.dtype))

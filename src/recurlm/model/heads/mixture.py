@@ -6,6 +6,7 @@ where the nll of all experts' vectors is one call of the head that they share. (
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -69,12 +70,10 @@ class MixtureHead(Head):
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
         """One expert after the other, so that no more than two distributions are there at once."""
         latents_NKE, log_prior_NK = self.latents(hidden_NH), self.log_prior(hidden_NH)
-        out_NV = None
-        for k in range(self.experts):
-            one_NV = self.base.log_probs(latents_NKE[:, k], embedding_VE) + log_prior_NK[:, k, None]
-            out_NV = one_NV if out_NV is None else torch.logaddexp(out_NV, one_NV)
-        assert out_NV is not None
-        return out_NV
+        weighted = (
+            self.base.log_probs(latents_NKE[:, k], embedding_VE) + log_prior_NK[:, k, None] for k in range(self.experts)
+        )
+        return functools.reduce(torch.logaddexp, weighted)
 
     def sample(self, hidden_NH: Tensor, embedding_VE: Tensor, generator: Generator) -> Tensor:
         """A word of an expert that is drawn first."""
