@@ -1,6 +1,8 @@
 """What every layer and head must keep, looped over the registries: nothing here names one."""
 
 import math
+import resource
+import time
 from dataclasses import replace
 
 import pytest
@@ -252,6 +254,16 @@ def test_heads_in_bf16_are_near_those_in_float64(head, generator):
     rough = outcome(torch.bfloat16, made)  # weights in fp32, as in the plain step
     for a, b in zip(rough, outcome(torch.float64, made.double()), strict=True):
         assert (a.double() - b).norm() <= 0.03 * b.norm() + 1e-3
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_claimed_vocabulary_costs_nothing_before_there_are_weights(head):
+    """What a stranger's config.json may say: the largest vocabulary, and none of what training writes out."""
+    start = time.process_time()
+    with torch.device("meta"):
+        NeuralModel(ModelConfig(head=head), 2**31 - 1, torch.Generator("cpu"))
+    assert time.process_time() - start < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 << 20  # KB
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -44,7 +44,7 @@ def check_settings(config: Config) -> None:
             "product to drop h from; take dropout.weight or model.zoneout."
         )
     with torch.device("meta"):
-        NeuralModel(config.model, sum(config.model.code_lengths) or 1, torch.Generator("cpu"))
+        NeuralModel(config.model, max(1, min(sum(config.model.code_lengths), 1 << 24)), torch.Generator("cpu"))
 
 
 COUNTED = 1 << 22  # ids at once

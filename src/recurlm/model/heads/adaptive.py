@@ -116,8 +116,8 @@ def _best_cuts(counts_V: np.ndarray, sizes: tuple[int, ...], rows: int, device: 
 
 @functools.lru_cache(maxsize=64)
 def _default_cuts(vocab_size: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Cut points where none were given nor settled: for Zipf's law, 1,024 rows and the CPU."""
-    return _best_cuts(cuts.zipf(vocab_size), sizes, 1024, "cpu")
+    """Cut points where none were given nor settled: for Zipf's law, at most MOST_RANKED words, 1,024 rows and the CPU."""
+    return _best_cuts(cuts.zipf(min(vocab_size, cuts.MOST_RANKED)), sizes, 1024, "cpu")
 
 
 def _bounds(config: ModelConfig, vocab_size: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

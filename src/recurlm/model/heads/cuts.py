@@ -17,6 +17,7 @@ import numpy as np
 from recurlm.errors import ConfigError
 
 MOST_TAILS = 4
+MOST_RANKED = 1 << 20  # words for which Zipf's law is written out: a file's settings may claim any vocabulary
 GRID = 64  # possible cut points, evenly spaced in the logarithm
 
 

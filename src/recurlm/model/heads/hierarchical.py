@@ -23,7 +23,7 @@ from recurlm.config import ModelConfig
 from recurlm.errors import ConfigError
 from recurlm.kernels.reference import logits
 from recurlm.model.heads.base import Head, HeadDropout, Use
-from recurlm.model.heads.cuts import zipf
+from recurlm.model.heads.cuts import MOST_RANKED, zipf
 from recurlm.model.layers.base import uniform
 
 ELEMENTS = 1 << 24  # of gathered node vectors at once
@@ -67,8 +67,8 @@ def mean_bits(lengths: Lengths, counts_V: np.ndarray) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _default(tree: str, vocab_size: int) -> Lengths:
-    """Code lengths where none were given nor settled: by Zipf's law."""
-    return balanced(vocab_size) if tree == "balanced" else huffman(zipf(vocab_size))
+    """Code lengths where none were given nor settled: by Zipf's law, or balanced above MOST_RANKED words."""
+    return balanced(vocab_size) if tree == "balanced" or vocab_size > MOST_RANKED else huffman(zipf(vocab_size))
 
 
 class Level(NamedTuple):
