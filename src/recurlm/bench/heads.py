@@ -134,8 +134,8 @@ def costs(ours: Subject, theirs: Subject, device: str) -> tuple[Cost, Cost]:
     if device == "cpu":
         named = {f"{n} {m}": work for n, three in enumerate(works) for m, work in enumerate(three)}
         times = cpu_time(named, seconds=0.3, rounds=3)
-        one, two = ([times[f"{n} {m}"].best for m in range(3)] for n in range(2))
-        return Cost(*one, None), Cost(*two, None)
+        best = {name: found.best for name, found in times.items()}
+        return Cost(best["0 0"], best["0 1"], best["0 2"], None), Cost(best["1 0"], best["1 1"], best["1 2"], None)
     return _on_gpu(ours, works[0]), _on_gpu(theirs, works[1])
 
 

@@ -68,8 +68,12 @@ def _torch_cluster_cross_entropy() -> Callable[..., Tensor]:
 
 
 def _triton_cluster_cross_entropy() -> Callable[..., Tensor]:
+    slower = "an adaptive head computes every cluster for all rows, as a full softmax would."
     if not has_triton():
-        _warn("triton is not installed: adaptive heads compute every cluster for all words, as a full softmax would.")
+        _warn(f"triton is not installed: {slower}")
+        return reference.cluster_cross_entropy
+    if torch.cuda.get_device_capability() < (8, 0):
+        _warn(f"this GPU ({torch.cuda.get_device_name()}) has no bfloat16 and TF32 matrix products: {slower}")
         return reference.cluster_cross_entropy
     from recurlm.kernels.cluster_triton import cluster_cross_entropy
 
