@@ -50,7 +50,7 @@ from recurlm.training import checkpoint, memory, range_test, snapshot
 from recurlm.training import plan as training_plan
 from recurlm.training.cursor import Result
 from recurlm.training.range_test import RangeTest
-from recurlm.training.settings import check_settings
+from recurlm.training.settings import check_settings, settle
 from recurlm.training.trainer import CHECKPOINTS, Trainer
 
 OWN_STORE = "store"
@@ -115,6 +115,8 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
             kind = dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind)
             config = dataclasses.replace(config, tokenizer=kind)
         if saved is not None:
+            config, choice = settle(config, store)
+            notes += [choice] if choice else []
             snapshot.check(saved, config, store)
         memory.check(config, store.vocab_size)
         trainer = Trainer(config, store, folder, quiet)

@@ -88,7 +88,11 @@ class TokenizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     layer: str = _opt("lstm", "Recurrent layer: lstm, gru, qrnn or rnn")
-    head: str = _opt("tied", "Output layer: softmax, or tied (the embedding matrix is the output matrix)")
+    head: str = _opt(
+        "tied",
+        "Output layer: softmax, tied (the embedding matrix is the output matrix), hierarchical, adaptive, tied-adaptive or "
+        "mixture",
+    )
     embedding_size: int = _opt(256, "Size of a token's vector", low=1, high=65536)
     hidden_size: int = _opt(512, "Units of each layer but the last, when hidden_sizes is empty", low=1, high=65536)
     num_layers: int = _opt(2, "Layers, when hidden_sizes is empty", low=1, high=256)
@@ -103,6 +107,33 @@ class ModelConfig:
     zoneout: float = _opt(0.0, "Probability that a unit keeps its state for a step (lstm: its cell)", low=0, high=0.999)
     zoneout_hidden: float = _opt(0.0, "lstm: the same for its output h", low=0, high=0.999)
     backward: bool = _opt(False, "Read every text from its end to its start")
+    cutoffs: tuple[int, ...] = _opt(
+        (),
+        "adaptive, tied-adaptive: ids at which the tail clusters begin; empty = by the frequency table and a cost model "
+        "of the device; those beyond the vocabulary are left out",
+        low=1,
+        high=2**31 - 1,
+    )
+    div: float = _opt(
+        4.0,
+        "adaptive, adaptive_inputs: each tail cluster has rows smaller by this factor than the one before; 1 = none",
+        low=1,
+        high=65536,
+    )
+    adaptive_inputs: bool = _opt(
+        False, "tied-adaptive: the input vectors of the tail clusters are smaller by model.div each, and shared"
+    )
+    tree: str = _opt(
+        "huffman", "hierarchical: huffman (frequent words near the root) or balanced", choices=("huffman", "balanced")
+    )
+    code_lengths: tuple[int, ...] = _opt(
+        (),
+        "hierarchical: how many words have a code of 0, 1, 2, ... bits, the first ids the shortest; empty = by model.tree",
+        low=0,
+        high=2**31 - 1,
+    )
+    experts: int = _opt(10, "mixture: its softmaxes", low=1, high=1024)
+    base: str = _opt("tied", "mixture: the head that each expert's vector goes through; any of the others")
     init_range: float = _opt(0.1, "Embedding and output weights start uniform in +-this", low=0, high=10)
 
 
@@ -118,6 +149,7 @@ class DropoutConfig:
     recurrent: float = _opt(
         0.0, "lstm, gru, rnn: variational dropout on h before the hidden-to-hidden product", low=0, high=0.999
     )
+    latent: float = _opt(0.2, "mixture: locked dropout on the experts' vectors (dropoutl)", low=0, high=0.999)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -52,7 +53,7 @@ def _pool_outcome(
 
 
 def _linear_cross_entropy_outcome(
-    function: Callable[..., Any], device: torch.device, rounded: torch.dtype, dtype: torch.dtype
+    function: Callable[..., Any], device: torch.device, rounded: torch.dtype, dtype: torch.dtype, below: int = 130
 ) -> list[Tensor]:
     N, H, V, draw = 40, 24, 130, torch.Generator().manual_seed(1)
 
@@ -62,7 +63,7 @@ def _linear_cross_entropy_outcome(
     wide = torch.float64 if dtype == torch.float64 else torch.float32  # a model's weights are never narrower
     hidden_NH = values(N, H).requires_grad_()
     weight_VH, bias_V = values(V, H).to(wide).requires_grad_(), values(V).to(wide).requires_grad_()
-    targets_N = torch.randint(V, (N,), generator=draw).to(device)
+    targets_N = torch.randint(below, (N,), generator=draw).to(device)
     nll_N = function(hidden_NH, weight_VH, bias_V, targets_N)
     return [nll_N, *torch.autograd.grad(nll_N, (hidden_NH, weight_VH, bias_V), values(N).to(nll_N.dtype))]
 
@@ -124,6 +125,11 @@ CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
         kernels.linear_cross_entropy,
         reference.linear_cross_entropy,
         _linear_cross_entropy_outcome,
+    ),
+    "cluster_cross_entropy": (
+        kernels.cluster_cross_entropy,
+        reference.cluster_cross_entropy,
+        functools.partial(_linear_cross_entropy_outcome, below=300),  # half of the rows are outside of the cluster
     ),
     "penalties": (kernels.penalties, reference.penalties, _penalties_outcome),
     "lstm": (kernels.lstm, reference.lstm, _lstm_outcome),

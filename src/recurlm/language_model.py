@@ -367,7 +367,7 @@ class LanguageModel:
     def _unit_rows(self) -> torch.Tensor:
         if not isinstance(self.model, NeuralModel):
             raise RequestError("This model has no embeddings; take a neural one.")
-        return embed.unit_rows(self.model.embedding)
+        return embed.unit_rows(self.model.vectors())
 
     def _one_id(self, word: str) -> int:
         """The id of a word that is one token; RequestError otherwise."""

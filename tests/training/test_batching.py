@@ -173,7 +173,7 @@ class Leaky(RecurrentLayer):
 class Sharp(SoftmaxHead):
     """A softmax over doubled logits."""
 
-    def nll(self, hidden_NH, targets_N, embedding_VE):
+    def nll(self, hidden_NH, targets_N, embedding_VE, dropout=None):
         return super().nll(2 * hidden_NH, targets_N, embedding_VE)
 
     def log_probs(self, hidden_NH, embedding_VE):

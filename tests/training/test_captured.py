@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recurlm.config import ModelConfig, apply_assignments
+from recurlm.model.heads import HEADS
 from recurlm.model.layers import LAYERS
 from recurlm.model.neural import NeuralModel
 from recurlm.text.store import open_store
@@ -59,7 +60,7 @@ def trainer_of(store, folder: Path, *settings: str, capture: bool = True) -> Tra
         return Trainer(config, store, folder, quiet=True)
 
 
-NO_DROPOUT = tuple(f"dropout.{name}=0" for name in ("embedding", "input", "hidden", "output", "weight"))
+NO_DROPOUT = tuple(f"dropout.{name}=0" for name in ("embedding", "input", "hidden", "output", "weight", "latent"))
 OPTIMIZERS = (
     ("optimizer.name=sgd", "optimizer.lr=2"),
     ("optimizer.name=sgd", "optimizer.lr=0.5", "optimizer.momentum=0.8", "optimizer.nesterov=true"),
@@ -76,13 +77,16 @@ OPTIMIZERS = (
 
 def check_against_the_plain_step(store, folder: Path) -> None:
     steps = 30 if CUDA else 3
-    cases = [(layer, OPTIMIZERS[0]) for layer in LAYERS] + [("qrnn", optimizer) for optimizer in OPTIMIZERS[1:]]
-    for layer, optimizer in cases:
-        settings = ("train.dtype=fp32", f"model.layer={layer}", "model.num_layers=1", "data.bptt_step=4", *optimizer)
+    cases = [(layer, "tied", OPTIMIZERS[0]) for layer in LAYERS]
+    cases += [("qrnn", "tied", optimizer) for optimizer in OPTIMIZERS[1:]]
+    cases += [("qrnn", head, OPTIMIZERS[0]) for head in HEADS]
+    for layer, head, optimizer in cases:
+        settings = ("train.dtype=fp32", f"model.layer={layer}", "model.num_layers=1", "data.bptt_step=4", *optimizer,
+                    f"model.head={head}", "model.cutoffs=[8,20]", "model.experts=2")  # fmt: skip
         plain = trainer_of(store, folder, *settings, *NO_DROPOUT, capture=False)
         step = trainer_of(store, folder, *settings, *NO_DROPOUT)
         assert isinstance(plain.stepper, PlainStep) and not isinstance(step.stepper, PlainStep)
-        for _ in range(steps):
+        for _ in range(steps if CUDA or head == "tied" else 1):
             a, b = plain.step(), step.step()
             assert a.keys() == b.keys()
             for key in a:
@@ -201,9 +205,10 @@ def test_the_captured_step(check, store, tmp_path):
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_graphs_give_the_bits_of_the_same_step_uncaptured(layer, dtype, store, tmp_path):
-    settings = (f"model.layer={layer}", f"train.dtype={dtype}", "data.bptt_step=4", "model.hidden_sizes=[20,16,12]")
+@pytest.mark.parametrize(("layer", "head"), [(layer, "tied") for layer in LAYERS] + [("qrnn", head) for head in HEADS])
+def test_graphs_give_the_bits_of_the_same_step_uncaptured(layer, head, dtype, store, tmp_path):
+    settings = (f"model.layer={layer}", f"train.dtype={dtype}", "data.bptt_step=4", "model.hidden_sizes=[20,16,12]",
+                f"model.head={head}", "model.cutoffs=[8,20]", "model.experts=2")  # fmt: skip
     graphs, bare = (trainer_of(store, tmp_path, *settings) for _ in range(2))
     bare.stepper.most_graphs = 0
     for one in (graphs, bare):

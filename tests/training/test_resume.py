@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from recurlm import api
+from recurlm.config import apply_assignments, from_toml
 from recurlm.model.heads import HEADS
 from recurlm.model.layers import LAYERS
 from recurlm.text.batches import BATCHING
@@ -68,3 +70,18 @@ def test_a_resumed_run_equals_an_unbroken_one(setting, name, store, tmp_path: Pa
     assert broken.cursor.losses == whole.cursor.losses
     for a, b in zip(broken.averaging.weights() or [], whole.averaging.weights() or [], strict=True):
         assert a.equal(b)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_a_head_chose_is_kept_in_the_run_and_in_its_model(head, text_file, tmp_path):
+    """Resumed by the settings as they were given, and by those that the run wrote; then loaded, measured and sampled."""
+    given = tiny_config(f'data.path="{text_file}"', f"model.head={head}", "train.max_steps=4", "train.epochs=2")
+    run = tmp_path / "run"
+    api.train(given, run, quiet=True)
+    written = from_toml((run / "config.toml").read_text(), "config.toml")
+    api.train(apply_assignments(given, ["train.max_steps=6"]), run, resume=True, quiet=True)
+    result = api.train(apply_assignments(written, ["train.max_steps=8"]), run, resume=True, quiet=True)
+    assert result.step == 8
+    model = api.load(run)
+    assert model.model.config == written.model
+    assert api.evaluate(model, data=text_file)["ppl"] > 1 and len(model.generate("the", tokens=4, seed=1)) > 3

@@ -20,7 +20,19 @@ import torch
 
 import recurlm
 from recurlm import doctor, files
-from recurlm.bench import cross_entropy, hardware, inference, pooling, pooling_cpu, startup, step, step_kernels, update
+from recurlm.bench import (
+    cross_entropy,
+    hardware,
+    heads,
+    inference,
+    mixture,
+    pooling,
+    pooling_cpu,
+    startup,
+    step,
+    step_kernels,
+    update,
+)  # fmt: skip
 from recurlm.errors import ConfigError, RunError, UserError, lookup
 
 Rows = list[dict[str, Any]]
@@ -62,6 +74,8 @@ MEASUREMENTS: dict[str, Measurement] = {
     "cross-entropy": Measurement(
         "time and memory of the linear cross-entropy beside torch's", cross_entropy.rows, gpu_with_triton
     ),
+    "heads": Measurement("every output layer at three vocabularies beside torch's", heads.rows),
+    "mixture": Measurement("the loss of a mixture of softmaxes beside torch's", mixture.rows, gpu_with_triton),
     "step-kernels": Measurement(
         "activation penalties and the embedding's gradient beside torch's", step_kernels.rows, gpu_with_triton
     ),

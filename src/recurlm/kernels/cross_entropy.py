@@ -53,3 +53,10 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     if len(targets_N) <= rows:
         return reference.linear_cross_entropy(hidden_NH, weight_VH, bias_V, targets_N)
     return _ByRows.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)  # type: ignore[return-value]
+
+
+def cluster_cross_entropy(hidden_NF: Tensor, weight_VF: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+    """nll_N as `reference.cluster_cross_entropy` has it, of the rows of the cluster alone: the host knows them."""
+    rows = ((targets_N >= 0) & (targets_N < len(weight_VF))).nonzero().squeeze(1)
+    nll_R = linear_cross_entropy(hidden_NF[rows], weight_VF, bias_V, targets_N[rows])
+    return nll_R.new_zeros(len(targets_N)).index_add(0, rows, nll_R)

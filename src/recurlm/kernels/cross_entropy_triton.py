@@ -53,6 +53,8 @@ KEPT_BYTES = 32 << 20  # of exponentials, at most
 KEPT_ROWS = 128  # of a program of `_rescale`
 KEPT_MULTIPLE = 16  # of columns that are kept: cuBLAS is six times slower where rows are not aligned
 CHUNK_BYTES = 72 << 20  # of P at once, and more for large vocabularies: CHUNK_SHARE of the weight
+SCRATCH_BYTES = 88_000_000  # of P and all else, where P need not be below LEAST_CHUNK for that
+LEAST_CHUNK = 32 << 20
 CHUNK_SHARE = 1.75
 COLUMNS = 256  # of a program of `_sum_rows`
 
@@ -216,7 +218,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 def chunk_size(rows: int, vocab: int, depth: int, itemsize: int) -> int:
     """Columns of P at once: near-equal chunks, multiples of 128, within the allowed bytes unless 128 are more."""
-    most = max(CHUNK_BYTES, int(CHUNK_SHARE * vocab * depth * itemsize))
+    padded = (rows + vocab) * (depth + 8) * itemsize if depth * itemsize % 16 else 0
+    others = padded + 4 * rows * depth + 4 * vocab * triton.cdiv(rows, BACKWARD.n)
+    most = min(CHUNK_BYTES, max(SCRATCH_BYTES - others, LEAST_CHUNK))
+    most = max(most, int(CHUNK_SHARE * vocab * depth * itemsize))
     most = max(1, most // (itemsize * rows) // 128) * 128
     return triton.cdiv(triton.cdiv(vocab, triton.cdiv(vocab, most)), 128) * 128
 

@@ -51,6 +51,13 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     return cross_entropy(logits(hidden_NH, weight_VH, bias_V), targets_N, reduction="none")
 
 
+def cluster_cross_entropy(hidden_NF: Tensor, weight_VF: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+    """nll_N as `linear_cross_entropy` has it where the target is from 0 to V - 1; 0, without a gradient, elsewhere."""
+    inside_N = (targets_N >= 0) & (targets_N < len(weight_VF))
+    nll_N = linear_cross_entropy(hidden_NF, weight_VF, bias_V, torch.where(inside_N, targets_N, 0))
+    return torch.where(inside_N, nll_N, 0)
+
+
 def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tuple[Tensor, Tensor]:
     """(ar * mean(dropped^2), tar * mean((raw_t - raw_{t-1})^2)), fp32 or wider; the constant 0 where there is nothing.
 

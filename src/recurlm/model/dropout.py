@@ -5,8 +5,13 @@ All scale the survivors by 1 / (1 - p), and none of them changes its argument: g
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from recurlm.model.embedding import AdaptiveEmbedding
 
 
 class Noise:
@@ -44,14 +49,22 @@ def mask(shape: tuple[int, ...], p: float, like: Tensor, source: Source) -> Tens
 
 
 def embed(
-    ids_TB: Tensor, weight_VE: Tensor, p_word: float, p: float, dtype: torch.dtype, source: Source | None
+    ids_TB: Tensor,
+    weight_VE: Tensor | AdaptiveEmbedding,
+    p_word: float,
+    p: float,
+    dtype: torch.dtype,
+    source: Source | None,
 ) -> Tensor:
     """x_TBE in `dtype`, whole words dropped (one draw per vocabulary row for all times and batch rows), then `locked`."""
-    if isinstance(source, Noise) and weight_VE.dtype == dtype:
+    if not isinstance(weight_VE, Tensor):
+        words, x_TBE = weight_VE.words, weight_VE(ids_TB)
+    elif isinstance(source, Noise) and weight_VE.dtype == dtype:
         return source.kernels.embed(ids_TB, weight_VE, p_word, p, source.seed, source.take(2))
-    x_TBE = torch.nn.functional.embedding(ids_TB, weight_VE)
+    else:
+        words, x_TBE = len(weight_VE), torch.nn.functional.embedding(ids_TB, weight_VE)
     if source is not None and p_word > 0:
-        x_TBE = x_TBE * mask((weight_VE.shape[0], 1), p_word, weight_VE, source)[ids_TB]
+        x_TBE = x_TBE * mask((words, 1), p_word, x_TBE, source)[ids_TB]
     return locked(x_TBE.to(dtype), p, source)
 
 

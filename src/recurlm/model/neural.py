@@ -9,9 +9,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from recurlm.config import DropoutConfig, ModelConfig
-from recurlm.errors import lookup
+from recurlm.errors import ConfigError, lookup
 from recurlm.model import dropout as drop
+from recurlm.model.embedding import AdaptiveEmbedding
 from recurlm.model.heads import HEADS
+from recurlm.model.heads.adaptive import tied_clusters
+from recurlm.model.heads.base import HeadDropout
 from recurlm.model.lanes import Lane, overlapped
 from recurlm.model.layers import LAYERS
 from recurlm.model.layers.base import uniform
@@ -19,15 +22,16 @@ from recurlm.model.precision import FP32, Precision, applied
 from recurlm.protocol import State, StatefulModel
 
 PARTS, LEAST_PART = 3, 4  # of a window whose layers overlap: their number, and steps at least
-NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0, recurrent=0)
+NO_DROPOUT = DropoutConfig(embedding=0, input=0, hidden=0, output=0, weight=0, recurrent=0, latent=0)
 
 
 class Activations(NamedTuple):
-    """What one forward pass gives: the last layer before and after its dropout, and the state."""
+    """What one forward pass gives: the last layer before and after its dropout, the state, and what the head is to drop."""
 
     raw_TBH: Tensor
     dropped_TBH: Tensor
     state: State
+    head_dropout: HeadDropout | None = None
 
 
 def layer_sizes(config: ModelConfig) -> tuple[int, ...]:
@@ -37,6 +41,19 @@ def layer_sizes(config: ModelConfig) -> tuple[int, ...]:
     tied = lookup(HEADS, config.head, "model.head").tied
     last = config.embedding_size if tied else config.hidden_size
     return (config.hidden_size,) * (config.num_layers - 1) + (last,)
+
+
+def _embedding(config: ModelConfig, vocab_size: int, generator: Generator) -> nn.Parameter | AdaptiveEmbedding:
+    """The input vectors: a matrix, or with `adaptive_inputs` one with smaller vectors for rarer words."""
+    if not config.adaptive_inputs:
+        return uniform((vocab_size, config.embedding_size), config.init_range, generator)
+    head = config.base if config.head == "mixture" else config.head
+    if head != "tied-adaptive":
+        raise ConfigError(
+            "model.adaptive_inputs = true shares the clusters of a head; it needs head = 'tied-adaptive'."
+        )
+    bounds, sizes = tied_clusters(config, vocab_size)
+    return AdaptiveEmbedding(bounds, sizes, config.init_range, generator)
 
 
 class NeuralModel(nn.Module, StatefulModel):
@@ -54,7 +71,7 @@ class NeuralModel(nn.Module, StatefulModel):
         self.config, self.vocab_size, self.precision, self.backward = config, vocab_size, how, config.backward
         sizes = layer_sizes(config)
         inputs = (config.embedding_size, *sizes[:-1])
-        self.embedding = uniform((vocab_size, config.embedding_size), config.init_range, generator)
+        self.embedding = _embedding(config, vocab_size, generator)
         self.layers = nn.ModuleList(
             layer.build(i, h, n, config, generator) for n, (i, h) in enumerate(zip(inputs, sizes, strict=True))
         )
@@ -62,15 +79,15 @@ class NeuralModel(nn.Module, StatefulModel):
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        return next(self.parameters()).device
 
     def initial_state(self, batch: int) -> State:
-        like = self.embedding.new_empty(0, dtype=self._dtype())
+        like = torch.empty(0, dtype=self._dtype(), device=self.device)
         return tuple(layer.initial_state(batch, like) for layer in self.layers)  # type: ignore[operator]
 
     def _dtype(self) -> torch.dtype:
         """The compute type; a model in float64 (tests) computes in float64."""
-        return torch.float64 if self.embedding.dtype == torch.float64 else self.precision.dtype
+        return torch.float64 if next(self.parameters()).dtype == torch.float64 else self.precision.dtype
 
     def forward(
         self,
@@ -87,20 +104,27 @@ class NeuralModel(nn.Module, StatefulModel):
         """
         p = dropout if dropout is not None and generator is not None else NO_DROPOUT
         noise = generator if dropout is not None else None
+        head_dropout = None if noise is None or p.latent == 0 else HeadDropout(p.latent, ids_TB.shape[1], noise)
         x = drop.embed(ids_TB, self.embedding, p.embedding, p.input, self._dtype(), noise)
         if lanes and isinstance(noise, drop.Noise):
-            return Activations(*overlapped(list(self.layers), x, state, p, noise, lanes, PARTS))  # type: ignore[arg-type]
+            out = overlapped(list(self.layers), x, state, p, noise, lanes, PARTS)  # type: ignore[arg-type]
+            return Activations(*out, head_dropout)
         raw, states = x, []
         for n, (layer, layer_state) in enumerate(zip(self.layers, state, strict=True)):
             weight = drop.weight_drop(layer.droppable, p.weight, noise)  # type: ignore[arg-type]
             raw, new_state = layer(x, layer_state, weight, p.recurrent, noise)
             x = drop.locked(raw, p.hidden if n < len(self.layers) - 1 else p.output, noise)
             states.append(new_state)
-        return Activations(raw, x, tuple(states))
+        return Activations(raw, x, tuple(states), head_dropout)
 
-    def nll(self, hidden_TBH: Tensor, targets_TB: Tensor) -> Tensor:
-        """nll_TB of the targets given the last layer's output."""
-        nll_N = self.head.nll(hidden_TBH.flatten(0, 1), targets_TB.flatten(), self.embedding)  # type: ignore[operator]
+    def vectors(self) -> Tensor:
+        """The input vector of every word, x_VE."""
+        return self.embedding if isinstance(self.embedding, Tensor) else self.embedding.matrix()
+
+    def nll(self, hidden_TBH: Tensor, targets_TB: Tensor, dropout: HeadDropout | None = None) -> Tensor:
+        """nll_TB of the targets given the last layer's output; `dropout` is the head's own, in a training pass."""
+        rows_NH, targets_N = hidden_TBH.flatten(0, 1), targets_TB.flatten()
+        nll_N = self.head.nll(rows_NH, targets_N, self.embedding, dropout)  # type: ignore[operator]
         return nll_N.view(targets_TB.shape)
 
     def read(self, ids_TB: Tensor, state: State, targets_TB: Tensor | None = None) -> tuple[Tensor, Tensor, State]:

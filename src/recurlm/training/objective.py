@@ -26,7 +26,7 @@ def terms(
     tar: tar * mean((raw_t - raw_{t-1})^2), before dropout (Merity, McCann & Socher 2017; means over all elements).
     With `counted_TB` the means are over its true places.
     """
-    nll_TB = model.nll(activations.dropped_TBH, targets_TB)
+    nll_TB = model.nll(activations.dropped_TBH, targets_TB, activations.head_dropout)
     out = {"nll": nll_TB.mean() if counted_TB is None else nll_TB[counted_TB].mean()}
     if counted_TB is None:
         ar, tar = kernels.penalties(activations.raw_TBH, activations.dropped_TBH, config.ar, config.tar)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import torch
 from torch import nn
 
 from recurlm.config import Config
 from recurlm.errors import ConfigError, lookup
 from recurlm.model import precision
+from recurlm.model.heads import HEADS
+from recurlm.model.heads.base import Use
 from recurlm.model.layers import LAYERS
-from recurlm.model.neural import NeuralModel
+from recurlm.model.neural import NeuralModel, layer_sizes
+from recurlm.text.store import Store
 from recurlm.text.tokenizers import TOKENIZERS
 from recurlm.training.averaging import AVERAGING
 from recurlm.training.optimizers import OPTIMIZERS
@@ -38,4 +44,22 @@ def check_settings(config: Config) -> None:
             "product to drop h from; take dropout.weight or model.zoneout."
         )
     with torch.device("meta"):
-        NeuralModel(config.model, 1, torch.Generator("cpu"))
+        NeuralModel(config.model, max(1, min(sum(config.model.code_lengths), 1 << 24)), torch.Generator("cpu"))
+
+
+COUNTED = 1 << 22  # ids at once
+
+
+def settle(config: Config, store: Store) -> tuple[Config, str]:
+    """(the Config with what its head chooses for this text and device written out, what it chose or '')."""
+
+    def counts_V() -> np.ndarray:
+        counts, ids = np.zeros(store.vocab_size, np.int64), store.ids("train")
+        for first in range(0, len(ids), COUNTED):
+            counts += np.bincount(ids[first : first + COUNTED], minlength=store.vocab_size)
+        return counts
+
+    head, data = lookup(HEADS, config.model.head, "model.head"), config.data
+    use = Use(counts_V, data.batch_size * data.bptt, precision.resolve_device(config.train.device).type)
+    model, note = head.settle(config.model, layer_sizes(config.model)[-1], use)
+    return dataclasses.replace(config, model=model), note and f"{config.model.head} head: {note}"

@@ -32,6 +32,7 @@ from recurlm.training.cursor import Cursor, Result
 from recurlm.training.monitor import METRICS, Monitor
 from recurlm.training.optimizers import OPTIMIZERS
 from recurlm.training.schedules import SCHEDULES, Progress, warm_up
+from recurlm.training.settings import settle
 from recurlm.training.step import Order, PlainStep, Step
 
 CHECKPOINTS = "checkpoints"
@@ -41,10 +42,11 @@ class Trainer:
     """One run: model, data, optimiser, averaging and cursor. `run` trains until done, stopped or out of time."""
 
     def __init__(self, config: Config, store: Store, folder: Path, quiet: bool = False):
-        self.config, self.store, self.folder, self.quiet = config, store, folder, quiet
-        train = config.train
         if "train" not in store.splits:
             raise DataError(f"{store.path}: the store has no train split.")
+        config, choice = settle(config, store)
+        self.config, self.store, self.folder, self.quiet = config, store, folder, quiet
+        train = config.train
         self.valid_split = "valid" if "valid" in store.splits else "train"
         self.tokenizer = store.tokenizer()
         self.boundary = self.tokenizer.boundary_id
@@ -75,6 +77,8 @@ class Trainer:
         self.saved_at, self.saved = time.monotonic(), False
         self.wish = interrupt.Wish()
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
+        if choice:
+            self.notes.append(choice)
         if self.device.type == "cuda":
             self.notes.append(
                 f"step by step: {self.obstacle}" if self.obstacle else "the step is captured in CUDA graphs"

@@ -6,10 +6,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from recurlm.config import ModelConfig
-from recurlm.errors import ConfigError
 from recurlm.kernels import linear_cross_entropy
 from recurlm.kernels.reference import logits
-from recurlm.model.heads.base import Head
+from recurlm.model.heads.base import Head, HeadDropout, check_tied
 from recurlm.model.layers.base import uniform
 
 
@@ -27,7 +26,9 @@ class SoftmaxHead(Head):
     def build(cls, vocab_size: int, hidden_size: int, config: ModelConfig, generator: Generator) -> SoftmaxHead:
         return cls(vocab_size, hidden_size, config.init_range, generator)
 
-    def nll(self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor) -> Tensor:
+    def nll(
+        self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
+    ) -> Tensor:
         return linear_cross_entropy(hidden_NH, self.weight, self.bias, targets_N)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
@@ -45,14 +46,12 @@ class TiedHead(Head):
 
     @classmethod
     def build(cls, vocab_size: int, hidden_size: int, config: ModelConfig, generator: Generator) -> TiedHead:
-        if hidden_size != config.embedding_size:
-            raise ConfigError(
-                f"model.head = 'tied' needs a last layer of embedding_size = {config.embedding_size} units, "
-                f"found {hidden_size}; change model.hidden_sizes or take head = 'softmax'."
-            )
+        check_tied("tied", hidden_size, config)
         return cls(vocab_size)
 
-    def nll(self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor) -> Tensor:
+    def nll(
+        self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
+    ) -> Tensor:
         return linear_cross_entropy(hidden_NH, embedding_VE, self.bias, targets_N)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:

@@ -1,0 +1,301 @@
+"""Every output layer at the same sizes: training (loss and gradients), scoring (loss), the ten best words of one row.
+
+    recurlm bench heads                                   the rows of this machine
+    python -m recurlm.bench.heads PICTURE.svg             the same, and a picture of the times over the vocabulary
+    python -m recurlm.bench.heads --tiles                 (GPU) times of other tiles in the kernels of an adaptive softmax
+
+Words are drawn by Zipf's law. The peer is torch's full softmax, and for the adaptive ones nn.AdaptiveLogSoftmaxWithLoss with
+the same cut points; on a GPU everything is in bfloat16, on the CPU in fp32. On the CPU also the hierarchical
+softmax alone over more and more words. Perplexities: bench/heads.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Generator, Tensor, nn
+
+from recurlm.bench.timing import Row, cpu_time, gpu_memory, gpu_time
+from recurlm.config import ModelConfig
+from recurlm.kernels import reference
+from recurlm.model.heads import HEADS
+from recurlm.model.heads.base import Use
+from recurlm.model.heads.cuts import zipf
+
+PUBLISHED_CUTS = (2_800, 20_000, 76_000)  # of AWD-QRNN on WikiText-103
+BEST = 10
+
+
+class Size(NamedTuple):
+    """Rows of a training step, units, words."""
+
+    rows: int
+    units: int
+    words: int
+
+
+SIZES = {
+    "cuda": (Size(1400, 400, 10_000), Size(5600, 400, 33_278), Size(8400, 400, 267_735)),
+    "cpu": (Size(256, 256, 10_000), Size(256, 256, 33_278), Size(64, 256, 267_735)),
+}
+TREES = (1_000, 10_000, 100_000, 1_000_000)  # words of the hierarchical softmax alone
+TREE_UNITS = 64
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"head": name} for name in HEADS if name != "mixture"},
+    "hierarchical, balanced": {"head": "hierarchical", "tree": "balanced"},
+    "mixture of 5, tied": {"head": "mixture", "experts": 5, "base": "tied"},
+    "mixture of 5, tied-adaptive": {"head": "mixture", "experts": 5, "base": "tied-adaptive"},
+}
+
+
+class Subject(NamedTuple):
+    """A head or a peer: its loss, its leaves, and what draws the ten best words of a row."""
+
+    nll: Callable[[], Tensor]
+    leaves: list[Tensor]
+    best: Callable[[], object]
+    captured: bool = True
+
+
+def targets(size: Size, device: str) -> Tensor:
+    """Ids by Zipf's law, the most frequent first."""
+    shares = torch.from_numpy(zipf(size.words))
+    return shares.multinomial(size.rows, replacement=True, generator=Generator().manual_seed(1)).to(device)
+
+
+def subject(name: str, size: Size, device: str, dtype: torch.dtype, **more: Any) -> Subject:
+    """A head of ours, with what it settles for these words and this device."""
+    counts_V = zipf(size.words)
+    config = ModelConfig(embedding_size=size.units, **VARIANTS[name] | more)
+    head = HEADS[config.head]
+    config, _ = head.settle(config, size.units, Use(lambda: counts_V, size.rows, device))
+    made = head.build(size.words, size.units, config, Generator().manual_seed(1)).to(device, dtype)
+    hidden, embedding = _given(size, device, dtype)
+    y = targets(size, device)
+    shares = made.tied or (config.head == "mixture" and HEADS[config.base].tied)
+    leaves = [hidden, *([embedding] if shares else []), *made.parameters()]
+
+    def best() -> object:
+        with torch.inference_mode():
+            return made.topk(hidden[:1], BEST, embedding)
+
+    return Subject(lambda: made.nll(hidden, y, embedding), leaves, best)
+
+
+def full(size: Size, device: str, dtype: torch.dtype) -> Subject:
+    """Torch's formula of the full softmax."""
+    (hidden, weight), y = _given(size, device, dtype), targets(size, device)
+    bias = torch.zeros(size.words, device=device, dtype=dtype, requires_grad=True)
+
+    def best() -> object:
+        with torch.inference_mode():
+            return reference.logits(hidden[:1], weight, bias).log_softmax(-1).topk(BEST)
+
+    return Subject(lambda: reference.linear_cross_entropy(hidden, weight, bias, y), [hidden, weight, bias], best)
+
+
+def torchs_adaptive(size: Size, device: str, dtype: torch.dtype, cutoffs: tuple[int, ...]) -> Subject:
+    """nn.AdaptiveLogSoftmaxWithLoss; it waits for the host, so it cannot be captured."""
+    peer = nn.AdaptiveLogSoftmaxWithLoss(size.units, size.words, list(cutoffs), head_bias=True).to(device, dtype)
+    (hidden, _), y = _given(size, device, dtype), targets(size, device)
+
+    def best() -> object:
+        with torch.inference_mode():
+            return peer.log_prob(hidden[:1]).topk(BEST)
+
+    return Subject(lambda: -peer(hidden, y).output, [hidden, *peer.parameters()], best, captured=False)
+
+
+def _given(size: Size, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    draw = Generator(device).manual_seed(2)
+    hidden = torch.randn(size.rows, size.units, generator=draw, device=device).to(dtype)
+    embedding = torch.empty(size.words, size.units, device=device).uniform_(-0.1, 0.1, generator=draw).to(dtype)
+    return hidden.requires_grad_(), embedding.requires_grad_()
+
+
+class Cost(NamedTuple):
+    """Microseconds of training, scoring and searching; megabytes of training beyond inputs and gradients (GPU)."""
+
+    training: float
+    scoring: float
+    searching: float
+    memory: float | None
+
+
+def costs(ours: Subject, theirs: Subject, device: str) -> tuple[Cost, Cost]:
+    """What ours and the peer take; on the CPU they take turns, so that whatever else it does meets both."""
+    works = [_works(ours), _works(theirs)]
+    if device == "cpu":
+        named = {f"{n} {m}": work for n, three in enumerate(works) for m, work in enumerate(three)}
+        times = cpu_time(named, seconds=0.3, rounds=3)
+        best = {name: found.best for name, found in times.items()}
+        return Cost(best["0 0"], best["0 1"], best["0 2"], None), Cost(best["1 0"], best["1 1"], best["1 2"], None)
+    return _on_gpu(ours, works[0]), _on_gpu(theirs, works[1])
+
+
+def _works(it: Subject) -> tuple[Callable[[], object], ...]:
+    """Training, scoring and searching."""
+
+    def train() -> list[Tensor]:
+        return list(torch.autograd.grad(it.nll().mean(), it.leaves, materialize_grads=True))
+
+    def score() -> Tensor:
+        with torch.no_grad():
+            return it.nll()
+
+    return train, score, it.best
+
+
+def _on_gpu(it: Subject, works: tuple[Callable[[], object], ...]) -> Cost:
+    memory = gpu_memory(works[0]) - sum(leaf.nbytes for leaf in it.leaves) / 1e6
+    graphs = it.captured, it.captured, False
+    times = [gpu_time(work, graph=graph, repeats=5) for work, graph in zip(works, graphs, strict=True)]
+    return Cost(times[0], times[1], times[2], memory)
+
+
+def rows() -> list[dict[str, Any]]:
+    """A row for each head, size and what is done with it; adaptive ones with the published cut points beside torch's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    out: list[dict[str, Any]] = []
+
+    def add(name: str, size: Size, ours: Cost, theirs: Cost, peer: str, target: str = "") -> None:
+        shape = f"{size.rows:,} x {size.units} x {size.words:,} {str(dtype).removeprefix('torch.')}"
+        for what, a, b in zip(("training", "scoring"), ours[:2], theirs[:2], strict=True):
+            training = what == "training"
+            more = "" if theirs.memory is None or not training else f", {theirs.memory:,.0f} MB"
+            out.append(Row(measure=f"{name}, {what}", shape=shape, ours_us=a, peer_us=b, peer=peer + more,
+                           memory_mb=ours.memory if training else None, target=target if training else "").as_dict())  # fmt: skip
+        best = f"1 x {size.units} x {size.words:,} {str(dtype).removeprefix('torch.')}"
+        out.append(
+            Row(
+                measure=f"{name}, best {BEST}", shape=best, ours_us=ours.searching, peer_us=theirs.searching, peer=peer
+            ).as_dict()
+        )
+
+    for size in SIZES[device]:
+        peer = full(size, device, dtype)
+        for name in VARIANTS:
+            try:
+                add(name, size, *costs(subject(name, size, device, dtype), peer, device), "torch, full softmax")
+            except Exception as error:  # such as too little memory: the others are worth having
+                print(f"{name}, {size}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+            _empty(device)
+        if size.words > PUBLISHED_CUTS[-1]:
+            peer = torchs_adaptive(size, device, dtype, PUBLISHED_CUTS)
+            for name in ("adaptive", "tied-adaptive"):
+                ours = subject(name, size, device, dtype, cutoffs=PUBLISHED_CUTS)
+                target = "2 x torch's, 5 x full" if name == "adaptive" else ""
+                add(
+                    f"{name}, published cuts", size, *costs(ours, peer, device), "nn.AdaptiveLogSoftmaxWithLoss", target
+                )
+        _empty(device)
+    return out + (trees() if device == "cpu" else [])
+
+
+def _empty(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def trees() -> list[dict[str, Any]]:
+    """The hierarchical softmax on the CPU over more and more words: its loss grows as the bits of a code do."""
+    out = []
+    for words in TREES:
+        size = Size(256, TREE_UNITS, words)
+        it, plain = subject("hierarchical, balanced", size, "cpu", torch.float32), full(size, "cpu", torch.float32)
+        with torch.no_grad():
+            times = cpu_time({"ours": it.nll, "peer": plain.nll}, seconds=0.5, rounds=3)
+        row = Row(
+            measure="balanced tree, scoring", shape=f"{size.rows} x {size.units} x {words:,} float32", ours_us=times["ours"].best,
+            peer_us=times["peer"].best, peer="torch, full softmax", rate=f"{(words - 1).bit_length()} bits a word at most",
+        )  # fmt: skip
+        out.append(row.as_dict())
+    return out
+
+
+def picture(found: list[dict[str, Any]], path: str) -> None:
+    """Draws training and scoring times over the vocabulary, a line for each head."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 2), ("training", "scoring"), strict=True):
+        lines: dict[str, dict[int, float]] = {}
+        for row in found:
+            name, _, kind = row["measure"].rpartition(", ")
+            if kind != what or "tree" in name or "published" in name:
+                continue
+            words = int(row["shape"].split(" x ")[2].split()[0].replace(",", ""))
+            lines.setdefault(name, {})[words] = row["ours_us"] / 1000
+            lines.setdefault("torch, full softmax", {})[words] = row["peer_us"] / 1000
+        for name, times in lines.items():
+            axes.plot(list(times), list(times.values()), marker=".", label=name, ls="--" if "torch" in name else "-")
+        axes.set(xscale="log", yscale="log", xlabel="words", ylabel="milliseconds", title=what)
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "heads"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def sweep(seconds: float = 80) -> None:
+    """Prints the times of other tiles in the kernels of `cluster_triton`, at the tails of the published cut points."""
+    from recurlm.kernels import cluster_triton as fused
+
+    start, size = time.perf_counter(), SIZES["cuda"][-1]
+    for head in ("adaptive", "tied-adaptive"):
+        it = subject(head, size, "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
+
+        def train(it: Subject = it) -> list[Tensor]:
+            return list(torch.autograd.grad(it.nll().mean(), it.leaves, materialize_grads=True))
+
+        print(f"{head}: rows that stay and that stream, stages, programs a multiprocessor")
+        for shape in (None, (128, 128), (128, 64), (64, 128), (64, 64), (64, 32)):
+            for stages in (2, 3):
+                for per_sm in (1, 2):
+                    if time.perf_counter() - start > seconds:
+                        print("out of time")
+                        return
+                    try:
+                        with mock.patch.multiple(
+                            fused,
+                            STAGES=stages,
+                            PER_SM=per_sm,
+                            SHAPES=fused.SHAPES if shape is None else (shape, *fused.SHAPES),
+                        ):
+                            print(f"  {shape} {stages} {per_sm} {gpu_time(train, repeats=5):9.1f} us", flush=True)
+                    except Exception as error:  # such as too little shared memory
+                        print(f"  {shape} {stages} {per_sm} {type(error).__name__}: {str(error)[:90]}", flush=True)
+    return
+
+
+def profile() -> None:
+    """Prints the GPU time of every kernel of one training call, published cut points."""
+    for head in ("adaptive", "tied-adaptive"):
+        it = subject(head, SIZES["cuda"][-1], "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
+        torch.autograd.grad(it.nll().mean(), it.leaves)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
+            torch.autograd.grad(it.nll().mean(), it.leaves)
+            torch.cuda.synchronize()
+        print(f"-- {head}")
+        for event in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:25]:
+            print(f"{event.self_device_time_total:9.1f} us {event.count:4d} x {event.key[:70]}")
+
+
+if __name__ == "__main__":
+    if "--tiles" in sys.argv:
+        profile()
+        sweep()
+    else:
+        measured = rows()
+        for row in measured:
+            kept = {field.name: row[field.name] for field in dataclasses.fields(Row)}
+            print(Row(**kept))
+        if len(sys.argv) > 1:
+            picture(measured, sys.argv[1])
