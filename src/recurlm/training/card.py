@@ -15,6 +15,7 @@ def model_card(config: Config, store: Store, facts: dict[str, Any]) -> str:
     m, counts = config.model, store.info["train"]
     sizes = ", ".join(map(str, layer_sizes(m)))
     loss, split = facts["loss_nats"], facts["loss_split"]
+    stage = f", stage {facts['stage']} of {facts['stages']}" if "stage" in facts else ""
     measured = "not measured yet"
     if loss is not None:
         measured = f"{loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}, on the {split} split"
@@ -29,7 +30,7 @@ tags: [language-model, {m.layer}, recurrent]
 | layers | {m.layer}, units {sizes}, embedding {m.embedding_size}, head {m.head} |
 | parameters | {facts["parameters"]:,} |
 | tokenizer | {store.tokenizer_kind}, {store.vocab_size:,} ids |
-| trained on | {counts.tokens:,} tokens ({counts.words:,} words, {counts.characters:,} characters), {facts["step"]:,} steps |
+| trained on | {counts.tokens:,} tokens ({counts.words:,} words, {counts.characters:,} characters), {facts["step"]:,} steps{stage} |
 | measured | {measured} |
 
 ```python

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from recurlm.config import Config
+from recurlm.config import Config, stage
 from recurlm.errors import ConfigError, lookup
 from recurlm.model import precision
 from recurlm.model.layers import LAYERS
@@ -17,7 +17,15 @@ from recurlm.training.schedules import SCHEDULES
 
 
 def check_settings(config: Config) -> None:
-    """None; ConfigError for names and sizes that cannot work, found before any text is read."""
+    """None; ConfigError for names and sizes that cannot work, in any stage, found before any text is read."""
+    for number in range(1 + len(config.stages)):
+        try:
+            _check(stage(config, number))
+        except ConfigError as error:
+            raise ConfigError(f"Stage {number + 1}: {error}" if number else str(error)) from None
+
+
+def _check(config: Config) -> None:
     precision.resolve_device(config.train.device)
     lookup(TOKENIZERS, config.tokenizer.kind, "tokenizer.kind")
     lookup(SCHEDULES, config.schedule.name, "schedule.name")
