@@ -10,11 +10,13 @@ from recurlm.model.neural import layer_sizes
 from recurlm.text.store import Store
 
 
-def model_card(config: Config, store: Store, facts: dict[str, Any]) -> str:
-    """Markdown that says what the model is, what it was trained on and how it measured."""
+def model_card(config: Config, store: Store, facts: dict[str, Any], made: dict[str, Any]) -> str:
+    """Markdown that says what the model is, what it was trained on, how it measured, and what made it."""
     m, counts = config.model, store.info["train"]
     sizes = ", ".join(map(str, layer_sizes(m)))
     loss, split = facts["loss_nats"], facts["loss_split"]
+    commit = f"commit {made['commit'][:12]}, " if made["commit"] else ""
+    command = made["command"].replace("`", "'").replace("|", "\\|").replace("\n", " ")
     stage = f", stage {facts['stage']} of {facts['stages']}" if "stage" in facts else ""
     measured = "not measured yet"
     if loss is not None:
@@ -32,6 +34,8 @@ tags: [language-model, {m.layer}, recurrent]
 | tokenizer | {store.tokenizer_kind}, {store.vocab_size:,} ids |
 | trained on | {counts.tokens:,} tokens ({counts.words:,} words, {counts.characters:,} characters), {facts["step"]:,} steps{stage} |
 | measured | {measured} |
+| made by | `{command}` |
+| with | recurlm {made["recurlm"]}, {commit}torch {made["torch"]}, {made["device"]}, {made["dtype"]}, seed {made["seed"]} |
 
 ```python
 import recurlm

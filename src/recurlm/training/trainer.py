@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurlm import files
+from recurlm import files, provenance
 from recurlm.config import Config, stage, stage_count, to_dict, to_toml
 from recurlm.errors import DataError, RunError, UserError, lookup
 from recurlm.evaluation.perplexity import check_measurable, mean_loss
@@ -42,8 +42,8 @@ class Best(NamedTuple):
 
     loss: float
     step: int
-    stage: int
     weights: dict[str, Tensor]
+    stage: int
 
 
 class Trainer:
@@ -74,6 +74,10 @@ class Trainer:
         self.waiting: list[tuple[Cursor, int, dict[str, Any]]] = []  # steps whose numbers were not read yet
         self.best: Best | None = None  # not yet published
         self.kept: dict[str, Tensor] = {}  # the best weights on record, with which a next stage begins
+        self.made = provenance.facts() | {
+            "device": precision.device_name(self.device), "dtype": self.precision.name, "seed": train.seed,
+            "parameters": sum(p.numel() for p in self.parameters),
+        }  # fmt: skip
         self.saved_at, self.saved = time.monotonic(), False
         self.wish = interrupt.Wish()
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
@@ -231,7 +235,7 @@ class Trainer:
                 raise RunError(f"Step {c.step}: the validation loss is {loss}; the best weights so far are kept.")
             best = loss < c.best
             if best:
-                self.best = Best(loss, c.step, c.stage, self.weights())
+                self.best = Best(loss, c.step, self.weights(), c.stage)
         averaged, fired = self.averaging.weights() is not None, False
         if keep:
             if self.best and best and self.recipe.stages:
@@ -272,10 +276,10 @@ class Trainer:
         c = self.cursor
         if self.best is None and c.best == math.inf:  # before any validation the newest are the ones to have
             with applied(self.averaging, self.parameters):
-                self.best = Best(math.inf, c.step, c.stage, self.weights())
+                self.best = Best(math.inf, c.step, self.weights(), c.stage)
         if self.best is None:
             return
-        loss, step, number, weights = self.best
+        loss, step, weights, number = self.best
         if bad := objective.first_nonfinite(weights):
             raise RunError(f"Step {step}: the weight {bad} is not finite, so no model was saved; resume from before.")
         facts = {
@@ -287,7 +291,7 @@ class Trainer:
             facts |= {"stage": number + 1, "stages": self.stages}
         directory.write(self.folder, self.model, weights, self.tokenizer.to_json(), facts)
         with contextlib.suppress(OSError):  # for people, and written anew with the next model
-            files.write_atomic(self.folder / "README.md", model_card(self.recipe, self.store, facts))
+            files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, facts, self.made))
         self.best = None
 
     def save(self, started: float) -> None:
@@ -330,6 +334,8 @@ class Trainer:
         monitor = Monitor(self.folder, c.step, train.tensorboard, self.quiet, c.due)
         for note in self.notes:
             monitor.say(note)
+        if not self.done():
+            monitor.record("start", c.step, self.made)
         try:
             with interrupt.listening() as self.wish, precision.applied(self.precision):
                 with contextlib.suppress(interrupt.Stopped):
