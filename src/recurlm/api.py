@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -14,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
 
 from recurlm import files
-from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict
-from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, shown
+from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict, to_toml
+from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, lookup, shown
 from recurlm.evaluation import suites
 from recurlm.evaluation.interpolation import tuned_mixture
 from recurlm.evaluation.perplexity import evaluate_ids
@@ -25,13 +30,15 @@ from recurlm.evaluation.reading import Subject
 from recurlm.evaluation.report import report as error_report
 from recurlm.inference.generate import check_range
 from recurlm.language_model import LanguageModel, load
-from recurlm.model import directory
+from recurlm.model import directory, precision
 from recurlm.text.batches import Sequences, reading_order
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
+from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training import checkpoint, memory, range_test, snapshot
 from recurlm.training import plan as training_plan
 from recurlm.training.cursor import Result
+from recurlm.training.monitor import read_metrics
 from recurlm.training.range_test import RangeTest
 from recurlm.training.settings import check_settings
 from recurlm.training.trainer import CHECKPOINTS, Trainer
@@ -140,6 +147,63 @@ def lr_find(config: Config) -> RangeTest:
     with tempfile.TemporaryDirectory() as scratch:
         store, _ = _store(config, Path(scratch), keep=False)
         return range_test.range_test(config, store)
+
+
+CARD = ("README.md", "config.toml", "metrics.jsonl", "eval.json")
+
+
+def export(
+    run: str | Path, out: str | Path, *, dtype: str = "fp32", max_shard_size: int = 0, card_only: bool = False
+) -> dict[str, int]:
+    """{file: bytes} of a new folder with a neural run's model and its card, without what only training needs.
+
+    Weights are stored in `dtype` (fp32, bf16), in files of at most `max_shard_size` bytes where that is not 0. The card
+    (alone with `card_only`) is README.md, config.toml with its text by name only, metrics.jsonl without single steps, and
+    eval.json. ConfigError when the folder holds something; the folder is there whole or not at all.
+    """
+    run, out = Path(run), Path(out)
+    lookup(directory.STORED, dtype, "dtype")
+    if directory.kind(run) != "neural":
+        raise UserError(f"{run}: an n-gram model, which is mapped into memory as it is; copy its folder instead.")
+    texts = _card(run)
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} exists already; choose another -o.")
+        made = files.make_folder(temporary)
+        try:
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            if not card_only:
+                model, manifest = directory.read(run, torch.device("cpu"), precision.FP32)
+                tokenizer = load_tokenizer(run / directory.TOKENIZER).to_json()
+                directory.export(temporary, model, tokenizer, manifest["facts"], dtype, max_shard_size or 2**62)
+            files.publish(temporary, out)
+        finally:
+            files.remove(temporary)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):  # not empty: it holds what was exported
+                    folder.rmdir()
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out}: the export could not be written: {error}.") from error
+    return {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+
+
+def _card(run: Path) -> dict[str, str]:
+    """The texts of a run that say what it is, by name: small, and without paths of this machine but in its command."""
+    texts = {}
+    for name in CARD:
+        if not (run / name).is_file():
+            continue
+        text = read_text_file(run / name, "part of the run") if name != "metrics.jsonl" else ""
+        if name == "config.toml":
+            config = from_toml(text, str(run / name))
+            data = dataclasses.replace(config.data, path=Path(config.data.path).name)
+            text = to_toml(dataclasses.replace(config, data=data))
+        if name == "metrics.jsonl":
+            text = "".join(json.dumps(r) + "\n" for r in read_metrics(run) if r["event"] != "step")
+        texts[name] = text
+    return texts
 
 
 def _settled(config: Config) -> Config:

@@ -15,7 +15,8 @@ def model_card(config: Config, store: Store, facts: dict[str, Any], made: dict[s
     m, counts = config.model, store.info["train"]
     sizes = ", ".join(map(str, layer_sizes(m)))
     loss, split = facts["loss_nats"], facts["loss_split"]
-    commit = f"commit {made['commit'][:12]}, " if made["commit"] else ""
+    commit, *changes = made["commit"].partition("+")
+    commit = f"commit {commit[:12]}{''.join(changes)}, " if commit else ""
     command = made["command"].replace("`", "'").replace("|", "\\|").replace("\n", " ")
     stage = f", stage {facts['stage']} of {facts['stages']}" if "stage" in facts else ""
     measured = "not measured yet"
