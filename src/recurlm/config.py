@@ -57,6 +57,13 @@ class DataConfig:
     )
     bptt_min: int = _opt(5, "Shortest random window", low=1, high=100_000)
     bptt_cap: int = _opt(0, "Longest random window; 0 = no cap", low=0, high=100_000)
+    random_offset: bool = _opt(
+        False,
+        "stream: begin each epoch's first stream at another place of the text, so that no token always starts one",
+    )
+    partial_shuffle: bool = _opt(
+        False, "stream: turn each stream by another amount each epoch, so that other parts of the text meet in a window"
+    )
     rescale_lr: bool = _opt(True, "Multiply the learning rate by drawn length / bptt")
     counting: str = _opt(
         "exact",

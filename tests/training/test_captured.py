@@ -11,7 +11,7 @@ from recurlm.model.layers import LAYERS
 from recurlm.model.neural import NeuralModel
 from recurlm.text.store import open_store
 from recurlm.training import captured
-from recurlm.training.step import PlainStep
+from recurlm.training.step import Order, PlainStep
 from recurlm.training.trainer import Trainer
 from support import in_the_interpreter, tiny_config
 
@@ -223,8 +223,32 @@ def check_that_a_stage_follows_and_the_mean_may_start_afresh(store, folder: Path
             assert all(torch.equal(a, b) for a, b in zip(whole.averaging.mean, other.averaging.mean, strict=True))
 
 
+def check_that_moved_streams_are_read_alike(store, folder: Path) -> None:
+    """The windows that the device cuts are those of the host, over two epochs and a failed step's repetition."""
+    for moved in (("random_offset",), ("partial_shuffle",), ("random_offset", "partial_shuffle")):
+        settings = (
+            "model.num_layers=1",
+            "data.batch_size=40",
+            "data.bptt=40",
+            *(f"data.{name}=true" for name in moved),
+        )
+        one = trainer_of(store, folder, *settings)
+        steps = 2 + one.batches.length // 40
+        step, length = one.stepper, one.batches.length
+        for at in range(steps):
+            window = one.batches.window(at * 40 % length, 30, at * 40 // length)
+            order = Order(at, window, at * 40 % length, 0.0, 0.0)
+            step._control(order)
+            inputs_TB, targets_TB = step._window(len(window.inputs_TB))
+            assert (inputs_TB.cpu().numpy() == window.inputs_TB).all()
+            assert (targets_TB.cpu().numpy() == window.targets_TB).all()
+        for _ in range(3):
+            one.step()
+
+
 CHECKS = (check_that_lengths_are_captured_when_they_come_again, check_against_the_plain_step, check_that_a_resumed_run_is_equal,
-          check_that_a_bad_step_moves_nothing, check_that_a_stage_follows_and_the_mean_may_start_afresh)  # fmt: skip
+          check_that_a_bad_step_moves_nothing, check_that_a_stage_follows_and_the_mean_may_start_afresh,
+          check_that_moved_streams_are_read_alike)  # fmt: skip
 
 
 def interpreted(name: str, store: str, folder: str) -> None:

@@ -33,6 +33,10 @@ def _check(config: Config) -> None:
     lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")([nn.Parameter(torch.zeros(1))], config.optimizer)
     if config.data.batching != "stream" and config.data.counting != "exact":
         raise ConfigError("data.counting = 'published' is a rule for one stream; it needs data.batching = 'stream'.")
+    if config.data.batching != "stream" and (config.data.random_offset or config.data.partial_shuffle):
+        raise ConfigError(
+            "data.random_offset and data.partial_shuffle move streams; they need data.batching = 'stream'."
+        )
     schedule = config.schedule
     if schedule.name == "milestones" and not (schedule.milestones or schedule.milestone_shares):
         raise ConfigError(
