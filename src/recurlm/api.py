@@ -36,6 +36,7 @@ from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training import checkpoint, memory, range_test, snapshot
+from recurlm.training import compare as side_by_side
 from recurlm.training import plan as training_plan
 from recurlm.training.cursor import Result
 from recurlm.training.monitor import read_metrics
@@ -147,6 +148,45 @@ def lr_find(config: Config) -> RangeTest:
     with tempfile.TemporaryDirectory() as scratch:
         store, _ = _store(config, Path(scratch), keep=False)
         return range_test.range_test(config, store)
+
+
+def compare(runs: Sequence[str | Path], out: str | Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
+    """{header, rows, curves} of runs side by side, as their files tell it; with `out` (FILE.html) also as a page.
+
+    A curve is {run, epochs, minutes, values}. Runs may be neural or n-gram, finished or not; no model is loaded.
+    """
+    paths = [Path(run).resolve() for run in runs]
+    if not paths:
+        raise UserError("No run was named; give one run directory or more.")
+    page = None if out is None else _new_page(out, overwrite)
+    found = [side_by_side.read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    if page is not None:
+        _write_page(page, side_by_side.html(found))
+    data = side_by_side.table(found)
+    return {
+        "header": list(data.header),
+        "rows": [list(row) for row in data.rows],
+        "curves": [{"run": r.name, "epochs": r.epochs, "minutes": r.minutes, "values": r.values} for r in found],
+    }
+
+
+def _new_page(out: str | Path, overwrite: bool) -> Path:
+    """The path of a page that can be written; UserError otherwise."""
+    out = Path(out)
+    if out.suffix != ".html":
+        raise UserError(f"{out}: the report is one HTML page; expected a name that ends in .html.")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; use --force to replace it, or choose another name.")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder; make it first, or write the report elsewhere.")
+    return out
+
+
+def _write_page(out: Path, page: str) -> None:
+    try:
+        files.write_atomic(out, page)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}.") from None
 
 
 CARD = ("README.md", "config.toml", "metrics.jsonl", "eval.json")
@@ -336,13 +376,7 @@ def report(
     same words, `others` texts of another style. UserError before anything is measured when `out` cannot be written.
     """
     check_range("batch_size", batch_size, 1, 65536)
-    out = Path(out)
-    if out.suffix != ".html":
-        raise UserError(f"{out}: the report is one HTML page; expected a name that ends in .html.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; use --force to replace it, or choose another name.")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder; make it first, or write the report elsewhere.")
+    out = _new_page(out, overwrite)
     models = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in (run, *against)]
     paths = [m if isinstance(m, LanguageModel) else Path(m).resolve() for m in (run, *against)]
     subjects = [
@@ -364,10 +398,7 @@ def report(
             size = (info.characters, info.bytes) if len(ids) == info.tokens else None
         counts = _training_counts(models[0], run)
     page, numbers = error_report(subjects, text, place, counts, other_texts, size, batch_size, say)
-    try:
-        files.write_atomic(out, page)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}.") from None
+    _write_page(out, page)
     return numbers
 
 

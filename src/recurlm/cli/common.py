@@ -70,6 +70,14 @@ def print_table(rows: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {shown}")
 
 
+def print_rows(lines: list[list[str]]) -> None:
+    """Lines of cells as columns, the first of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+
+
 def note(text: str) -> None:
     """One line on stderr."""
     print(text, file=sys.stderr, flush=True)

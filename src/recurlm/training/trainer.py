@@ -247,7 +247,7 @@ class Trainer:
         values = {
             "stage": c.stage + 1, "epoch": c.epoch + 1, "loss_nats": loss, "ppl": math.exp(min(loss, 700)),
             "train_loss_nats": train_loss, "averaged": averaged, "best": best, "averaging_starts": fired,
-            "seconds": c.seconds + time.monotonic() - started,
+            "seconds": c.seconds + time.monotonic() - started, "done": self.done(),
         }  # fmt: skip
         monitor.record("valid" if keep else "stopped", c.step, values)
         notes = ", ".join(n for n, on in (("averaged", averaged), ("best", best), ("averaging starts", fired)) if on)
