@@ -117,10 +117,11 @@ def svg(chart: Chart, name: str) -> str:
 
 
 def _logarithmic(axes: Any, chart: Chart) -> None:
-    """Makes the y axis logarithmic and shows at most four times the lowest value, where curves part."""
-    values = sorted(y for s in chart.series for y in s.y if y > 0)
-    low, high = (min([values[0], *chart.levels]), values[-1]) if values else (1.0, 10.0)
-    low, high = 0.97 * low, 1.03 * min(high, 4 * low)
+    """Makes the y axis logarithmic, from the lowest value to four times it, or to where every line can be seen."""
+    lowest = [min(y for y in s.y if y > 0) for s in chart.series]
+    low = 0.97 * min([*lowest, *chart.levels])
+    most = max(y for s in chart.series for y in s.y)
+    high = 1.03 * max(min(most, 4 * low), 1.2 * max(lowest), *chart.levels)
     ticks = [m * 10.0**e for e in range(-3, 9) for m in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)]
     axes.set_yscale("log")
     axes.set_ylim(low, high)
