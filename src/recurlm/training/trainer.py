@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,31 +19,21 @@ from recurlm import files, provenance
 from recurlm.config import Config, stage, stage_count, to_dict, to_toml
 from recurlm.errors import DataError, RunError, UserError, lookup
 from recurlm.evaluation.perplexity import check_measurable, mean_loss
-from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
 from recurlm.protocol import State
 from recurlm.text.batches import Streams, reading_order, training_batches, window_length
 from recurlm.text.store import Store
-from recurlm.training import captured, checkpoint, interrupt, objective, snapshot
+from recurlm.training import captured, checkpoint, interrupt, snapshot
 from recurlm.training.averaging import AVERAGING, applied, nonmonotone
-from recurlm.training.card import model_card
 from recurlm.training.cursor import Cursor, Result
 from recurlm.training.monitor import METRICS, Monitor
 from recurlm.training.optimizers import OPTIMIZERS
+from recurlm.training.publish import Best, publish, sample
 from recurlm.training.schedules import SCHEDULES, Progress, warm_up
 from recurlm.training.step import Order, PlainStep, Step
 
 CHECKPOINTS = "checkpoints"
-
-
-class Best(NamedTuple):
-    """The best weights so far, and where they were measured."""
-
-    loss: float
-    step: int
-    weights: dict[str, Tensor]
-    stage: int
 
 
 class Trainer:
@@ -279,19 +269,8 @@ class Trainer:
                 self.best = Best(math.inf, c.step, self.weights(), c.stage)
         if self.best is None:
             return
-        loss, step, weights, number = self.best
-        if bad := objective.first_nonfinite(weights):
-            raise RunError(f"Step {step}: the weight {bad} is not finite, so no model was saved; resume from before.")
-        facts = {
-            "parameters": sum(p.numel() for p in self.parameters), "step": step,
-            "loss_nats": loss if math.isfinite(loss) else None, "loss_split": self.valid_split,
-            "batching": self.config.data.batching,
-        }  # fmt: skip
-        if self.stages > 1:
-            facts |= {"stage": number + 1, "stages": self.stages}
-        directory.write(self.folder, self.model, weights, self.tokenizer.to_json(), facts)
-        with contextlib.suppress(OSError):  # for people, and written anew with the next model
-            files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, facts, self.made))
+        facts = self.model, self.store, self.tokenizer, self.config, self.stages, self.made
+        publish(self.folder, self.best, *facts)
         self.best = None
 
     def save(self, started: float) -> None:
@@ -326,8 +305,8 @@ class Trainer:
         c, train = self.cursor, self.config.train
         (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
         if self.done():
-            more = " or train.stages" if self.stages <= len(self.recipe.stages) else ""
-            self.notes.append(f"Nothing is left to train: to go on, raise train.epochs, train.max_steps{more}.")
+            more = ", train.stages" if self.stages <= len(self.recipe.stages) else ""
+            self.notes.append(f"Nothing is left to train: to go on, raise train.epochs{more} or train.max_steps.")
         else:
             files.write_atomic(self.folder / "config.toml", to_toml(self.recipe))
         started, first = time.monotonic(), (c.step, c.due, c.stage)
@@ -395,13 +374,7 @@ class Trainer:
         if failure:
             raise RunError(failure)
 
-    def sample(self, count: int = 60) -> str:
+    def sample(self) -> str:
         """A short text from the current (averaged) weights."""
-        order = -1 if self.model.backward else 1
-        ids = self.tokenizer.encode_prefix(self.config.train.sample_prompt).tolist()[::order]
-        generator = torch.Generator().manual_seed(self.config.train.seed)
-        forbidden = [] if self.tokenizer.unk_id is None else [self.tokenizer.unk_id]
-        start = [self.boundary, *ids]
         with applied(self.averaging, self.parameters):
-            drawn = list(sample_ids(self.model, start, count, Sampling(temperature=0.8), generator, forbidden))
-        return self.tokenizer.decode((ids + drawn)[::order])
+            return sample(self.model, self.tokenizer, self.config.train.sample_prompt, self.config.train.seed)
