@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from recurlm import files
-from recurlm.config import Config, from_dict, from_toml, read_text_file, to_dict, to_toml
+from recurlm.config import Config, from_dict, from_toml, read_text_file, stage, stage_count, to_dict, to_toml
 from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, lookup, shown
 from recurlm.evaluation import suites
 from recurlm.evaluation.interpolation import tuned_mixture
@@ -29,8 +29,10 @@ from recurlm.evaluation.perplexity import evaluate_ids
 from recurlm.evaluation.reading import Subject
 from recurlm.evaluation.report import report as error_report
 from recurlm.inference.generate import check_range
+from recurlm.inference.monte_carlo import MonteCarloDropout
 from recurlm.language_model import LanguageModel, load
 from recurlm.model import directory, precision
+from recurlm.model.neural import NeuralModel
 from recurlm.text.batches import Sequences, reading_order
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
@@ -297,7 +299,7 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
 def evaluate(
     run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "", batch_size: int = 1, counting: str = "exact",
     batching: str = "", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
-    mixed_with: Sequence[str | Path | LanguageModel] = (), caches: Sequence[int] = (), tune_on: str = "valid",
+    mixed_with: Sequence[str | Path | LanguageModel] = (), caches: Sequence[int] = (), tune_on: str = "valid", mc_dropout: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
@@ -306,9 +308,12 @@ def evaluate(
     for comparison only. `batching` is the way the model was trained unless it is named. A LanguageModel is measured
     where it is, in its own precision. With `mixed_with` or `caches` it is interpolated with these models of the same
     tokenizer, and with the best of these unigram caches (windows in tokens); weights from the split `tune_on`, by EM.
+    `mc_dropout` K: the mean prediction of K networks thinned by the run's own dropout (see `inference.monte_carlo`).
     """
     model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
     mixed: dict[str, Any] = {}
+    if mc_dropout:
+        model, mixed = _thinned(model, run, mc_dropout), {"mc_dropout": mc_dropout}
     if mixed_with or caches:
         others = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in mixed_with]
         names = [str(m) if isinstance(m, str | Path) else f"model {n}" for n, m in enumerate((run, *mixed_with), 1)]
@@ -317,7 +322,7 @@ def evaluate(
             model, mixed = interpolated(
                 dict(zip(names, (model, *others), strict=True)), caches, store.ids(held_out), batch_size, batching
             )
-        mixed |= {"tuned_on": held_out}
+        mixed |= {"tuned_on": held_out} | ({"mc_dropout": mc_dropout} if mc_dropout else {})
     with tempfile.TemporaryDirectory() as scratch:
         store, split = _evaluation_store(model, run, str(data), split, Path(scratch))
         info, ids, unknown = store.info[split], store.ids(split), model.tokenizer.unk_id
@@ -328,6 +333,16 @@ def evaluate(
         batching = batching or (model.batching if counting == "exact" else "stream")
         out = evaluate_ids(model.model, ids, boundary, counts, batch_size, counting, with_ranks, batching)
     return {"split": split, **out, "oov_rate": oov, **mixed}
+
+
+def _thinned(model: LanguageModel, run: str | Path | LanguageModel, samples: int) -> LanguageModel:
+    """The run's model with the dropout of its last stage; UserError when it is no neural run."""
+    toml = None if isinstance(run, LanguageModel) else Path(run) / "config.toml"
+    if toml is None or not toml.is_file() or not isinstance(model.model, NeuralModel):
+        raise UserError("mc_dropout needs a neural run directory, whose config.toml says how it was dropped out.")
+    config = from_toml(read_text_file(toml, "configuration"), str(toml))
+    dropout = stage(config, stage_count(config) - 1).dropout
+    return LanguageModel(MonteCarloDropout(model.model, dropout, samples), model.tokenizer, model.facts)
 
 
 def interpolated(

@@ -57,6 +57,15 @@ def eval_(
     tune_on: Annotated[
         str, typer.Option("--tune-on", help="The split whose text decides on the weights.", rich_help_panel=MIX)
     ] = "valid",
+    mc_dropout: Annotated[
+        int,
+        typer.Option(
+            "--mc-dropout",
+            metavar="K",
+            help="The mean of K networks thinned by the run's dropout.",
+            rich_help_panel=MIX,
+        ),
+    ] = 0,
     suite: Annotated[
         str,
         typer.Option(
@@ -100,7 +109,12 @@ def eval_(
 ) -> None:
     """Perplexity, bits per character and byte, top-k accuracy: recurlm eval runs/book --split test"""
     evaluate.check(
-        suite, source, text_rule, report, against or other or force, data or split or counting != "exact" or batching
+        suite,
+        source,
+        text_rule,
+        report,
+        against or other or force,
+        data or split or counting != "exact" or batching or mc_dropout,
     )
     set_threads(threads)
     if suite:
@@ -125,6 +139,7 @@ def eval_(
         mixed_with=mixed_with or (),
         caches=cache or (),
         tune_on=tune_on,
+        mc_dropout=mc_dropout,
     )
     if as_json:
         print_json(values)
