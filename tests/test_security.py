@@ -25,7 +25,7 @@ ALLOWED = {
     ("text/corpora.py", "json.loads", "_documents"): "a line of a .jsonl text, of which only a string is taken",
     ("kernels/__init__.py", "importlib.util", "has_triton"): "whether triton is installed, by its literal name",
     ("kernels/nvrtc.py", "importlib.util", "missing"): "whether cuda-bindings is installed, by its literal name",
-    ("bench/__init__.py", "subprocess", ""): "git in our own checkout, for the commit",
+    ("provenance.py", "subprocess", ""): "git in our own checkout, for the commit",
     ("bench/pooling.py", "multiprocessing", ""): "its sweep compiles variants side by side, from its own code",
     ("bench/startup.py", "subprocess", ""): "Python and recurlm itself, to time their start",
     ("files.py", "json.loads", "parse_json"): "the strict reader that all other files go through",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
 
 from recurlm import files
 from recurlm.config import (
@@ -27,9 +31,12 @@ from recurlm.config import (
     from_toml,
     read_text_file,
     settings_of,
+    stage,
+    stage_count,
     to_dict,
+    to_toml,
 )
-from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, shown
+from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, lookup, shown
 from recurlm.evaluation import suites
 from recurlm.evaluation.interpolation import tuned_dynamic, tuned_mixture
 from recurlm.evaluation.perplexity import check_measurable, evaluate_ids
@@ -38,17 +45,21 @@ from recurlm.evaluation.report import report as error_report
 from recurlm.inference.dynamic import DynamicEvaluation, gradient_rms
 from recurlm.inference.generate import check_range
 from recurlm.inference.mixture import Mixture
+from recurlm.inference.monte_carlo import MonteCarloDropout
 from recurlm.inference.neural_cache import NeuralCache
 from recurlm.language_model import LanguageModel, load
-from recurlm.model import directory
+from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
 from recurlm.protocol import StatefulModel
 from recurlm.text.batches import Sequences, reading_order
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
 from recurlm.text.store import Store, is_store, open_store, prepare, write_store
+from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training import checkpoint, memory, range_test, snapshot
+from recurlm.training import compare as side_by_side
 from recurlm.training import plan as training_plan
 from recurlm.training.cursor import Result
+from recurlm.training.monitor import read_metrics
 from recurlm.training.range_test import RangeTest
 from recurlm.training.settings import check_settings, settle
 from recurlm.training.trainer import CHECKPOINTS, Trainer
@@ -161,6 +172,102 @@ def lr_find(config: Config) -> RangeTest:
         return range_test.range_test(config, store)
 
 
+def compare(runs: Sequence[str | Path], out: str | Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
+    """{header, rows, curves} of runs side by side, as their files tell it; with `out` (FILE.html) also as a page.
+
+    A curve is {run, epochs, minutes, values}. Runs may be neural or n-gram, finished or not; no model is loaded.
+    """
+    paths = [Path(run).resolve() for run in runs]
+    if not paths:
+        raise UserError("No run was named; give one run directory or more.")
+    page = None if out is None else _new_page(out, overwrite)
+    found = [side_by_side.read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    if page is not None:
+        _write_page(page, side_by_side.html(found))
+    data = side_by_side.table(found)
+    return {
+        "header": list(data.header),
+        "rows": [list(row) for row in data.rows],
+        "curves": [{"run": r.name, "epochs": r.epochs, "minutes": r.minutes, "values": r.values} for r in found],
+    }
+
+
+def _new_page(out: str | Path, overwrite: bool) -> Path:
+    """The path of a page that can be written; UserError otherwise."""
+    out = Path(out)
+    if out.suffix != ".html":
+        raise UserError(f"{out}: the report is one HTML page; expected a name that ends in .html.")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; use --force to replace it, or choose another name.")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder; make it first, or write the report elsewhere.")
+    return out
+
+
+def _write_page(out: Path, page: str) -> None:
+    try:
+        files.write_atomic(out, page)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}.") from None
+
+
+CARD = ("README.md", "config.toml", "metrics.jsonl", "eval.json")
+
+
+def export(
+    run: str | Path, out: str | Path, *, dtype: str = "fp32", max_shard_size: int = 0, card_only: bool = False
+) -> dict[str, int]:
+    """{file: bytes} of a new folder with a neural run's model and its card, without what only training needs.
+
+    Weights are stored in `dtype` (fp32, bf16), in files of at most `max_shard_size` bytes where that is not 0. The card
+    (alone with `card_only`) is README.md, config.toml with its text by name only, metrics.jsonl without single steps, and
+    eval.json. ConfigError when the folder holds something; the folder is there whole or not at all.
+    """
+    run, out = Path(run), Path(out)
+    lookup(directory.STORED, dtype, "dtype")
+    if directory.kind(run) != "neural":
+        raise UserError(f"{run}: an n-gram model, which is mapped into memory as it is; copy its folder instead.")
+    texts = _card(run)
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} exists already; choose another -o.")
+        made = files.make_folder(temporary)
+        try:
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            if not card_only:
+                model, manifest = directory.read(run, torch.device("cpu"), precision.FP32)
+                tokenizer = load_tokenizer(run / directory.TOKENIZER).to_json()
+                directory.export(temporary, model, tokenizer, manifest["facts"], dtype, max_shard_size or 2**62)
+            files.publish(temporary, out)
+        finally:
+            files.remove(temporary)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):  # not empty: it holds what was exported
+                    folder.rmdir()
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out}: the export could not be written: {error}.") from error
+    return {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+
+
+def _card(run: Path) -> dict[str, str]:
+    """The texts of a run that say what it is, by name: small, and without paths of this machine but in its command."""
+    texts = {}
+    for name in CARD:
+        if not (run / name).is_file():
+            continue
+        text = read_text_file(run / name, "part of the run") if name != "metrics.jsonl" else ""
+        if name == "config.toml":
+            config = from_toml(text, str(run / name))
+            data = dataclasses.replace(config.data, path=Path(config.data.path).name)
+            text = to_toml(dataclasses.replace(config, data=data))
+        if name == "metrics.jsonl":
+            text = "".join(json.dumps(r) + "\n" for r in read_metrics(run) if r["event"] != "step")
+        texts[name] = text
+    return texts
+
+
 def _settled(config: Config) -> Config:
     """The Config, every value checked, with an absolute path to its text."""
     config = from_dict(to_dict(config))
@@ -213,7 +320,7 @@ def evaluate(
     run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "", batch_size: int = 1, counting: str = "exact",
     batching: str = "", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
     mixed_with: Sequence[str | Path | LanguageModel] = (), caches: Sequence[int | Mapping[str, Any]] = (),
-    dynamic: Mapping[str, Any] | None = None, tune_on: str = "",
+    dynamic: Mapping[str, Any] | None = None, tune_on: str = "", mc_dropout: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
@@ -225,9 +332,14 @@ def evaluate(
     (valid), by EM. A mapping among `caches` is a neural cache's settings, `dynamic` those of dynamic evaluation (see
     `config.CacheConfig`, `config.DynamicConfig`). What they leave out has its default; where `tune_on` is named, theta,
     lambda, lr and decay that they leave out are searched on that split.
+    `mc_dropout` K: the mean prediction of K networks thinned by the run's own dropout (see `inference.monte_carlo`).
     """
     start = time.perf_counter()
     model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
+    if mc_dropout:
+        if dynamic is not None or any(isinstance(c, Mapping) for c in caches):
+            raise UserError("mc_dropout is a mean of many networks; a neural cache and dynamic evaluation follow one.")
+        model = _thinned(model, run, mc_dropout)
     batching = batching or (model.batching if counting == "exact" else "stream")
     boundary, adapted = model.tokenizer.boundary_id, {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -260,7 +372,17 @@ def evaluate(
     if adapted:
         now = time.perf_counter()
         adapted["seconds"] |= {"evaluation": now - since, "all": now - start}
-    return {"split": split, **out, "oov_rate": oov, **adapted}
+    return {"split": split, **out, "oov_rate": oov, **adapted} | ({"mc_dropout": mc_dropout} if mc_dropout else {})
+
+
+def _thinned(model: LanguageModel, run: str | Path | LanguageModel, samples: int) -> LanguageModel:
+    """The run's model with the dropout of its last stage; UserError when it is no neural run."""
+    toml = None if isinstance(run, LanguageModel) else Path(run) / "config.toml"
+    if toml is None or not toml.is_file() or not isinstance(model.model, NeuralModel):
+        raise UserError("mc_dropout needs a neural run directory, whose config.toml says how it was dropped out.")
+    config = from_toml(read_text_file(toml, "configuration"), str(toml))
+    dropout = stage(config, stage_count(config) - 1).dropout
+    return LanguageModel(MonteCarloDropout(model.model, dropout, samples), model.tokenizer, model.facts)
 
 
 def _adapted(
@@ -358,13 +480,7 @@ def report(
     same words, `others` texts of another style. UserError before anything is measured when `out` cannot be written.
     """
     check_range("batch_size", batch_size, 1, 65536)
-    out = Path(out)
-    if out.suffix != ".html":
-        raise UserError(f"{out}: the report is one HTML page; expected a name that ends in .html.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; use --force to replace it, or choose another name.")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder; make it first, or write the report elsewhere.")
+    out = _new_page(out, overwrite)
     models = [m if isinstance(m, LanguageModel) else load(m, device=device, dtype=dtype) for m in (run, *against)]
     paths = [m if isinstance(m, LanguageModel) else Path(m).resolve() for m in (run, *against)]
     subjects = [
@@ -386,10 +502,7 @@ def report(
             size = (info.characters, info.bytes) if len(ids) == info.tokens else None
         counts = _training_counts(models[0], run)
     page, numbers = error_report(subjects, text, place, counts, other_texts, size, batch_size, say)
-    try:
-        files.write_atomic(out, page)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}.") from None
+    _write_page(out, page)
     return numbers
 
 

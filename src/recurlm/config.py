@@ -1,6 +1,7 @@
 """Configuration: frozen dataclasses, strict TOML in and out, `--set section.key=value`.
 
 Order of precedence: defaults < recipe < file < `--set`. An unknown key is an error that names the nearest one.
+A recipe may go on in later stages: `[[stages]]`, each a table of sections that says what it sets otherwise.
 Every field carries its help text and bounds, from which `docs/configuration.md` is generated.
 """
 
@@ -56,6 +57,13 @@ class DataConfig:
     )
     bptt_min: int = _opt(5, "Shortest random window", low=1, high=100_000)
     bptt_cap: int = _opt(0, "Longest random window; 0 = no cap", low=0, high=100_000)
+    random_offset: bool = _opt(
+        False,
+        "stream: begin each epoch's first stream at another place of the text, so that no token always starts one",
+    )
+    partial_shuffle: bool = _opt(
+        False, "stream: turn each stream by another amount each epoch, so that other parts of the text meet in a window"
+    )
     rescale_lr: bool = _opt(True, "Multiply the learning rate by drawn length / bptt")
     counting: str = _opt(
         "exact",
@@ -194,6 +202,9 @@ class ScheduleConfig:
     patience: int = _opt(
         0, "plateau: validations without a new best that are tolerated before a step", low=0, high=10**6
     )
+    hold: float = _opt(
+        0.0, "linear, cosine: share of the training with the full rate before it falls", low=0, high=0.999
+    )
     floor: float = _opt(
         0.0,
         "linear, cosine, cyclic, slanted-triangular: lowest share of the learning rate (the last two begin there)",
@@ -210,10 +221,24 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class AveragingConfig:
     name: str = _opt("none", "Weights used to validate and kept: none (the last), nt-asgd, ema, swa or tail")
-    nonmono: int = _opt(
-        5, "nt-asgd: start when worse than the best of all but the last n validations", low=1, high=10**6
+    trigger: str = _opt(
+        "auto",
+        "When the mean starts: 'share' (at `start`), 'nonmono' (by `nonmono`); auto: nonmono for nt-asgd, else share",
+        choices=("auto", "share", "nonmono"),
     )
-    start: float = _opt(0.5, "ema, swa, tail: start at this share of the training", low=0, high=0.999)
+    nonmono: int = _opt(
+        5, "nonmono: start when worse than the best of all but the last n validations", low=1, high=10**6
+    )
+    patience: int = _opt(
+        0, "nonmono: so many validations in a row before must have been worse as well", low=0, high=10**6
+    )
+    restart: int = _opt(
+        0,
+        "Start the mean afresh when its validation is worse than the best of all but the last n since it started; 0 = never",
+        low=0,
+        high=10**6,
+    )
+    start: float = _opt(0.5, "share: start at this share of the training", low=0, high=0.999)
     decay: float = _opt(0.999, "ema: share of the mean that stays at each step", low=0, high=0.9999999)
     every: int = _opt(1, "swa: steps from one averaged iterate to the next", low=1, high=10**9)
     forget: float = _opt(
@@ -231,6 +256,10 @@ class TrainConfig:
     dtype: str = _opt("auto", "Compute type; weights stay fp32", choices=("auto", "fp32", "tf32", "bf16"))
     eval_every: int = _opt(0, "Validate every N steps; 0 = at the end of each epoch", low=0, high=10**12)
     patience: int = _opt(0, "Stop early after this many validations without a new best; 0 = never", low=0, high=10**6)
+    stop_nonmono: int = _opt(
+        0, "Stop early when worse than the best of all but the last n validations; 0 = never", low=0, high=10**6
+    )
+    stages: int = _opt(0, "Run only so many stages of the recipe; 0 = all", low=0, high=16)
     checkpoint_every: int = _opt(0, "Save every N steps besides the timed saves; 0 = only timed", low=0, high=10**12)
     checkpoint_seconds: float = _opt(
         60.0, "Save a checkpoint when this long has passed since the last one", low=0, high=1e9
@@ -240,6 +269,14 @@ class TrainConfig:
     sample_every: int = _opt(0, "Generate a sample text every N steps; 0 = never", low=0, high=10**12)
     sample_prompt: str = _opt("", "Prompt of the sample text")
     tensorboard: bool = _opt(True, "Write TensorBoard events to RUN/tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedConfig:
+    valid: float = _opt(0.0, "Published figure on valid; 0 = none", low=0, high=1e9)
+    test: float = _opt(0.0, "Published figure on test; 0 = none", low=0, high=1e9)
+    unit: str = _opt("ppl", "What these figures are: perplexity a token, or bits a character", choices=("ppl", "bpc"))
+    source: str = _opt("", "Where they were published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,9 +292,12 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     averaging: AveragingConfig = AveragingConfig()
     train: TrainConfig = TrainConfig()
+    published: PublishedConfig = PublishedConfig()
+    stages: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
+    """What each stage after the first sets otherwise: settings by section; see `stage`."""
 
 
-SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
+SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config) if f.name != "stages"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +337,12 @@ DYNAMIC = {"rms": DynamicConfig(), "sgd": DynamicConfig(rule="sgd", lr=0.1, deca
 
 
 MAX_LIST = 256
+MAX_STAGES = 15
+# A stage goes on with the weights of the one before, on the same text and device.
+SAME_IN_ALL_STAGES = {
+    "tokenizer": None, "model": None, "data": ("path",),
+    "train": ("stages", "device", "dtype", "tensorboard", "keep_checkpoints"),
+}  # fmt: skip
 
 
 def _check(kind: Any, value: Any, meta: Mapping[str, Any], name: str) -> Any:
@@ -409,10 +455,44 @@ def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
     base = base or Config()
     clean: dict[str, Any] = {}
     for section, table in values.items():
+        if section == "stages":
+            clean[section] = _stages(table)
+            continue
         if section not in SECTIONS:
             raise ConfigError(f"There is no section [{shown(section)[1:-1]}].{nearest(section, SECTIONS)}")
         clean[section] = section_from_dict(section, table, getattr(base, section))
     return dataclasses.replace(base, **clean)
+
+
+def _stages(tables: Any) -> tuple[dict[str, dict[str, Any]], ...]:
+    """The tables of later stages, every value checked and as plain as `to_dict` gives it; ConfigError otherwise."""
+    if not isinstance(tables, list | tuple) or len(tables) > MAX_STAGES:
+        raise ConfigError(f"stages: expected at most {MAX_STAGES} tables, each under [[stages]].")
+    out = []
+    for number, table in enumerate(tables, 2):
+        try:
+            if isinstance(table, Mapping) and "stages" in table:
+                raise ConfigError("a stage has no stages of its own.")
+            checked = to_dict(from_dict(table))
+            for section, settings in table.items():
+                kept = SAME_IN_ALL_STAGES.get(section, ())
+                if found := [key for key in settings if kept is None or key in kept]:
+                    raise ConfigError(f"{section}.{found[0]} is the same in all stages; set it for the whole run.")
+        except ConfigError as error:
+            raise ConfigError(f"Stage {number}: {error}") from None
+        out.append({section: {key: checked[section][key] for key in keys} for section, keys in table.items()})
+    return tuple(out)
+
+
+def stage(config: Config, number: int) -> Config:
+    """The settings of one stage: number 0 is the first, and the later ones are `config.stages` over its settings."""
+    own = dataclasses.replace(config, stages=())
+    return from_dict(config.stages[number - 1], own) if number else own
+
+
+def stage_count(config: Config) -> int:
+    """How many stages the run has."""
+    return min(1 + len(config.stages), config.train.stages or 1 + MAX_STAGES)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -422,16 +502,24 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """The Config as TOML text that `from_toml` reads back to an equal Config."""
+    values = to_dict(config)
+    stages, lines = values.pop("stages"), _toml_tables(values)
+    for table in stages:
+        lines += ["[[stages]]", *_toml_tables(table, "stages.")]
+    return "\n".join(lines)
+
+
+def _toml_tables(tables: Mapping[str, Any], prefix: str = "") -> list[str]:
     lines: list[str] = []
-    for section, table in to_dict(config).items():
-        lines.append(f"[{section}]")
+    for section, table in tables.items():
+        lines.append(f"[{prefix}{section}]")
         # JSON's strings, numbers, booleans and lists are TOML as well (DEL must be escaped in both readings).
         lines += [
             f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
             for key, value in table.items()
         ]
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def from_toml(text: str, source: str, base: Config | None = None) -> Config:
@@ -514,8 +602,24 @@ def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:
     """The Config with every `section.key=value` applied in order."""
     for text in assignments:
         section, key, value = parse_assignment(text)
-        config = from_dict({section: {key: value}}, config)
+        of_stage = section == "stages"
+        config = _assign_to_stage(config, text, key, value) if of_stage else from_dict({section: {key: value}}, config)
     return config
+
+
+def _assign_to_stage(config: Config, text: str, key: str, value: Any) -> Config:
+    """The Config with one setting of a later stage changed: `stages.2.train.epochs=9` is the second stage's."""
+    number, *path = key.split(".")
+    numbers = [str(n) for n in range(2, 2 + len(config.stages))]
+    if len(path) != 2 or number not in numbers:
+        there = f"from {numbers[0]} to {numbers[-1]}" if numbers else "but this run has one stage"
+        raise ConfigError(
+            f"--set {shown(text)}: expected stages.NUMBER.section.key=value, such as stages.2.train.epochs=9, "
+            f"NUMBER {there}."
+        )
+    tables = [{section: dict(table) for section, table in stage.items()} for stage in config.stages]
+    tables[int(number) - 2].setdefault(path[0], {})[path[1]] = value
+    return from_dict({"stages": tables}, config)
 
 
 def configure(recipe: str = "", *settings: str) -> Config:
@@ -532,6 +636,13 @@ def reference_markdown() -> str:
         "",
     ]
     out += ["Order: defaults < recipe < file < `--set section.key=value`.", ""]
+    out += [
+        "A recipe may go on in later stages, each from the best weights so far: `[[stages]]` and below it, as",
+        "`[stages.optimizer]` and so on, what the stage sets otherwise than the sections above. "
+        "`--set stages.2.train.epochs=9` is",
+        "a setting of the second stage, `--stages 1` leaves out all but the first.",
+        "",
+    ]
     for section, cls in SECTIONS.items():
         out += [f"## [{section}]", "", "| setting | default | meaning |", "|---|---|---|"]
         for f in dataclasses.fields(cls):

@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,12 +42,13 @@ class Entry(NamedTuple):
 
 
 def read(
-    path: Path, *accepted: Any, expected: Mapping[str, tuple[int, ...]] | None = None, most: int = MAX_TENSORS
-) -> dict[str, Tensor]:
+    path: Path, *accepted: Any, expected: Mapping[str, tuple[int, ...]] | None = None, most: int = MAX_TENSORS,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> dict[str, Tensor]:  # fmt: skip
     """The file's tensors on the CPU; CheckpointError naming the file when anything about it is wrong.
 
     The file must match one of the `accepted` descriptions of `files.describe`; with `expected` its names and shapes
-    are exactly those, in fp32. No more memory is taken than the file is long, and its header at most 1 MB.
+    are exactly those, in one of `dtypes`. No more memory is taken than the file is long, and its header at most 1 MB.
     """
     try:
         with files.open_regular(path) as file:
@@ -58,7 +59,7 @@ def read(
             digest = hashlib.sha256()
             entries = _entries(file, size, digest, most)
             if expected is not None:
-                _compare(entries, expected)
+                _compare(entries, expected, dtypes)
             tensors = {entry.name: _tensor(file, entry, digest) for entry in entries}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: it is missing.") from None
@@ -175,14 +176,14 @@ def _counts(values: Any, most: int) -> bool:
     return isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
-def _compare(entries: list[Entry], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _compare(entries: list[Entry], expected: Mapping[str, tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
     found = {entry.name: entry for entry in entries}
     for name in sorted(expected.keys() | found.keys()):
         shape = found[name].shape if name in found else None
         if shape != expected.get(name):
             raise ValueError(f"{shown(name)} is {shape}, but config.json asks for {expected.get(name)}")
-        if found[name].dtype != torch.float32:
-            raise ValueError(f"{shown(name)} is {found[name].dtype}, expected torch.float32")
+        if found[name].dtype not in dtypes:
+            raise ValueError(f"{shown(name)} is {found[name].dtype}, expected {' or '.join(map(str, dtypes))}")
 
 
 def _tensor(file: BufferedReader, entry: Entry, digest: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -83,24 +82,6 @@ def test_what_the_gpu_measurements_lack(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench.doctor, "versions", lambda: {"triton": ""})
     assert bench.gpu() == "" and "triton" in bench.gpu_with_triton()
-
-
-def test_the_commit_is_that_of_this_source_or_the_named_one(tmp_path, monkeypatch):
-    monkeypatch.delenv("RECURLM_COMMIT", raising=False)
-    package = tmp_path / "src" / "recurlm" / "__init__.py"
-    package.parent.mkdir(parents=True)
-    package.write_text("")
-    monkeypatch.setattr(bench.recurlm, "__file__", str(package))
-    assert bench.commit() == ""
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *arguments], check=True)
-    found = bench.commit()
-    assert len(found) == 40
-    package.write_text("x = 1\n")
-    assert bench.commit() == f"{found}+changes"
-    monkeypatch.setenv("RECURLM_COMMIT", "abc")
-    assert bench.commit() == "abc"
 
 
 def test_the_record_is_kept_after_each_measurement(tmp_path, monkeypatch):

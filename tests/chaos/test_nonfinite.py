@@ -16,6 +16,7 @@ from recurlm.model.layers import LAYERS
 from recurlm.training import checkpoint, objective
 from recurlm.training.averaging import AVERAGING
 from recurlm.training.optimizers import OPTIMIZERS
+from recurlm.training.publish import Best
 from recurlm.training.trainer import Trainer
 from support import counts, record, tiny_config
 
@@ -134,9 +135,9 @@ def test_nothing_that_is_not_finite_is_saved(name, optimizer, store, tmp_path):
         with pytest.raises(RunError, match=r"Step 4: the (weight|tensor) \S+ is not finite, so nothing was saved"):
             trainer.save(time.monotonic())
         flat[0] = kept
-    trainer.best = (1.0, 4, trainer.weights())
-    last = list(trainer.best[2])[-1]
-    trainer.best[2][last].view(-1)[0] = math.nan
+    trainer.best = Best(1.0, 4, trainer.weights(), 0)
+    last = list(trainer.best.weights)[-1]
+    trainer.best.weights[last].view(-1)[0] = math.nan
     with pytest.raises(RunError, match=f"the weight {last} is not finite, so no model was saved"):
         trainer.save(time.monotonic())
     assert [path.name for path in checkpoint.steps(folder / "checkpoints")] == ["step-3"]

@@ -1,5 +1,7 @@
 """Batches against their definition: what is read, in which order, and what counts."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,49 @@ def test_exact_streams_count_every_token_once(n, batch, window):
         assert np.array_equal(found.inputs_TB, found.targets_TB - 1)
     assert sorted(counted(streams, window)) == list(range(1, n + 1))
     assert streams.divisor == n
+
+
+MOVED = [(True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize(("offset", "partial"), MOVED)
+@pytest.mark.parametrize("counting", ["exact", "published"])
+def test_moved_streams_read_every_token_once_after_its_own_predecessor(offset, partial, counting):
+    """But for those of the remainder, and under the published rule each stream's first one."""
+    ids, batch = np.random.default_rng(3).permutation(206) + 1, 7
+    streams = Streams(ids, batch, 0, counting, seed=5, offset=offset, partial=partial)
+    before, left_out = dict(zip(ids, [0, *ids[:-1]], strict=True)), []
+    for epoch in range(40):
+        position, seen, rings = 0, [], [[] for _ in range(batch)]
+        while position < streams.length:
+            window = streams.window(position, 6, epoch)
+            assert window.counted_TB is None and window.fresh == (position == 0)
+            assert window.places is streams.places(epoch)
+            for b in range(batch):
+                rings[b] += window.targets_TB[:, b].tolist()
+            pairs = zip(window.inputs_TB.ravel(), window.targets_TB.ravel(), strict=True)
+            assert all(before[target] == source for source, target in pairs)
+            seen += window.targets_TB.ravel().tolist()
+            position = window.next
+        assert len(seen) == len(set(seen)) == batch * streams.length
+        breaks = sum(before[b] != a for ring in rings for a, b in itertools.pairwise(ring))
+        assert breaks <= batch * partial + offset  # where a ring was cut, and where the text begins again
+        left_out.append(set(ids) - set(seen))
+    assert all(len(rest) == 206 - batch * streams.length < 2 * batch for rest in left_out)
+    assert (len({frozenset(rest) for rest in left_out}) > 1) == offset
+
+
+@pytest.mark.parametrize(("offset", "partial"), MOVED)
+def test_streams_move_with_seed_and_epoch_alone(offset, partial):
+    ids = np.arange(1, 500)
+
+    def window(epoch, seed=1):
+        return Streams(ids, 4, 0, seed=seed, offset=offset, partial=partial).window(8, 5, epoch).targets_TB.tolist()
+
+    assert window(3) == window(3) and window(3) != window(4) and window(3) != window(3, seed=2)
+    rows = np.array([window(epoch) for epoch in range(200)])[:, 0]
+    spread = np.unique((rows[:, 0] - rows[:, 1]) % len(ids))
+    assert (len(spread) > 1) == partial  # turned each by its own amount, or all moved alike
 
 
 def test_published_streams_are_those_of_awd_lstm_lm():

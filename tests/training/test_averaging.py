@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recurlm.config import AveragingConfig
-from recurlm.training.averaging import EMA, NTASGD, SWA, Averaging, Tail, applied
+from recurlm.training.averaging import AVERAGING, EMA, NTASGD, SWA, Averaging, Tail, applied
 
 
 def feed(averaging: Averaging, values: list[float]) -> float:
@@ -66,6 +66,61 @@ def test_nt_asgd_fires_exactly_when_published(seed):
     fired = [t for t in range(1, 41) if averaging.observe(losses[:t])]
     expected = published_trigger(losses, 5)
     assert fired == ([expected] if expected else [])
+
+
+def test_patience_waits_for_as_many_worse_validations_in_a_row():
+    losses = [3.0, 2.0, 2.5, 1.9, 2.6, 2.7, 2.8, 1.0, 2.9, 2.9]
+    worse = [len(losses[:t]) - 1 > 1 and losses[t - 1] > min(losses[: t - 2]) for t in range(1, len(losses) + 1)]
+    for patience in range(4):
+        averaging = NTASGD(AveragingConfig(nonmono=1, patience=patience))
+        fired = [t for t in range(1, len(losses) + 1) if averaging.observe(losses[:t])]
+        rows = [t for t in range(patience, len(losses)) if all(worse[t - patience : t + 1])]
+        assert fired == [t + 1 for t in rows[:1]]
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("trigger", ["share", "nonmono"])
+def test_any_mean_starts_by_either_trigger(name, trigger):
+    averaging = AVERAGING[name](AveragingConfig(trigger=trigger, start=0.5, nonmono=1))
+    p = torch.nn.Parameter(torch.ones(2))
+    averaging.move([p], averaging.enters(1, 0.4))
+    assert averaging.weights() is None
+    fired = averaging.observe([1.0, 2.0, 3.0])
+    averaging.move([p], averaging.enters(2, 0.45))
+    by_losses = averaging.weights() is not None
+    averaging.move([p], averaging.enters(3, 0.5))
+    by_share = averaging.weights() is not None and not by_losses
+    assert (fired, by_losses, by_share) == (
+        (False, False, False) if name == "none" else (trigger == "nonmono", trigger == "nonmono", trigger == "share")
+    )
+
+
+@pytest.mark.parametrize("trigger", ["share", "nonmono"])
+def test_a_mean_starts_afresh_when_its_own_validations_rise(trigger):
+    averaging = NTASGD(AveragingConfig(trigger=trigger, start=0.0, nonmono=1, restart=1))
+    p, losses = torch.nn.Parameter(torch.zeros(1)), [1.0, 2.0, 3.0] if trigger == "nonmono" else []
+    assert averaging.observe(losses) == (trigger == "nonmono")
+
+    def epoch(value: float, loss: float) -> bool:
+        p.data.fill_(value)
+        for step in range(4):
+            averaging.move([p], averaging.enters(step, 0.3))
+        losses.append(loss)
+        return averaging.observe(losses)
+
+    assert not epoch(1.0, 2.9) and not epoch(3.0, 2.8)  # better than before the mean, or not long enough
+    mean = averaging.weights()
+    assert mean is not None and mean[0].item() == pytest.approx(2.0)
+    tensors, values = averaging.state()
+    again = NTASGD(averaging.config)
+    again.restore({name: t.clone() for name, t in tensors.items()}, values)
+    assert epoch(5.0, 3.5) and again.observe(losses)
+    mean = averaging.weights()
+    assert mean is not None and mean[0].item() == pytest.approx(3.0)  # until the next iterate
+    assert not epoch(7.0, 9.0)
+    mean = averaging.weights()
+    assert mean is not None and mean[0].item() == pytest.approx(7.0)
+    assert not epoch(7.0, 8.0) and not epoch(7.0, 8.5) and epoch(7.0, 8.6)
 
 
 def test_nt_asgd_cannot_fire_before_epoch_7():

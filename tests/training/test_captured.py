@@ -12,7 +12,7 @@ from recurlm.model.layers import LAYERS
 from recurlm.model.neural import NeuralModel
 from recurlm.text.store import open_store
 from recurlm.training import captured
-from recurlm.training.step import PlainStep
+from recurlm.training.step import Order, PlainStep
 from recurlm.training.trainer import Trainer
 from support import in_the_interpreter, tiny_config
 
@@ -184,8 +184,75 @@ def check_that_lengths_are_captured_when_they_come_again(store, folder: Path) ->
     assert found["graphs"] == found["full memory"]
 
 
+def check_that_a_stage_follows_and_the_mean_may_start_afresh(store, folder: Path) -> None:
+    """Stopped between the stages, and after the mean started afresh, it equals the run that was not."""
+    from recurlm.config import from_dict
+    from recurlm.training import checkpoint
+
+    second = {
+        "optimizer": {"name": "sgd", "lr": 0.5},
+        "averaging": {"name": "nt-asgd", "trigger": "share", "start": 0.0, "restart": 1},
+    }
+    settings = ("model.num_layers=1", "data.bptt_step=4", "optimizer.name=adam", "train.max_steps=2")
+    (folder / "checkpoints").mkdir()
+
+    def go(trainer: Trainer, stop: int) -> Trainer:
+        while trainer.cursor.step < 5:
+            if trainer.stage_done():
+                trainer.kept = trainer.weights()
+                trainer.next_stage()
+                assert not isinstance(trainer.stepper, PlainStep)
+            trainer.step()
+            if trainer.cursor.step == 4:
+                trainer.averaging.since = 0
+                assert trainer.averaging.observe([2.0, 1.0, 3.0]) and trainer.averaging.count == 0
+            if trainer.cursor.step == stop:
+                trainer.save(0.0)
+                saved, _ = checkpoint.newest(folder / "checkpoints")
+                again = Trainer(trainer.recipe, store, folder, quiet=True)
+                again.resume(saved)
+                return go(again, 0)
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured, "obstacle", lambda *_: "")
+        config = tiny_config(*settings, f"train.device={'cuda' if CUDA else 'cpu'}")
+        config = from_dict({"stages": [second | {"train": {"max_steps": 3}}]}, config)
+        whole = go(Trainer(config, store, folder, quiet=True), 0)
+        assert whole.averaging.count == 1 and whole.cursor.stage == 1
+        assert all(torch.equal(m, p) for m, p in zip(whole.averaging.mean, whole.parameters, strict=True))
+        for stop in (2, 4):
+            other = go(Trainer(config, store, folder, quiet=True), stop)
+            assert all(torch.equal(a, b) for a, b in zip(whole.parameters, other.parameters, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(whole.averaging.mean, other.averaging.mean, strict=True))
+
+
+def check_that_moved_streams_are_read_alike(store, folder: Path) -> None:
+    """The windows that the device cuts are those of the host, over two epochs and a failed step's repetition."""
+    for moved in (("random_offset",), ("partial_shuffle",), ("random_offset", "partial_shuffle")):
+        settings = (
+            "model.num_layers=1",
+            "data.batch_size=40",
+            "data.bptt=40",
+            *(f"data.{name}=true" for name in moved),
+        )
+        one = trainer_of(store, folder, *settings)
+        steps = 2 + one.batches.length // 40
+        step, length = one.stepper, one.batches.length
+        for at in range(steps):
+            window = one.batches.window(at * 40 % length, 30, at * 40 // length)
+            order = Order(at, window, at * 40 % length, 0.0, 0.0)
+            step._control(order)
+            inputs_TB, targets_TB = step._window(len(window.inputs_TB))
+            assert (inputs_TB.cpu().numpy() == window.inputs_TB).all()
+            assert (targets_TB.cpu().numpy() == window.targets_TB).all()
+        for _ in range(3):
+            one.step()
+
+
 CHECKS = (check_that_lengths_are_captured_when_they_come_again, check_against_the_plain_step, check_that_a_resumed_run_is_equal,
-          check_that_a_bad_step_moves_nothing)  # fmt: skip
+          check_that_a_bad_step_moves_nothing, check_that_a_stage_follows_and_the_mean_may_start_afresh,
+          check_that_moved_streams_are_read_alike)  # fmt: skip
 
 
 def interpreted(name: str, store: str, folder: str) -> None:

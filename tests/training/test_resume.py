@@ -26,6 +26,8 @@ CHOICES = [
     *(("model.layer", name) for name in LAYERS),
     *(("model.head", name) for name in HEADS),
     *(("data.batching", name) for name in BATCHING),
+    ("data.random_offset", "true"),
+    ("data.partial_shuffle", "true"),
 ]
 COMMON = (
     "train.epochs=3", "train.max_steps=40", "train.eval_every=4", "data.batch_size=40", "data.bptt=5", "data.bptt_min=3",

@@ -56,3 +56,9 @@ def test_cyclic_goes_up_and_down():
 
 def test_slanted_triangle_peaks_where_it_is_told():
     assert at("slanted-triangular", (0, 0.05, 0.1, 0.55, 1), peak=0.1) == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_rate_may_hold_before_it_falls(name):
+    held, plain = at(name, (0.0, 0.6, 0.7, 0.8, 1.0), hold=0.6, floor=0.1), at(name, (0.25, 0.5), floor=0.1)
+    assert held == pytest.approx([1, 1, *plain, 0.1])

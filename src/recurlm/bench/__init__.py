@@ -5,11 +5,7 @@ A measurement is one file with a function `rows() -> list[dict]` (the keys of `t
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import count
@@ -18,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-import recurlm
 from recurlm import doctor, files
 from recurlm.bench import (
     cross_entropy,
@@ -34,6 +29,7 @@ from recurlm.bench import (
     update,
 )  # fmt: skip
 from recurlm.errors import ConfigError, RunError, UserError, lookup
+from recurlm.provenance import command, commit
 
 Rows = list[dict[str, Any]]
 KEYS = ("measure", "shape", "ours_us", "peer_us", "peer", "limit_us", "share", "target")
@@ -152,7 +148,6 @@ def _new_file(folder: Path, record: dict[str, Any]) -> Path:
 
 def _circumstances() -> dict[str, Any]:
     versions, cpu = doctor.versions(), doctor.cpu()
-    program = Path(sys.argv[0]).name.replace("__main__.py", "recurlm")
     machine = {
         "cpu": cpu["name"], "cores": cpu["cores"], "threads": cpu["threads"],
         "gpus": [{key: gpu[key] for key in ("name", "capability", "driver", "cuda", "cudnn")} for gpu in doctor.gpus()],
@@ -161,23 +156,6 @@ def _circumstances() -> dict[str, Any]:
         "recurlm": versions.pop("recurlm"),
         "commit": commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join([program, *sys.argv[1:]]),
+        "command": command(),
         "machine": machine | versions,
     }
-
-
-def commit() -> str:
-    """The commit of the source that runs: RECURLM_COMMIT, or git's in a checkout ("+changes" after an edit); "" if unknown."""
-    if named := os.environ.get("RECURLM_COMMIT"):
-        return named
-    root = Path(recurlm.__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed: a repository further up is another project's
-        return ""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "HEAD").strip() + "+changes" * bool(git("status", "--porcelain", "--", "src"))
-    except (OSError, subprocess.CalledProcessError):
-        return ""

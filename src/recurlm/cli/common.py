@@ -43,6 +43,17 @@ def parse_duration(text: str) -> float:
     return sum(float(n) * unit[u] for n, u in parts)
 
 
+def parse_size(text: str) -> int:
+    """Bytes of '14MB', '2GB', '500 kB' or '64MiB'; 0 for ''."""
+    if not text:
+        return 0
+    unit = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", text)
+    if not found or found[2].lower() not in unit or (size := int(float(found[1]) * unit[found[2].lower()])) < 1:
+        raise ConfigError(f"The size {text[:60]!r} is none; expected a number of bytes such as 14MB or 2GB.")
+    return size
+
+
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
@@ -62,6 +73,14 @@ def print_table(rows: dict[str, Any]) -> None:
         else:
             shown = f"{value:,}" if type(value) is int else str(value)
         print(f"{name:<{width}}  {shown}")
+
+
+def print_rows(lines: list[list[str]]) -> None:
+    """Lines of cells as columns, the first of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
 
 
 def note(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recurlm.cli.common import note, print_json, print_table
+from recurlm.cli.common import note, print_json, print_rows, print_table
 from recurlm.errors import RequestError
 
 
@@ -62,11 +62,7 @@ def _print_rows(rows: dict[str, dict[str, Any]], published: dict[str, dict[str, 
         beside = [f"{published[name][who]:.1f}" if who in published.get(name, {}) else "" for who in others]
         cells = [f"{row['items']:,}", accuracies[0], f"{row['ties']:,}", f"{row['in_vocabulary']:,}", accuracies[1]]
         lines.append([name, *cells, *beside])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *rest in lines:
-        print(
-            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]).rstrip()
-        )
+    print_rows(lines)
 
 
 def _percent(share: float | None) -> str:

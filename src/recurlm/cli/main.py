@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from recurlm import __version__
-from recurlm.cli import bench, data, demo, doctor, embed, ngram, signals, train, use
+from recurlm.cli import bench, compare, data, demo, doctor, embed, export, ngram, signals, train, use
 from recurlm.errors import UserError
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # typer names no common class of its usage errors
@@ -52,6 +52,8 @@ app.command()(use.score)
 app.command()(use.generate)
 app.add_typer(embed.app, name="embed")
 app.add_typer(ngram.app, name="ngram")
+app.command()(export.export)
+app.command()(compare.compare)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
 

@@ -71,6 +71,9 @@ def train(
         str, typer.Option("--max-time", help="Stop, validate and save after this long: 90s, 10m, 1h30m.")
     ] = "",
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights, dropout and window lengths.")] = None,
+    stages: Annotated[
+        int | None, typer.Option("--stages", help="Run only so many of the recipe's stages; 0 = all.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print settings, parameters, memory and time; write nothing.")
     ] = False,
@@ -87,7 +90,7 @@ def train(
     if resume not in ("auto", "no"):
         raise ConfigError(f"--resume {resume}: expected auto or no.")
     values: dict = {"data": {"path": data}} if data else {}
-    named = {"seed": seed, "device": device or None, "dtype": dtype or None}
+    named = {"seed": seed, "device": device or None, "dtype": dtype or None, "stages": stages}
     values["train"] = {key: value for key, value in named.items() if value is not None}
     config = build_config(recipe, out, resume == "auto", settings or [], values)
     seconds = parse_duration(max_time)
@@ -124,6 +127,8 @@ def train(
         "best_ppl": math.exp(min(result.best_loss, 700)) if known else None,
         "seconds": result.seconds,
     }  # fmt: skip
+    if result.stages > 1:
+        facts |= {"stage": result.stage, "stages": result.stages}
     if as_json:
         print_json(facts)
     else:

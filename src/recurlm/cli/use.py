@@ -77,6 +77,15 @@ def eval_(
             rich_help_panel=MIX,
         ),
     ] = "",
+    mc_dropout: Annotated[
+        int,
+        typer.Option(
+            "--mc-dropout",
+            metavar="K",
+            help="The mean of K networks thinned by the run's dropout.",
+            rich_help_panel=MIX,
+        ),
+    ] = 0,
     suite: Annotated[
         str,
         typer.Option(
@@ -126,7 +135,7 @@ def eval_(
         report,
         against or other or force,
         data or split or counting != "exact" or batching,
-        mixed_with or cache or dynamic or tune_on,
+        mixed_with or cache or dynamic or tune_on or mc_dropout,
     )
     set_threads(threads)
     if suite:
@@ -152,12 +161,13 @@ def eval_(
         caches=[int(c) if re.fullmatch(r"[+-]?\d{1,18}", c) else parse_options("--cache", c) for c in cache or ()],
         dynamic=parse_options("--dynamic", dynamic) if dynamic else None,
         tune_on=tune_on,
+        mc_dropout=mc_dropout,
     )
     if as_json:
         print_json(values)
     else:
         print_table(values)
-    if not data and not mixed_with and not cache and not dynamic:
+    if not (data or mixed_with or cache or dynamic or mc_dropout):
         try:
             files.write_atomic(run / "eval.json", files.to_json(values))
         except OSError as error:

@@ -13,6 +13,7 @@ from typing import Any, final
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
+MOST_MARKERS = 40  # of one line
 FULL = 16.0  # bits at which a word has the darkest colour
 
 Cell = str | int | float | None
@@ -33,7 +34,10 @@ class Series:
 @final
 @dataclass(frozen=True)
 class Chart:
-    """Lines over numbers (`log`: on a logarithmic axis), or over `categories`, whose places 0, 1, ... are then x."""
+    """Lines over numbers (`log`: on a logarithmic axis), or over `categories`, whose places 0, 1, ... are then x.
+
+    `levels` are values of y to draw across in grey.
+    """
 
     x_label: str
     y_label: str
@@ -41,6 +45,8 @@ class Chart:
     categories: Sequence[str] = ()
     log: bool = False
     diagonal: bool = False
+    log_y: bool = False
+    levels: Sequence[float] = ()
 
 
 @final
@@ -81,10 +87,13 @@ def svg(chart: Chart, name: str) -> str:
         axes = figure.add_subplot()
         if chart.diagonal:
             axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+        for level in chart.levels:
+            axes.axhline(level, color="#999999", linewidth=1)
         for s in chart.series:
+            plain = s.dashed or len(s.x) > MOST_MARKERS
             axes.plot(
                 s.x, s.y, color=COLOURS[s.colour % len(COLOURS)], label=s.name, linewidth=1.6, markersize=4,
-                linestyle="--" if s.dashed else "-", marker=None if s.dashed else MARKERS[s.colour % len(MARKERS)],
+                linestyle="--" if s.dashed else "-", marker=None if plain else MARKERS[s.colour % len(MARKERS)],
             )  # fmt: skip
         if chart.log:
             axes.set_xscale("log")
@@ -94,6 +103,8 @@ def svg(chart: Chart, name: str) -> str:
             ticks = sorted({x for s in chart.series for x in s.x})
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axes.minorticks_off()
+        if chart.log_y:
+            _logarithmic(axes, chart)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         if len(chart.series) > 1:
             above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3 if len(chart.series) == 3 else 2}
@@ -103,6 +114,19 @@ def svg(chart: Chart, name: str) -> str:
     drawn = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
     label = escape(f"{chart.y_label} by {chart.x_label}", quote=True)
     return drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _logarithmic(axes: Any, chart: Chart) -> None:
+    """Makes the y axis logarithmic, from the lowest value to four times it, or to where every line can be seen."""
+    lowest = [min(y for y in s.y if y > 0) for s in chart.series]
+    low = 0.97 * min([*lowest, *chart.levels])
+    most = max(y for s in chart.series for y in s.y)
+    high = 1.03 * max(min(most, 4 * low), 1.2 * max(lowest), *chart.levels)
+    ticks = [m * 10.0**e for e in range(-3, 9) for m in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)]
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.set_yticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+    axes.minorticks_off()
 
 
 def shown(value: Cell, column: str = "") -> str:

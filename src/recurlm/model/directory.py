@@ -1,6 +1,7 @@
 """A model as a folder: manifest.json, config.json, model.safetensors, tokenizer.json. No code, no pickle.
 
-`read` opens only what the manifest lists and verifies every byte of it.
+`read` opens only what the manifest lists and verifies every byte of it. An exported model may have its weights in bf16, and
+in several files with an index, as Hugging Face's libraries lay them out.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from recurlm.model.precision import Precision
 FORMAT = 1
 MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
 FILES = (CONFIG, TOKENIZER, WEIGHTS)
+INDEX, SHARD = "model.safetensors.index.json", r"model-[0-9]{5}-of-[0-9]{5}\.safetensors"
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def exists(folder: Path) -> bool:
@@ -47,13 +51,7 @@ def write(
     While files are exchanged the manifest accepts the old ones and the new. `facts` (step, validation loss, ...) are
     kept in the manifest for people. RunError when the disk is full or refuses; the old model is intact then.
     """
-    config = {
-        "model_type": "recurlm",
-        "kind": "neural",
-        "vocab_size": model.vocab_size,
-        "model": dataclasses.asdict(model.config),
-    }
-    texts = {CONFIG: files.to_json(config), TOKENIZER: tokenizer_json}
+    texts = {CONFIG: _config_json(model), TOKENIZER: tokenizer_json}
     needed = sum(t.numel() * t.element_size() for t in weights.values()) + sum(map(len, texts.values())) + (1 << 16)
     temporary = folder / f"{WEIGHTS}.tmp-{os.getpid()}"  # a folder, for safetensors makes a file of its own beside
     try:
@@ -81,6 +79,66 @@ def write(
         ) from error
     finally:
         files.remove(temporary)
+
+
+def _config_json(model: NeuralModel) -> str:
+    return files.to_json(
+        {
+            "model_type": "recurlm",
+            "kind": "neural",
+            "vocab_size": model.vocab_size,
+            "model": dataclasses.asdict(model.config),
+        }
+    )
+
+
+def export(
+    folder: Path, model: NeuralModel, tokenizer_json: str, facts: dict[str, Any], dtype: str, most_bytes: int
+) -> None:
+    """Writes the model into a folder that is there and empty, its weights in `dtype`, in files of `most_bytes` at most.
+
+    Fits one file: model.safetensors. Else model-00001-of-0000N.safetensors, ... and an index of which weight is where. A
+    weight is never divided: ConfigError when one is larger than a file may be.
+    """
+    weights = {name: p.detach().to("cpu", STORED[dtype]).contiguous() for name, p in model.named_parameters()}
+    shards = _shards(weights, most_bytes)
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, 1 + len(shards))]
+    texts = {CONFIG: _config_json(model), TOKENIZER: tokenizer_json}
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    else:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(t.nbytes for t in weights.values())
+        texts[INDEX] = files.to_json({"metadata": {"total_size": total}, "weight_map": places})
+    files.check_space(folder, sum(t.nbytes for t in weights.values()) + sum(map(len, texts.values())) + (1 << 16))
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors makes it private
+        files.sync(folder / name)
+    for name, text in texts.items():
+        files.write_atomic(folder / name, text)
+    _write_manifest(
+        folder, {"facts": facts | {"dtype": dtype}, "files": {n: files.describe(folder / n) for n in (*texts, *names)}}
+    )
+
+
+def _shards(weights: dict[str, Tensor], most_bytes: int) -> list[dict[str, Tensor]]:
+    """The weights in their order, parted so that no file is longer than `most_bytes`."""
+    shards: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in weights.items():
+        needed = tensor.nbytes + len(name.encode()) + 200  # its line in the header, and its share of what is around it
+        if needed > most_bytes - 200:
+            raise ConfigError(
+                f"The weight {name} alone takes {needed + 200:,} bytes in {str(tensor.dtype).removeprefix('torch.')}, but a "
+                f"file may have {most_bytes:,}, and a weight is never divided; allow larger files."
+            )
+        if not shards or needed > room:
+            shards.append({})
+            room = most_bytes - 200
+        shards[-1][name] = tensor
+        room -= needed
+    return shards
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -151,12 +209,35 @@ def _read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralMod
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not a model's configuration ({error}).") from None
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    weights = tensors.read(folder / WEIGHTS, listed.get(WEIGHTS), pending.get(WEIGHTS), expected=shapes)
-    for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{folder / WEIGHTS}: {name} holds a number that is not finite.")
-    model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
+    weights: dict[str, Tensor] = {}
+    for file, names in _places(folder, listed, list(shapes)).items():
+        known, expected = (listed.get(file), pending.get(file)), {name: shapes[name] for name in names}
+        part = tensors.read(folder / file, *known, expected=expected, dtypes=tuple(STORED.values()))
+        for name, tensor in part.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{folder / file}: {name} holds a number that is not finite.")
+            weights[name] = tensor.to(device, torch.float32)
+    model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval(), manifest
+
+
+def _places(folder: Path, listed: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
+    """Which weights each file has to hold, as the index says where there is one; CheckpointError when it cannot be right."""
+    if INDEX not in listed:
+        return {WEIGHTS: names}
+    if reason := files.fault(folder / INDEX, listed[INDEX]):
+        raise CheckpointError(f"{folder / INDEX}: {reason}.")
+    try:
+        index = files.parse_json(files.read_regular(folder / INDEX, 1 << 20))
+        places = index["weight_map"] if isinstance(index, dict) else None
+        if not isinstance(places, dict) or places.keys() != set(names):
+            raise ValueError("it does not say where each of the model's weights is")
+        shards = {file for file in places.values() if isinstance(file, str) and re.fullmatch(SHARD, file)}
+        if not all(isinstance(file, str) and file in shards and file in listed for file in places.values()):
+            raise ValueError("it names a file that is none of the model's")
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder / INDEX}: not an index of weights ({error}).") from None
+    return {file: [name for name in names if places[name] == file] for file in sorted(shards)}
 
 
 def _no_model(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -37,6 +38,11 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; expected cpu or cuda.")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the kind of processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
 
 
 def resolve_dtype(name: str, device: torch.device) -> Precision:

@@ -15,6 +15,13 @@ import numpy as np
 from recurlm.config import DataConfig
 
 
+class Places(NamedTuple):
+    """Where each stream of an epoch starts in the text, and by how much it is turned: the same object for a whole epoch."""
+
+    starts_B: np.ndarray
+    turns_B: np.ndarray
+
+
 class Window(NamedTuple):
     """One training step's or one measurement's ids."""
 
@@ -26,6 +33,8 @@ class Window(NamedTuple):
     """Whether its rows start anew: the state before is the initial one."""
     next: int
     """The position after it."""
+    places: Places | None = None
+    """Where the streams are in the epoch, if that differs from epoch to epoch."""
     weight: float = 1.0
     """What its mean loss counts for in training: its targets over the mean number of targets of a window."""
 
@@ -67,12 +76,26 @@ class Streams(Batches):
     `counted_TB` marks, so that each target counts once.
     published (awd-lstm-lm): floor(N / B) tokens a stream, the remainder dropped; a stream's first token is never
     predicted, and training stops before a last window of a single target.
+
+    `offset`: the text is a ring, of which the first stream starts elsewhere in each epoch. `partial`: each stream is a
+    ring, turned by another amount in each epoch (partial shuffle, Press 2019, arXiv 1903.04167); every target keeps its
+    own predecessor as input. Both are drawn from (seed, epoch). Then exact streams have floor(N / B) targets too: what
+    is left out, fewer than B tokens, is elsewhere in each epoch, or masks would be in every window.
     """
 
-    def __init__(self, ids: np.ndarray, batch_size: int, boundary_id: int, counting: str = "exact"):
+    def __init__(
+        self, ids: np.ndarray, batch_size: int, boundary_id: int, counting: str = "exact", seed: int = 0,
+        offset: bool = False, partial: bool = False,
+    ):  # fmt: skip
         self.ids, self.boundary_id, self.exact = ids, boundary_id, counting == "exact"
+        self.seed, self.offset, self.partial = seed, offset, partial
+        self.placed: tuple[int, Places] | None = None
         streams = np.arange(batch_size, dtype=np.int64)
-        if self.exact:
+        if self.exact and (offset or partial):
+            self.length = len(ids) // batch_size
+            self.owned = self.starts = streams * self.length
+            self.divisor = batch_size * self.length
+        elif self.exact:
             self.length = -(-len(ids) // batch_size)
             self.owned = streams * self.length
             self.starts = np.minimum(self.owned, len(ids) - self.length)
@@ -90,8 +113,24 @@ class Streams(Batches):
         mean = config.bptt * (config.bptt_full_share + (1 - config.bptt_full_share) / 2)
         return math.ceil(self.epoch_length(0) / min(mean, self.epoch_length(0)))
 
+    def places(self, epoch: int) -> Places:
+        """The Places of an epoch of training."""
+        if self.placed is None or self.placed[0] != epoch:
+            draw = np.random.Generator(np.random.Philox(key=[self.seed, 2**62 + epoch]))  # not those of window lengths
+            start = draw.integers(len(self.ids)) if self.offset else 0
+            turns_B = draw.integers(self.length, size=len(self.starts)) if self.partial else np.zeros_like(self.starts)
+            self.placed = epoch, Places((self.starts + start) % len(self.ids), turns_B)
+        return self.placed[1]
+
     def window(self, position: int, steps: int, epoch: int = 0) -> Window:
         steps = min(steps, self.length - position)
+        if self.offset or self.partial:
+            places = self.places(epoch)
+            at_TB = (position + np.arange(steps)[:, None] + places.turns_B) % self.length
+            index_TB = (places.starts_B + at_TB) % len(self.ids)
+            inputs_TB = np.where(index_TB > 0, self.ids[index_TB - 1], self.boundary_id).astype(np.int64)
+            targets_TB = self.ids[index_TB].astype(np.int64)
+            return Window(inputs_TB, targets_TB, None, position == 0, position + steps, places)
         index_BT = (self.starts + position)[:, None] + np.arange(-1, steps)
         block_BT = self.ids[np.maximum(index_BT, 0)].astype(np.int64)
         block_BT[index_BT < 0] = self.boundary_id
@@ -163,7 +202,7 @@ class Sequences(Batches):
         counted_TB = at_TB[1:] < self.lengths[rows]
         mask_TB = None if counted_TB.all() else counted_TB
         weight = counted_TB.sum() * self.first[-1] / len(self.ids)
-        return Window(block_TB[:-1], block_TB[1:], mask_TB, start == 0, position + 1, float(weight))
+        return Window(block_TB[:-1], block_TB[1:], mask_TB, start == 0, position + 1, weight=float(weight))
 
 
 def sentence_ends(ids: np.ndarray, boundary_id: int) -> np.ndarray:
@@ -200,7 +239,8 @@ def training_batches(ids: np.ndarray, config: DataConfig, boundary_id: int, seed
     """The Batches that training reads, as `config` says."""
     ends = BATCHING[config.batching]
     if ends is None:
-        return Streams(ids, config.batch_size, boundary_id, config.counting)
+        moved = config.random_offset, config.partial_shuffle
+        return Streams(ids, config.batch_size, boundary_id, config.counting, seed, *moved)
     return Sequences(ids, ends(ids, boundary_id), config.batch_size, boundary_id, config.bptt, seed)
 
 

@@ -92,6 +92,8 @@ class CapturedStep:
         ids = np.concatenate(([batches.boundary_id], batches.ids), dtype=np.int32)  # half of what int64 would take
         self.ids = torch.from_numpy(ids).to(device)
         self.starts = torch.from_numpy(batches.starts).to(device)
+        self.places, self.turns_B = None, torch.zeros_like(self.starts)
+        self.ring_lengths = (batches.length, len(batches.ids)) if batches.offset or batches.partial else None
         self.dropout = dataclasses.replace(config.dropout, weight=0.0)
         self._build_twin(model, device)
         self.state = state
@@ -211,6 +213,10 @@ class CapturedStep:
 
     def _control(self, order: Order) -> None:
         """Sends the order's numbers to the device."""
+        if order.window.places is not self.places and order.window.places is not None:  # a new epoch
+            self.places = order.window.places
+            self.starts.copy_(torch.from_numpy(self.places.starts_B))
+            self.turns_B.copy_(torch.from_numpy(self.places.turns_B))
         o, seed, t = self.config.optimizer, self.config.train.seed, self.updates + 1
         corrections = (1 - o.betas[0] ** t, 1 - o.betas[1] ** t) if len(o.betas) == 2 else (1.0, 1.0)
         seeds = (seed_for_step(seed, step) >> 11 for step in (order.step, order.step + 1))  # float64 holds 53 bits
@@ -232,15 +238,26 @@ class CapturedStep:
         self.kernels.update(self.weights, [], [], controls, self.status, self.kernels.Rule("none", 0, 0, 0, 0, 0))
         self.ready = True
 
+    def _window(self, length: int) -> tuple[Tensor, Tensor]:
+        """(inputs_TB, targets_TB) at the order's position: those of `Streams.window`, read on the device."""
+        position = self.controls[self.kernels.POSITION].long()
+        if self.ring_lengths is None:
+            at_TB = self.starts + position + torch.arange(length + 1, device=self.ids.device)[:, None]
+            block_TB = self.ids[at_TB].long()
+            return block_TB[:-1], block_TB[1:]
+        stream, text = self.ring_lengths
+        at_TB = (position + torch.arange(length, device=self.ids.device)[:, None] + self.turns_B) % stream
+        index_TB = (self.starts + at_TB) % text  # of targets; `ids` begins with the boundary, one place earlier
+        return self.ids[index_TB].long(), self.ids[index_TB + 1].long()
+
     def _gradients(self, length: int, counted: Any) -> tuple[Tensor, list[str], tuple[Tensor, ...], State]:
         """(terms, their names, gradients of the twin's parameters, new state) for the window at the order's position."""
-        at_B = self.starts + self.controls[self.kernels.POSITION].long()
-        block_TB = self.ids[at_B + torch.arange(length + 1, device=self.ids.device)[:, None]].long()
+        inputs_TB, targets_TB = self._window(length)
         noise = drop.Noise(self.controls[self.kernels.SEED :])
         lanes = self.lanes if length >= PARTS * LEAST_PART else []
-        out = self.twin(block_TB[:-1], self.carried, self.dropout, noise, lanes)
+        out = self.twin(inputs_TB, self.carried, self.dropout, noise, lanes)
         mask = None if counted is None else torch.from_numpy(counted).to(self.ids.device)
-        terms = objective.terms(self.twin, out, block_TB[1:], self.config.objective, mask)
+        terms = objective.terms(self.twin, out, targets_TB, self.config.objective, mask)
         stacked = torch.stack([term.float() for term in terms.values()])
         gradients = torch.autograd.grad(stacked.sum(), self.leaves)
         for lane in lanes:

@@ -8,17 +8,23 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Cursor:
-    """Where a run stands: with the tensors of the checkpoint, all that decides how it goes on."""
+    """Where a run stands: with the tensors of the checkpoint, all that decides how it goes on.
+
+    Steps and epochs are counted through all stages.
+    """
 
     step: int = 0
     epoch: int = 0
     position: int = 0
     epoch_nats: float = 0.0
     epoch_targets: int = 0
-    losses: list[float] = field(default_factory=list)  # of all validations
+    losses: list[float] = field(default_factory=list)  # of the stage's validations
     best: float = math.inf
     seconds: float = 0.0
     due: bool = False  # a validation of this step is due, and a signal came before or during it
+    stage: int = 0
+    stage_step: int = 0  # updates before the stage
+    stage_epoch: int = 0  # epochs begun before the stage
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Result:
     seconds: float
     signal: int
     finished: bool
+    stage: int = 1
+    stages: int = 1
 
 
 def seed_for_step(seed: int, step: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from recurlm.config import Config
+from recurlm.config import Config, stage, stage_count
 from recurlm.errors import RunError
 from recurlm.model import precision
 from recurlm.model.neural import NeuralModel
@@ -22,7 +22,8 @@ def check(config: Config, vocab_size: int) -> None:
     with torch.device("meta"):
         parameters = list(NeuralModel(config.model, vocab_size, torch.Generator("cpu")).parameters())
     count = sum(p.numel() for p in parameters)
-    state = sum(math.prod(size) for shapes in state_shapes(config, parameters) for size in shapes.values())
+    states = [state_shapes(stage(config, number), parameters) for number in range(stage_count(config))]
+    state = max(sum(math.prod(size) for shapes in one for size in shapes.values()) for one in states)
     needed, free = 4 * (2 * count + state), available(precision.resolve_device(config.train.device))
     if needed > free:
         raise RunError(

@@ -73,7 +73,7 @@ class Monitor:
         with contextlib.suppress(OSError):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def step(self, epoch: int, share: float, nll: float, tokens: int) -> None:
+    def step(self, place: str, share: float, nll: float, tokens: int) -> None:
         """Moves the bar; the shown loss is a running mean over about 50 steps."""
         self.smooth = nll if math.isnan(self.smooth) else self.smooth + 0.04 * (nll - self.smooth)
         self.tokens += tokens
@@ -82,7 +82,7 @@ class Monitor:
             self.rate, self.tokens, self.last = self.tokens / (now - self.last), 0, now
             numbers = f"loss {self.smooth:.3f}  ppl {math.exp(min(self.smooth, 50)):,.1f}  {self.rate:,.0f} tokens/s"
             with contextlib.suppress(OSError):
-                self.bar.update(self.task, completed=share, description=f"epoch {epoch + 1}", numbers=numbers)
+                self.bar.update(self.task, completed=share, description=place, numbers=numbers)
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the numbers among `values` as TensorBoard scalars."""

@@ -34,7 +34,12 @@ def plan(config: Config, store: Store) -> dict[str, Any]:
                 seconds.append(time.perf_counter() - start)
         data, cuda = config.data, trainer.device.type == "cuda"
         steps = trainer.batches.steps_per_epoch(data)
-        total = int(min(steps * config.train.epochs, config.train.max_steps or math.inf))
+        totals = []
+        for number in range(trainer.stages):
+            trainer.enter(number)
+            train, each = trainer.config.train, trainer.batches.steps_per_epoch(trainer.config.data)
+            totals.append(int(min(each * train.epochs, train.max_steps or math.inf)))
+        total = sum(totals)
         step_seconds = sum(seconds) / sum(tokens) * store.info["train"].tokens / steps
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
@@ -43,6 +48,7 @@ def plan(config: Config, store: Store) -> dict[str, Any]:
             "tokens": {name: info.tokens for name, info in store.info.items()},
             "steps_per_epoch": steps,
             "steps": total,
+            **({"steps_of_stages": totals} if len(totals) > 1 else {}),
             "seconds_per_step": step_seconds,
             "seconds_estimated": total * step_seconds,
             "memory_bytes": torch.cuda.max_memory_reserved(trainer.device) if cuda else peak,

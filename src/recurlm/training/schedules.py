@@ -43,14 +43,19 @@ def plateau(config: ScheduleConfig, progress: Progress) -> float:
     return config.factor**drops
 
 
+def _falling(config: ScheduleConfig, progress: Progress) -> float:
+    """The share done of what comes after `hold`."""
+    return max(0.0, progress.share - config.hold) / (1.0 - config.hold)
+
+
 def linear(config: ScheduleConfig, progress: Progress) -> float:
-    """From 1 to `floor` in a straight line over the whole training."""
-    return 1.0 - (1.0 - config.floor) * progress.share
+    """1 up to the share `hold` of the training, then down to `floor` in a straight line."""
+    return 1.0 - (1.0 - config.floor) * _falling(config, progress)
 
 
 def cosine(config: ScheduleConfig, progress: Progress) -> float:
-    """From 1 to `floor` along half a cosine, `cycles` times over (SGDR, Loshchilov & Hutter 2017, eq. 5)."""
-    place = 1.0 if progress.share >= 1 else progress.share * config.cycles % 1
+    """After `hold` from 1 to `floor` along half a cosine, `cycles` times over (SGDR, Loshchilov & Hutter 2017, eq. 5)."""
+    place = 1.0 if progress.share >= 1 else _falling(config, progress) * config.cycles % 1
     return config.floor + (1.0 - config.floor) * (1 + math.cos(math.pi * place)) / 2
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recurlm.config import Config
+from recurlm.config import Config, stage
 from recurlm.errors import ConfigError, lookup
 from recurlm.model import precision
 from recurlm.model.heads import HEADS
@@ -23,7 +23,15 @@ from recurlm.training.schedules import SCHEDULES
 
 
 def check_settings(config: Config) -> None:
-    """None; ConfigError for names and sizes that cannot work, found before any text is read."""
+    """None; ConfigError for names and sizes that cannot work, in any stage, found before any text is read."""
+    for number in range(1 + len(config.stages)):
+        try:
+            _check(stage(config, number))
+        except ConfigError as error:
+            raise ConfigError(f"Stage {number + 1}: {error}" if number else str(error)) from None
+
+
+def _check(config: Config) -> None:
     precision.resolve_device(config.train.device)
     lookup(TOKENIZERS, config.tokenizer.kind, "tokenizer.kind")
     lookup(SCHEDULES, config.schedule.name, "schedule.name")
@@ -31,6 +39,10 @@ def check_settings(config: Config) -> None:
     lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")([nn.Parameter(torch.zeros(1))], config.optimizer)
     if config.data.batching != "stream" and config.data.counting != "exact":
         raise ConfigError("data.counting = 'published' is a rule for one stream; it needs data.batching = 'stream'.")
+    if config.data.batching != "stream" and (config.data.random_offset or config.data.partial_shuffle):
+        raise ConfigError(
+            "data.random_offset and data.partial_shuffle move streams; they need data.batching = 'stream'."
+        )
     schedule = config.schedule
     if schedule.name == "milestones" and not (schedule.milestones or schedule.milestone_shares):
         raise ConfigError(

@@ -15,22 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurlm import files
-from recurlm.config import Config, to_dict, to_toml
+from recurlm import files, provenance
+from recurlm.config import Config, stage, stage_count, to_dict, to_toml
 from recurlm.errors import DataError, RunError, UserError, lookup
 from recurlm.evaluation.perplexity import check_measurable, mean_loss
-from recurlm.inference.generate import Sampling, sample_ids
 from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
 from recurlm.protocol import State
 from recurlm.text.batches import Streams, reading_order, training_batches, window_length
 from recurlm.text.store import Store
-from recurlm.training import captured, checkpoint, interrupt, objective, snapshot
-from recurlm.training.averaging import AVERAGING, applied
-from recurlm.training.card import model_card
+from recurlm.training import captured, checkpoint, interrupt, snapshot
+from recurlm.training.averaging import AVERAGING, applied, nonmonotone
 from recurlm.training.cursor import Cursor, Result
 from recurlm.training.monitor import METRICS, Monitor
 from recurlm.training.optimizers import OPTIMIZERS
+from recurlm.training.publish import Best, publish, sample
 from recurlm.training.schedules import SCHEDULES, Progress, warm_up
 from recurlm.training.settings import settle
 from recurlm.training.step import Order, PlainStep, Step
@@ -39,13 +38,16 @@ CHECKPOINTS = "checkpoints"
 
 
 class Trainer:
-    """One run: model, data, optimiser, averaging and cursor. `run` trains until done, stopped or out of time."""
+    """One run: model, data, optimiser, averaging and cursor. `run` trains until done, stopped or out of time.
+
+    `recipe` holds all settings, `config` those of the stage.
+    """
 
     def __init__(self, config: Config, store: Store, folder: Path, quiet: bool = False):
         if "train" not in store.splits:
             raise DataError(f"{store.path}: the store has no train split.")
         config, choice = settle(config, store)
-        self.config, self.store, self.folder, self.quiet = config, store, folder, quiet
+        self.recipe, self.store, self.folder, self.quiet = config, store, folder, quiet
         train = config.train
         self.valid_split = "valid" if "valid" in store.splits else "train"
         self.tokenizer = store.tokenizer()
@@ -58,22 +60,16 @@ class Trainer:
             config.model, store.vocab_size, torch.Generator().manual_seed(train.seed), self.precision
         ).to(self.device)
         self.parameters = list(self.model.parameters())
-        self.optimizer = lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")(self.parameters, config.optimizer)
-        schedule = lookup(SCHEDULES, config.schedule.name, "schedule.name")
-        self.rate = lambda at: schedule(config.schedule, at) * warm_up(config.schedule, at)
-        self.averaging = lookup(AVERAGING, config.averaging.name, "averaging.name")(config.averaging)
-        self.batches = training_batches(self.ids("train"), config.data, self.boundary, train.seed)
-        if self.batches.epoch_length(0) < 1:
-            raise DataError(
-                f"{store.path}: {store.info['train'].tokens:,} training tokens are too few for "
-                f"{config.data.batch_size} streams; lower data.batch_size."
-            )
-        check_measurable(self.ids(self.valid_split), self.boundary, config.data)
-        self.cursor = Cursor()
+        self.cursor, self.stages = Cursor(), stage_count(config)
+        for number in reversed(range(self.stages)):  # also those to come: what cannot work is found now
+            self.enter(number)
         self.waiting: list[tuple[Cursor, int, dict[str, Any]]] = []  # steps whose numbers were not read yet
-        self.obstacle = captured.obstacle(config, self.device)
-        self.start: State = self.model.initial_state(config.data.batch_size)  # the carried state before the first step
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None  # loss, step and weights, not yet published
+        self.best: Best | None = None  # not yet published
+        self.kept: dict[str, Tensor] = {}  # the best weights on record, with which a next stage begins
+        self.made = provenance.facts() | {
+            "device": precision.device_name(self.device), "dtype": self.precision.name, "seed": train.seed,
+            "parameters": sum(p.numel() for p in self.parameters),
+        }  # fmt: skip
         self.saved_at, self.saved = time.monotonic(), False
         self.wish = interrupt.Wish()
         self.notes: list[str] = [f"{self.device}, {self.precision.name} ({self.precision.reason})"]
@@ -84,6 +80,32 @@ class Trainer:
                 f"step by step: {self.obstacle}" if self.obstacle else "the step is captured in CUDA graphs"
             )
 
+    def enter(self, number: int) -> None:
+        """Makes what a stage has of its own: settings, batches, optimiser, schedule, averaging, and a fresh carried state."""
+        self.config = config = stage(self.recipe, number)
+        self.optimizer = lookup(OPTIMIZERS, config.optimizer.name, "optimizer.name")(self.parameters, config.optimizer)
+        schedule = lookup(SCHEDULES, config.schedule.name, "schedule.name")
+        self.rate = lambda at: schedule(config.schedule, at) * warm_up(config.schedule, at)
+        self.averaging = lookup(AVERAGING, config.averaging.name, "averaging.name")(config.averaging)
+        self.batches = training_batches(self.ids("train"), config.data, self.boundary, config.train.seed)
+        if self.batches.epoch_length(0) < 1:
+            raise DataError(
+                f"{self.store.path}: {self.store.info['train'].tokens:,} training tokens are too few for "
+                f"{config.data.batch_size} streams; lower data.batch_size."
+            )
+        check_measurable(self.ids(self.valid_split), self.boundary, config.data)
+        self.obstacle = captured.obstacle(config, self.device)
+        self.start: State = self.model.initial_state(config.data.batch_size)  # the carried state before the first step
+        self.__dict__.pop("stepper", None)
+
+    def next_stage(self) -> None:
+        """Goes over to the next stage, which starts from the best weights so far."""
+        c = self.cursor
+        self.enter(c.stage + 1)
+        self.model.load_state_dict(self.kept or self.weights())
+        c.stage, c.stage_step, c.stage_epoch = c.stage + 1, c.step, c.epoch + (c.position > 0)
+        c.epoch, c.position, c.epoch_nats, c.epoch_targets, c.losses = c.stage_epoch, 0, 0.0, 0, []
+
     def ids(self, split: str) -> np.ndarray:
         """The split's ids in the model's reading order."""
         return reading_order(self.store.ids(split), self.config.model.backward, self.boundary)
@@ -91,25 +113,36 @@ class Trainer:
     # ---- one step -------------------------------------------------------------------------------------------
 
     def progress(self) -> Progress:
-        """How far the run is, for schedules and the bar."""
+        """How far the stage is, for schedules and the bar."""
         c, train = self.cursor, self.config.train
-        share = (c.epoch + c.position / self.batches.epoch_length(c.epoch)) / train.epochs
+        step, epoch = c.step - c.stage_step, c.epoch - c.stage_epoch
+        share = (epoch + c.position / self.batches.epoch_length(c.epoch)) / train.epochs
         if train.max_steps:
-            share = max(share, c.step / train.max_steps)
-        return Progress(c.step, c.epoch, min(1.0, share), tuple(c.losses))
+            share = max(share, step / train.max_steps)
+        return Progress(step, epoch, min(1.0, share), tuple(c.losses))
 
     def epoch_ended(self) -> bool:
         """Whether the text is at its end; the next step starts it anew."""
         return self.cursor.position >= self.batches.epoch_length(self.cursor.epoch)
 
-    def done(self) -> bool:
-        """Whether epochs, steps or patience are used up."""
+    def spent(self) -> bool:
+        """Whether the stage's epochs or steps are used up."""
         c, train = self.cursor, self.config.train
-        if c.due:
+        epochs = c.epoch - c.stage_epoch + self.epoch_ended()
+        return epochs >= train.epochs or 0 < train.max_steps <= c.step - c.stage_step
+
+    def stage_done(self) -> bool:
+        """Whether the stage's epochs, steps or patience are used up."""
+        losses, train = self.cursor.losses, self.config.train
+        if self.cursor.due:
             return False
-        stale = len(c.losses) - 1 - c.losses.index(min(c.losses)) if c.losses else 0
-        spent = bool(train.max_steps) and c.step >= train.max_steps
-        return c.epoch + self.epoch_ended() >= train.epochs or spent or (train.patience > 0 and stale >= train.patience)
+        stale = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        rising = train.stop_nonmono > 0 and nonmonotone(losses, train.stop_nonmono)
+        return self.spent() or rising or 0 < train.patience <= stale
+
+    def done(self) -> bool:
+        """Whether the last stage is done."""
+        return self.cursor.stage + 1 >= self.stages and self.stage_done()
 
     @functools.cached_property
     def stepper(self) -> Step:
@@ -196,25 +229,32 @@ class Trainer:
                 raise RunError(f"Step {c.step}: the validation loss is {loss}; the best weights so far are kept.")
             best = loss < c.best
             if best:
-                self.best = loss, c.step, self.weights()
+                self.best = Best(loss, c.step, self.weights(), c.stage)
         averaged, fired = self.averaging.weights() is not None, False
         if keep:
+            if self.best and best and self.recipe.stages:
+                self.kept = self.best.weights
             c.best = min(c.best, loss)
             c.losses.append(loss)
             fired, c.due = self.averaging.observe(c.losses), False
         train_loss = c.epoch_nats / max(1, c.epoch_targets)
         values = {
-            "epoch": c.epoch + 1, "loss_nats": loss, "ppl": math.exp(min(loss, 700)), "train_loss_nats": train_loss,
-            "averaged": averaged, "best": best, "averaging_starts": fired, "seconds": c.seconds + time.monotonic() - started,
+            "stage": c.stage + 1, "epoch": c.epoch + 1, "loss_nats": loss, "ppl": math.exp(min(loss, 700)),
+            "train_loss_nats": train_loss, "averaged": averaged, "best": best, "averaging_starts": fired,
+            "seconds": c.seconds + time.monotonic() - started, "done": self.done(),
         }  # fmt: skip
         monitor.record("valid" if keep else "stopped", c.step, values)
         notes = ", ".join(n for n, on in (("averaged", averaged), ("best", best), ("averaging starts", fired)) if on)
         name = "valid" if self.valid_split == "valid" else "whole train text's"
         monitor.say(
-            f"epoch {c.epoch + 1}  step {c.step}  train loss {train_loss:.4f}  {name} loss {loss:.4f}  "
+            f"{self.place()}  step {c.step}  train loss {train_loss:.4f}  {name} loss {loss:.4f}  "
             f"ppl {values['ppl']:,.2f}  {loss / math.log(2):.3f} bits/token  {values['seconds']:.0f} s"
             + (f"  ({notes})" if notes else "")
         )
+
+    def place(self) -> str:
+        """Stage and epoch, for people."""
+        return (f"stage {self.cursor.stage + 1}  " if self.stages > 1 else "") + f"epoch {self.cursor.epoch + 1}"
 
     @contextlib.contextmanager
     def heeding(self) -> Iterator[None]:
@@ -228,42 +268,38 @@ class Trainer:
     def publish(self) -> None:
         """Writes the best weights so far as the run directory's model."""
         c = self.cursor
-        if self.best is None and not c.losses:  # before any validation the newest are the ones to have
+        if self.best is None and c.best == math.inf:  # before any validation the newest are the ones to have
             with applied(self.averaging, self.parameters):
-                self.best = math.inf, c.step, self.weights()
+                self.best = Best(math.inf, c.step, self.weights(), c.stage)
         if self.best is None:
             return
-        loss, step, weights = self.best
-        if bad := objective.first_nonfinite(weights):
-            raise RunError(f"Step {step}: the weight {bad} is not finite, so no model was saved; resume from before.")
-        facts = {
-            "parameters": sum(p.numel() for p in self.parameters), "step": step,
-            "loss_nats": loss if math.isfinite(loss) else None, "loss_split": self.valid_split,
-            "batching": self.config.data.batching,
-        }  # fmt: skip
-        directory.write(self.folder, self.model, weights, self.tokenizer.to_json(), facts)
-        with contextlib.suppress(OSError):  # for people, and written anew with the next model
-            files.write_atomic(self.folder / "README.md", model_card(self.config, self.store, facts))
+        facts = self.model, self.store, self.tokenizer, self.config, self.stages, self.made
+        publish(self.folder, self.best, *facts)
         self.best = None
 
     def save(self, started: float) -> None:
         """Saves everything that decides how the run goes on, the model first. RunError when that cannot be written."""
         c = replace(self.cursor, seconds=self.cursor.seconds + time.monotonic() - started)
-        tensors, values = snapshot.pack(self.model, self.optimizer, self.averaging, self.state, c)
+        tensors, values = snapshot.pack(self.model, self.optimizer, self.averaging, self.state, c, self.kept)
         self.publish()
         with contextlib.suppress(OSError):  # the records up to this step survive a power loss too
             files.sync(self.folder / METRICS)
-        values |= {"config": to_dict(self.config), "store": self.store.hash}
+        values |= {"config": to_dict(self.recipe), "store": self.store.hash}
         checkpoint.save(self.folder / CHECKPOINTS, c.step, tensors, values, self.config.train.keep_checkpoints)
         self.saved_at, self.saved = time.monotonic(), True
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continues from a checkpoint; refuses another text, tokenizer or model."""
-        snapshot.check(saved, self.config, self.store)
-        state, self.cursor = snapshot.unpack(
+        snapshot.check(saved, self.recipe, self.store)
+        self.cursor = c = snapshot.cursor(saved)
+        if c.stage:
+            self.enter(c.stage)
+        self.start, self.kept = snapshot.unpack(
             saved, self.config, self.model, self.optimizer, self.averaging, self.start, self.device
         )
-        self.start, self.saved = state, True
+        if self.recipe.stages and not self.kept and c.best < math.inf:  # it had no later stages then
+            self.kept = directory.read(self.folder, self.device, self.precision)[0].state_dict()
+        self.saved = True
         self.__dict__.pop("stepper", None)
 
     # ---- the loop -------------------------------------------------------------------------------------------
@@ -273,42 +309,48 @@ class Trainer:
         c, train = self.cursor, self.config.train
         (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
         if self.done():
-            self.notes.append("Nothing is left to train: to go on, raise train.epochs or train.max_steps.")
+            more = ", train.stages" if self.stages <= len(self.recipe.stages) else ""
+            self.notes.append(f"Nothing is left to train: to go on, raise train.epochs{more} or train.max_steps.")
         else:
-            files.write_atomic(self.folder / "config.toml", to_toml(self.config))
-        started, first = time.monotonic(), (c.step, c.due)
+            files.write_atomic(self.folder / "config.toml", to_toml(self.recipe))
+        started, first = time.monotonic(), (c.step, c.due, c.stage)
         monitor = Monitor(self.folder, c.step, train.tensorboard, self.quiet, c.due)
         for note in self.notes:
             monitor.say(note)
+        if not self.done():
+            monitor.record("start", c.step, self.made)
         try:
             with interrupt.listening() as self.wish, precision.applied(self.precision):
                 with contextlib.suppress(interrupt.Stopped):
                     if c.due:
                         self.validate(monitor, started)
                     while not self.done() and not self.wish.signal and time.monotonic() - started < max_seconds:
+                        if self.stage_done():
+                            self.next_stage()
+                            monitor.say(f"stage {c.stage + 1} of {self.stages} begins from the best weights so far")
                         self.step_and_dues(monitor, started)
                     self.report(monitor)
                     if not self.done() and not self.wish.signal:  # out of time: measure what is there, off the record
                         self.validate(monitor, started, keep=False)
-                best = min(c.best, self.best[0] if self.best else math.inf)
-                if (c.step, c.due) != first:
+                best = min(c.best, self.best.loss if self.best else math.inf)
+                if (c.step, c.due, c.stage) != first:
                     self.save(started)
         except (UserError, OSError):
-            if (c.step, c.due) != first:
+            if (c.step, c.due, c.stage) != first:
                 with contextlib.suppress(UserError, OSError):  # the first error is the one to read
                     self.save(started)
             raise
         finally:
             monitor.close()
         seconds = c.seconds + time.monotonic() - started
-        return Result(c.step, c.epoch + self.epoch_ended(), best, seconds, self.wish.signal, self.done())
+        epochs = c.epoch + self.epoch_ended()
+        return Result(c.step, epochs, best, seconds, self.wish.signal, self.done(), c.stage + 1, self.stages)
 
     def step_and_dues(self, monitor: Monitor, started: float) -> None:
         """One step and what is due after it: records, sample, validation, checkpoint."""
         c, train = self.cursor, self.config.train
         self.advance()
-        ended = c.epoch + self.epoch_ended() >= train.epochs or (train.max_steps and c.step >= train.max_steps)
-        validate = ended or (c.step % train.eval_every == 0 if train.eval_every else self.epoch_ended())
+        validate = self.spent() or (c.step % train.eval_every == 0 if train.eval_every else self.epoch_ended())
         sample = train.sample_every and c.step % train.sample_every == 0
         due = time.monotonic() - self.saved_at >= train.checkpoint_seconds or (bool(c.losses) and not self.saved)
         save = due or (train.checkpoint_every and c.step % train.checkpoint_every == 0)
@@ -327,22 +369,16 @@ class Trainer:
 
     def report(self, monitor: Monitor) -> None:
         """Shows and records the numbers of the steps since the last call; RunError when one was not finite."""
-        c, share = self.cursor, self.progress().share
+        share = self.progress().share
         numbers, failure = self.read()
         for step, values in numbers:
-            monitor.step(c.epoch, share, values["loss_nats"], values["tokens"])
+            monitor.step(self.place(), share, values["loss_nats"], values["tokens"])
             if step % self.config.train.log_every == 0:
                 monitor.record("step", step, values | {"tokens_per_s": monitor.rate})
         if failure:
             raise RunError(failure)
 
-    def sample(self, count: int = 60) -> str:
+    def sample(self) -> str:
         """A short text from the current (averaged) weights."""
-        order = -1 if self.model.backward else 1
-        ids = self.tokenizer.encode_prefix(self.config.train.sample_prompt).tolist()[::order]
-        generator = torch.Generator().manual_seed(self.config.train.seed)
-        forbidden = [] if self.tokenizer.unk_id is None else [self.tokenizer.unk_id]
-        start = [self.boundary, *ids]
         with applied(self.averaging, self.parameters):
-            drawn = list(sample_ids(self.model, start, count, Sampling(temperature=0.8), generator, forbidden))
-        return self.tokenizer.decode((ids + drawn)[::order])
+            return sample(self.model, self.tokenizer, self.config.train.sample_prompt, self.config.train.seed)
