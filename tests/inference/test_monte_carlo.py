@@ -1,5 +1,6 @@
 """Evaluation with dropout, against its formula."""
 
+import dataclasses
 import math
 
 import pytest
@@ -74,3 +75,23 @@ def test_evaluate_takes_the_dropout_of_the_run(text_file, tmp_path):
         api.evaluate(tmp_path / "run", mc_dropout=-1)
     with pytest.raises(UserError, match="neural run directory"):
         api.evaluate(api.load(tmp_path / "run"), data=text_file, mc_dropout=2)
+
+
+def test_what_a_head_drops_is_dropped(generator, ids_TB):
+    config = ModelConfig(embedding_size=6, hidden_sizes=(7,), head="mixture", experts=2, init_range=2.0)
+    model = NeuralModel(config, 11, generator).requires_grad_(False)
+    mean = MonteCarloDropout(model, dataclasses.replace(NO_DROPOUT, latent=0.4), 3)
+    found, _ = mean.score(ids_TB[:-1], ids_TB[1:], mean.initial_state(3))
+    plain, _ = model.score(ids_TB[:-1], ids_TB[1:], model.initial_state(3))
+    assert (found - plain).abs().max() > 0.01
+    log_probs, _ = mean.advance(ids_TB[:-1], mean.initial_state(3))
+    torch.testing.assert_close(-log_probs.gather(-1, ids_TB[1:, :, None])[..., 0], found.float())
+    first, state = mean.score(ids_TB[:3], ids_TB[1:4], mean.initial_state(3))
+    rest, _ = mean.score(ids_TB[3:-1], ids_TB[4:], state)
+    torch.testing.assert_close(torch.cat((first, rest)), found)
+
+
+def test_zoneout_has_no_masks_for_a_whole_text(generator):
+    model = NeuralModel(ModelConfig(embedding_size=6, hidden_sizes=(6,), zoneout=0.1), 11, generator)
+    with pytest.raises(RequestError, match="zoneout"):
+        MonteCarloDropout(model, DROPOUT, 2)

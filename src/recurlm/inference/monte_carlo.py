@@ -29,6 +29,13 @@ class MonteCarloDropout(StatefulModel):
     def __init__(self, model: NeuralModel, dropout: DropoutConfig, samples: int, seed: int = 1):
         if not 1 <= samples <= MOST_SAMPLES:
             raise RequestError(f"mc_dropout = {samples}: expected 1 to {MOST_SAMPLES:,} samples.")
+        if (
+            model.config.zoneout or model.config.zoneout_hidden
+        ):  # it draws for each step: no one network for a whole text
+            raise RequestError(
+                "mc_dropout keeps the masks of each sample for the whole text, but this model's zoneout draws anew at each "
+                "time step; leave out mc_dropout."
+            )
         self.model, self.dropout, self.samples, self.seed = model, dropout, samples, seed
         self.vocab_size, self.backward = model.vocab_size, model.backward
         self.generator = Generator(model.device)
@@ -48,7 +55,8 @@ class MonteCarloDropout(StatefulModel):
         for sample, part in enumerate(state):
             with applied(self.model.precision):
                 out = self._thinned(ids_TB, part, sample)
-                log_probs_NV = self.model.head.log_probs(out.dropped_TBH.flatten(0, 1), self.model.embedding)  # type: ignore[operator]
+                given = out.dropped_TBH.flatten(0, 1), self.model.embedding, out.head_dropout
+                log_probs_NV = self.model.head.log_probs(*given)  # type: ignore[operator]
             log_probs_TBV = log_probs_NV.float().view(*ids_TB.shape, self.vocab_size)
             total_TBV = log_probs_TBV if total_TBV is None else torch.logaddexp(total_TBV, log_probs_TBV)
             states.append(out.state)
@@ -59,6 +67,6 @@ class MonteCarloDropout(StatefulModel):
         for sample, part in enumerate(state):
             with applied(self.model.precision):
                 out = self._thinned(ids_TB, part, sample)
-                parts.append(self.model.nll(out.dropped_TBH, targets_TB).double())
+                parts.append(self.model.nll(out.dropped_TBH, targets_TB, out.head_dropout).double())
             states.append(out.state)
         return math.log(self.samples) - torch.stack(parts).neg().logsumexp(0), tuple(states)

@@ -180,7 +180,7 @@ class AdaptiveHead(Head):
     ) -> Tensor:
         return clusters_nll(self.parts(), hidden_NH, targets_N)
 
-    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         return clusters_log_probs(self.parts(), hidden_NH)
 
     def topk(self, hidden_NH: Tensor, k: int, embedding_VE: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ class TiedAdaptiveHead(Head):
     ) -> Tensor:
         return clusters_nll(self.parts(embedding_VE), hidden_NH, targets_N)
 
-    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         return clusters_log_probs(self.parts(embedding_VE), hidden_NH)
 
     def topk(self, hidden_NH: Tensor, k: int, embedding_VE: Tensor) -> tuple[Tensor, Tensor]:

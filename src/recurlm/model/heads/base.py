@@ -59,8 +59,8 @@ class Head(nn.Module, ABC):
         """nll_N = -log p(target). On a GPU the host waits for nothing, and shapes do not depend on the targets."""
 
     @abstractmethod
-    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
-        """log_probs_NV; each row's exponentials sum to one."""
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
+        """log_probs_NV; each row's exponentials sum to one. `dropout` as in `nll`."""
 
     def topk(self, hidden_NH: Tensor, k: int, embedding_VE: Tensor) -> tuple[Tensor, Tensor]:
         """(log_probs_NK, ids_NK) of the k most probable tokens, best first."""

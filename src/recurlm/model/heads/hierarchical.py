@@ -190,7 +190,7 @@ class HierarchicalHead(Head):
         nll_RL = -logsigmoid(_wide(x_RL) * signs_RL)
         return torch.where(signs_RL == 0, 0, nll_RL).sum(1)
 
-    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         x_NM = logits(hidden_NH, self.weight, self.bias)
         slots_NS, out = x_NM.new_zeros(len(hidden_NH), 1), []
         for level in levels(self.lengths):

@@ -67,9 +67,9 @@ class MixtureHead(Head):
         )
         return mixed(self.log_prior(hidden_NH), self.base.nll(rows_RE, targets_R, embedding_VE))
 
-    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         """One expert after the other, so that no more than two distributions are there at once."""
-        latents_NKE, log_prior_NK = self.latents(hidden_NH), self.log_prior(hidden_NH)
+        latents_NKE, log_prior_NK = self.latents(hidden_NH, dropout), self.log_prior(hidden_NH)
         weighted = (
             self.base.log_probs(latents_NKE[:, k], embedding_VE) + log_prior_NK[:, k, None] for k in range(self.experts)
         )

@@ -31,7 +31,7 @@ class SoftmaxHead(Head):
     ) -> Tensor:
         return linear_cross_entropy(hidden_NH, self.weight, self.bias, targets_N)
 
-    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         return logits(hidden_NH, self.weight, self.bias).log_softmax(-1)
 
 
@@ -54,5 +54,5 @@ class TiedHead(Head):
     ) -> Tensor:
         return linear_cross_entropy(hidden_NH, embedding_VE, self.bias, targets_N)
 
-    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor) -> Tensor:
+    def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         return logits(hidden_NH, embedding_VE, self.bias).log_softmax(-1)
