@@ -228,10 +228,11 @@ def export(
     if directory.kind(run) != "neural":
         raise UserError(f"{run}: an n-gram model, which is mapped into memory as it is; copy its folder instead.")
     texts = _card(run)
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists already; choose another -o.")
+        out = Path(os.path.abspath(out))  # "." has no name of its own
+        temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
         made = files.make_folder(temporary)
         try:
             for name, text in texts.items():

@@ -203,3 +203,15 @@ def test_an_exported_folder_is_never_trained_over(sharded, text_file, tmp_path):
         with pytest.raises(ConfigError):
             api.train(apply_assignments(tiny_config(), [f'data.path="{text_file}"']), folder, resume=resume, quiet=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_the_folder_where_one_is(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run)
+    with pytest.raises(ConfigError, match="exists already"):
+        api.export(run, ".")
+    with pytest.raises(ConfigError, match="exists already"):
+        api.export(run, "/")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "manifest.json" in api.export(run, ".")
+    assert weights(api.load(tmp_path / "empty")).keys() == weights(api.load(run)).keys()
