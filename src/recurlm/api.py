@@ -231,7 +231,7 @@ def export(
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists already; choose another -o.")
-        out = Path(os.path.abspath(out))  # "." has no name of its own
+        out = out.resolve()  # "." has no name of its own
         temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
         made = files.make_folder(temporary)
         try:

@@ -291,3 +291,10 @@ def test_graphs_on_a_gpu_change_nothing(layer, head, config):
         assert not capture or any(dynamic.segments.graphs.values())
     torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(out[1], out[2])
+
+
+def test_it_may_be_made_in_inference_mode():
+    expected = mean_loss(DynamicEvaluation(model_of(), SGD), IDS, 0, 1, "exact")
+    model = model_of()
+    with torch.inference_mode():
+        assert mean_loss(DynamicEvaluation(model, SGD), IDS, 0, 1, "exact") == expected

@@ -28,11 +28,12 @@ class Segments:
     """
 
     def __init__(self, model: NeuralModel, rows: int, learn: Callable[[tuple[Tensor, ...]], None], capture: bool):
-        self.twin = copy.deepcopy(model).requires_grad_(True)
-        for layer in self.twin.layers:
-            layer.pack()  # type: ignore[operator]
+        with torch.inference_mode(False):  # weights made in that mode could not be moved outside of it
+            self.twin = copy.deepcopy(model).requires_grad_(True)
+            for layer in self.twin.layers:
+                layer.pack()  # type: ignore[operator]
+            self.state = map_state(lambda leaf: leaf.detach().clone(), self.twin.initial_state(rows))
         self.weights, self.learn = list(self.twin.parameters()), learn
-        self.state = map_state(lambda leaf: leaf.detach().clone(), self.twin.initial_state(rows))
         self.capture = capture and model.device.type == "cuda"
         self.graphs: dict[tuple[bool, tuple[int, ...]], torch.cuda.CUDAGraph | None] = {}
         self.fixed: dict[tuple[bool, tuple[int, ...]], list[Tensor]] = {}
