@@ -36,7 +36,7 @@ from recurlm.config import (
     to_dict,
     to_toml,
 )
-from recurlm.errors import CheckpointError, ConfigError, DataError, RunError, UserError, lookup, shown
+from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, RunError, UserError, lookup, shown
 from recurlm.evaluation import suites
 from recurlm.evaluation.interpolation import tuned_dynamic, tuned_mixture
 from recurlm.evaluation.perplexity import check_measurable, evaluate_ids
@@ -336,6 +336,8 @@ def evaluate(
     `mc_dropout` K: the mean prediction of K networks thinned by the run's own dropout (see `inference.monte_carlo`).
     """
     start = time.perf_counter()
+    if tune_on and not (mixed_with or caches or dynamic is not None):
+        raise RequestError(f"--tune-on {tune_on}: nothing to tune; give --with, --cache or --dynamic too.")
     model = run if isinstance(run, LanguageModel) else load(run, device=device, dtype=dtype)
     if mc_dropout:
         if dynamic is not None or any(isinstance(c, Mapping) for c in caches):

@@ -130,6 +130,7 @@ def test_a_table_for_people(call, runs):
         (["--dynamic", "lr=1e-4", "--batching", "sentence"], "--batching stream"),
         (["--cache", "window=5,theta=1,lambda=0.1", "--tune-on", "valid"], "nothing is left to tune"),
         (["--cache", "window=5", "--tune-on", "dev"], "no split 'dev'"),
+        (["--tune-on", "valid"], "nothing to tune"),
         (["--cache", "5", "--suite", "blimp"], "--suite"),
     ],
 )
@@ -164,3 +165,18 @@ def test_another_text_and_a_training_text_that_is_gone(call, runs, text_file, tm
     code, _, err = call("eval", gone, "--data", text_file, "--dynamic", "batch=4")
     assert code == 2 and "/nowhere/store" in err and err.count("\n") == 1, err
     assert call("eval", gone, "--data", text_file, "--dynamic", "rule=sgd")[0] == 0
+
+
+def test_a_small_setting_is_shown_as_it_was_given(runs, call):
+    code, out, _ = call("eval", runs["neural"], "--dynamic", "rule=sgd,lr=5e-5", "--no-ranks")
+    assert code == 0
+    assert "5e-05" in next(line for line in out.splitlines() if line.startswith("dynamic lr"))
+
+
+@pytest.mark.parametrize("verb", [["prune", "-o", "out"], ["query", "a"], ["export", "out.arpa"]])
+def test_ngram_verbs_say_that_a_neural_run_is_none_of_theirs(runs, call, verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("ngram", verb[0], runs["neural"], *verb[1:])
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a neural model" in err
+    assert not list(tmp_path.iterdir())

@@ -69,7 +69,7 @@ def print_table(rows: dict[str, Any]) -> None:
     width = max(map(len, rows), default=0)
     for name, value in rows.items():
         if isinstance(value, float):
-            shown = f"{value:,.4f}" if abs(value) < 1e12 else f"{value:.4e}"
+            shown = f"{value:,.4f}" if value == 0 or 0.01 <= abs(value) < 1e12 else f"{value:.5g}"
         else:
             shown = f"{value:,}" if type(value) is int else str(value)
         print(f"{name:<{width}}  {shown}")

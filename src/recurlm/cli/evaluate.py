@@ -15,7 +15,7 @@ def check(
     """None; RequestError for options that do not go together."""
     if adapted and (suite or report):
         raise RequestError(
-            "--with, --cache, --dynamic and --tune-on change how a text is measured; leave out --suite and --report."
+            "--with, --cache, --dynamic, --tune-on and --mc-dropout change how a text is measured; leave out --suite and --report."
         )
     if suite and (report or of_text):
         raise RequestError(

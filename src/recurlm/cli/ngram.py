@@ -70,7 +70,7 @@ def train(
         bool | None,
         typer.Option(
             "--out-of-core/--in-memory",
-            help="Sort on the disk (needs recurlm[ngram]); default: above 30 million tokens.",
+            help="Sort on the disk with DuckDB; default: above 30 million tokens.",
             rich_help_panel=COUNTING,
         ),
     ] = None,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recurlm import files, tensors
-from recurlm.errors import CheckpointError, RunError
+from recurlm.errors import CheckpointError, RequestError, RunError
 from recurlm.ngram.counts import MOST_ORDER
 from recurlm.ngram.model import NgramModel
 from recurlm.ngram.trie import MOST_NODES, Table, Trie, compiled, word_dtype
@@ -63,6 +63,8 @@ def read(folder: Path) -> tuple[NgramModel, dict[str, Any]]:
     """(model, manifest) of the folder, every listed file verified; CheckpointError naming the file otherwise."""
     manifest = files.read_manifest(folder / MANIFEST, FORMAT)
     listed = manifest["files"]
+    if manifest.get("kind") == "neural":
+        raise RequestError(f"{folder}: a neural model; expected the run directory of an n-gram model.")
     if manifest.get("kind") != "ngram" or not isinstance(manifest.get("facts"), dict):
         raise CheckpointError(f"{folder / MANIFEST}: not the manifest of an n-gram model.")
     for name in (CONFIG, TOKENIZER):
