@@ -70,14 +70,16 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "fast": (
         "awd-lstm-ptb",
         {
-            "sgd 30, batch 20, tail": (*TAIL, LINEAR, "schedule.hold=0.5", *MOVED),
-            "sgd 40, batch 40, tail": ("data.batch_size=40", "optimizer.lr=40", *TAIL, LINEAR, "schedule.hold=0.5", *MOVED),
-            "adamw 2e-3, batch 20": (*ADAM, "optimizer.lr=2e-3", LINEAR, *MOVED),
-            "adamw 2e-3, batch 40": (*ADAM, "optimizer.lr=2e-3", "data.batch_size=40", LINEAR, *MOVED),
-            "adamw 4e-3, batch 40": (*ADAM, "optimizer.lr=4e-3", "data.batch_size=40", COSINE, *MOVED),
-            "adamw 4e-3, batch 80": (*ADAM, "optimizer.lr=4e-3", "data.batch_size=80", LINEAR, *MOVED),
-            "adamw 2e-3, batch 40, betas 0.9, 0.99": (
-                *ADAM, "optimizer.lr=2e-3", "optimizer.betas=[0.9,0.99]", "data.batch_size=40", LINEAR, *MOVED,
+            "sgd 30, batch 20, half held, linear to zero": (NONE, LINEAR, "schedule.hold=0.5", *MOVED),
+            "sgd 30, batch 20, tail 3": ("averaging.name=tail", "averaging.start=0.1", "averaging.forget=3", *MOVED),
+            "adamw 1e-3, batch 20, decay 0.1": (*ADAM, "optimizer.lr=1e-3", "optimizer.weight_decay=0.1", LINEAR, *MOVED),
+            "adamw 2e-3, batch 40, decay 0.02": (*ADAM, "optimizer.lr=2e-3", "data.batch_size=40", LINEAR, *MOVED),
+            "adamw 2e-3, batch 40, decay 0.1": (
+                *ADAM, "optimizer.lr=2e-3", "optimizer.weight_decay=0.1", "data.batch_size=40", LINEAR, *MOVED,
+            ),
+            "adamw 4e-3, batch 40, decay 0.1, betas 0.8, 0.99, cosine": (
+                *ADAM, "optimizer.lr=4e-3", "optimizer.weight_decay=0.1", "optimizer.betas=[0.8,0.99]",
+                "data.batch_size=40", COSINE, *MOVED,
             ),
         },
     ),
