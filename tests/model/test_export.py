@@ -17,6 +17,7 @@ from recurlm.training.monitor import read_metrics
 from support import tiny_config
 
 SMALL = 3000  # bytes: the largest weight of the model below just fits in bf16
+TINY = 700  # a few rows of it
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("most", [0, SMALL, 2 * SMALL])
+@pytest.mark.parametrize("most", [0, TINY, SMALL, 2 * SMALL])
 def test_an_exported_model_has_the_same_weights(run, dtype, most, tmp_path):
     most *= 2 if dtype == "fp32" else 1
     written = api.export(run, tmp_path / "out", dtype=dtype, max_shard_size=most)
@@ -85,9 +86,9 @@ def test_what_cannot_be_exported_is_a_sentence(run, tmp_path):
     with pytest.raises(ConfigError, match="dtype = 'fp8' is not known"):
         api.export(run, tmp_path / "out", dtype="fp8")
     with pytest.raises(
-        ConfigError, match=r"The weight \S+ alone takes [\d,]+ bytes in float32, but a file may have 2,000"
+        ConfigError, match=r"One row of the weight \S+ takes [\d,]+ bytes in float32, but a file may have 400"
     ):
-        api.export(run, tmp_path / "out", max_shard_size=2000)
+        api.export(run, tmp_path / "out", max_shard_size=400)
     with pytest.raises(UserError, match="no such folder"):
         api.export(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "file").write_text("")
@@ -131,6 +132,29 @@ HOSTILE = {
     "a file that is not listed": lambda index: index["weight_map"].update({first_of(index): "model-00009-of-00009.safetensors"}),
     "another file of the model": lambda index: index["weight_map"].update({first_of(index): "config.json"}),
 }  # fmt: skip
+
+
+PARTS = {
+    "a gap": ["w[0:2]", "w[3:4]"],
+    "an overlap": ["w[0:3]", "w[2:4]"],
+    "the end missing": ["w[0:3]"],
+    "the start missing": ["w[1:4]"],
+    "too long": ["w[0:5]"],
+    "empty": ["w[0:0]", "w[0:4]"],
+    "backwards": ["w[0:4]", "w[4:2]"],
+    "twice": ["w", "w[0:4]"],
+    "written otherwise": ["w[00:4]"],
+    "a part of another": ["w", "v[0:1]"],
+    "a part of a part": ["w[0:4][0:4]"],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_parts_that_do_not_make_the_weights_are_refused(what):
+    assert directory._shapes_of_parts(["w[2:4]", "w[0:2]"], {"w": (4, 3)}) == {"w[0:2]": (2, 3), "w[2:4]": (2, 3)}
+    with pytest.raises(ValueError, match="does not say where each"):
+        directory._shapes_of_parts(PARTS[what], {"w": (4, 3)})
 
 
 @pytest.mark.parametrize("what", [*HOSTILE, "a list", "deep", "not JSON", "long", "a key twice"])

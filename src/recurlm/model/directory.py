@@ -28,6 +28,7 @@ FORMAT = 1
 MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
 FILES = (CONFIG, TOKENIZER, WEIGHTS)
 INDEX, SHARD = "model.safetensors.index.json", r"model-[0-9]{5}-of-[0-9]{5}\.safetensors"
+ROWS = re.compile(r"(.+)\[([0-9]{1,9}):([0-9]{1,9})\]")  # some rows of a weight that is larger than a file may be
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -98,7 +99,7 @@ def export(
     """Writes the model into a folder that is there and empty, its weights in `dtype`, in files of `most_bytes` at most.
 
     Fits one file: model.safetensors. Else model-00001-of-0000N.safetensors, ... and an index of which weight is where. A
-    weight is never divided: ConfigError when one is larger than a file may be.
+    weight larger than a file may be is divided by rows, its parts named weight[first:last]; ConfigError when a row is larger.
     """
     weights = {name: p.detach().to("cpu", STORED[dtype]).contiguous() for name, p in model.named_parameters()}
     shards = _shards(weights, most_bytes)
@@ -126,19 +127,35 @@ def _shards(weights: dict[str, Tensor], most_bytes: int) -> list[dict[str, Tenso
     """The weights in their order, parted so that no file is longer than `most_bytes`."""
     shards: list[dict[str, Tensor]] = []
     room = 0
-    for name, tensor in weights.items():
-        needed = tensor.nbytes + len(name.encode()) + 200  # its line in the header, and its share of what is around it
-        if needed > most_bytes - 200:
-            raise ConfigError(
-                f"The weight {name} alone takes {needed + 200:,} bytes in {str(tensor.dtype).removeprefix('torch.')}, but a "
-                f"file may have {most_bytes:,}, and a weight is never divided; allow larger files."
-            )
+    for name, tensor in (part for weight in weights.items() for part in _parts(*weight, most_bytes)):
+        needed = _needed(name, tensor)
         if not shards or needed > room:
             shards.append({})
             room = most_bytes - 200
         shards[-1][name] = tensor
         room -= needed
     return shards
+
+
+def _needed(name: str, tensor: Tensor) -> int:
+    return tensor.nbytes + len(name.encode()) + 200  # its line in the header, and its share of what is around it
+
+
+def _parts(name: str, tensor: Tensor, most_bytes: int) -> list[tuple[str, Tensor]]:
+    """The weight, or as few and equal runs of its rows as fit files of `most_bytes`."""
+    if _needed(name, tensor) <= most_bytes - 200:
+        return [(name, tensor)]
+    around = _needed(f"{name}[{len(tensor)}:{len(tensor)}]", tensor[:1])
+    most = (most_bytes - 200 - around) // tensor[0].nbytes + 1
+    if most < 1:
+        raise ConfigError(
+            f"One row of the weight {name} takes {around + 200:,} bytes in {str(tensor.dtype).removeprefix('torch.')}, "
+            f"but a file may have {most_bytes:,}; allow larger files."
+        )
+    rows = -(-len(tensor) // -(-len(tensor) // most))
+    return [
+        (f"{name}[{t}:{t + len(p)}]", p) for t, p in zip(range(0, len(tensor), rows), tensor.split(rows), strict=True)
+    ]
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -210,34 +227,61 @@ def _read(folder: Path, device: torch.device, how: Precision) -> tuple[NeuralMod
         raise CheckpointError(f"{folder / CONFIG}: not a model's configuration ({error}).") from None
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     weights: dict[str, Tensor] = {}
-    for file, names in _places(folder, listed, list(shapes)).items():
-        known, expected = (listed.get(file), pending.get(file)), {name: shapes[name] for name in names}
+    for file, expected in _places(folder, listed, shapes).items():
+        known = listed.get(file), pending.get(file)
         part = tensors.read(folder / file, *known, expected=expected, dtypes=tuple(STORED.values()))
         for name, tensor in part.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{folder / file}: {name} holds a number that is not finite.")
             weights[name] = tensor.to(device, torch.float32)
+    for name in shapes.keys() - weights.keys():
+        weights[name] = torch.cat([weights.pop(part) for part in sorted(weights, key=_rows) if _rows(part)[0] == name])
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval(), manifest
 
 
-def _places(folder: Path, listed: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Which weights each file has to hold, as the index says where there is one; CheckpointError when it cannot be right."""
+def _rows(name: str) -> tuple[str, int, int]:
+    """(weight, first row, last row + 1) that the name of a part of a weight means; (name, 0, 0) for a whole weight."""
+    match = ROWS.fullmatch(name)
+    return (match[1], int(match[2]), int(match[3])) if match else (name, 0, 0)
+
+
+def _shapes_of_parts(names: list[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Each name's shape, weights and parts of them; ValueError unless every weight is there once, whole or in its parts."""
+    out, done = {}, dict.fromkeys(shapes, 0)
+    for name, first, last in sorted(map(_rows, names)):
+        rows = shapes.get(name, (0,))[0]
+        whole = last == 0
+        if name not in done or done[name] != first or not (whole or first < last <= rows):
+            raise ValueError("it does not say where each of the model's weights is")
+        done[name] = rows if whole else last
+        out[name if whole else f"{name}[{first}:{last}]"] = shapes[name] if whole else (last - first, *shapes[name][1:])
+    if out.keys() != set(names) or any(done[name] != shape[0] for name, shape in shapes.items()):
+        raise ValueError("it does not say where each of the model's weights is")
+    return out
+
+
+def _places(
+    folder: Path, listed: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The names and shapes that each file has to hold, as the index says where there is one; CheckpointError when it
+    cannot be right."""
     if INDEX not in listed:
-        return {WEIGHTS: names}
+        return {WEIGHTS: shapes}
     if reason := files.fault(folder / INDEX, listed[INDEX]):
         raise CheckpointError(f"{folder / INDEX}: {reason}.")
     try:
         index = files.parse_json(files.read_regular(folder / INDEX, 1 << 20))
         places = index["weight_map"] if isinstance(index, dict) else None
-        if not isinstance(places, dict) or places.keys() != set(names):
+        if not isinstance(places, dict):
             raise ValueError("it does not say where each of the model's weights is")
+        parts = _shapes_of_parts(list(places), shapes)
         shards = {file for file in places.values() if isinstance(file, str) and re.fullmatch(SHARD, file)}
         if not all(isinstance(file, str) and file in shards and file in listed for file in places.values()):
             raise ValueError("it names a file that is none of the model's")
     except (OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder / INDEX}: not an index of weights ({error}).") from None
-    return {file: [name for name in names if places[name] == file] for file in sorted(shards)}
+    return {file: {name: shape for name, shape in parts.items() if places[name] == file} for file in sorted(shards)}
 
 
 def _no_model(folder: Path) -> str:
