@@ -402,7 +402,8 @@ def _adapted(
     cache = cache_config(neural[0]) if neural else None
     how = None if dynamic is None else dynamic_config(dynamic)
     free_cache = {"theta", "lambda"} - set(neural[0]) if neural and tune_on else set()
-    free_dynamic = {"lr", "decay"} - set(dynamic) if dynamic is not None and tune_on else set()
+    searched = {"lr", "decay"} if how and how.rule == "rms" else {"lr"}  # sgd's decay is 0 unless it is given
+    free_dynamic = searched - set(dynamic) if dynamic is not None and tune_on else set()
     for other, model in models:
         if model.tokenizer.hash != first.tokenizer.hash:
             raise UserError(f"{other}: it has another tokenizer than {name}; train both on one store to mix them.")
@@ -453,7 +454,8 @@ def _adapted(
         one = NeuralCache(parts[name], cache) if cache else parts[name]
     out |= {"cache": settings_of(cache)} if cache else {}
     if len(ids):
-        out |= {"tuned": sorted(free_cache | free_dynamic), "tuned_on": tune_on or "valid"}
+        tuned = sorted(free_cache | free_dynamic)
+        out |= ({"tuned": tuned} if tuned else {}) | {"tuned_on": tune_on or "valid"}
     return one, out
 
 

@@ -492,7 +492,10 @@ def stage(config: Config, number: int) -> Config:
 
 def stage_count(config: Config) -> int:
     """How many stages the run has."""
-    return min(1 + len(config.stages), config.train.stages or 1 + MAX_STAGES)
+    there, wanted = 1 + len(config.stages), config.train.stages
+    if wanted > there:
+        raise ConfigError(f"train.stages = {wanted}: expected 0 (all) to {there}, the number of stages that there are.")
+    return wanted or there
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -44,6 +44,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train --resume auto -o nothing", 2, "no run here to go on with"),
     ("train --resume auto -o text.txt", 2, "text.txt"),
     (f"{TRAIN} --resume yes", 2, "--resume"),
+    (f"{TRAIN} --stages 2", 2, "the number of stages"),
+    ("ngram train text.txt -o new --memory-limit 1kg", 2, "'1kg' is none"),
     ("train --data text.txt -o run", 2, "already holds a run"),
     ("train --data text.txt -o mine", 2, "README.md"),
     ("train --data text.txt -o modelonly --resume auto", 2, "no checkpoints folder"),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recurlm.cli.common import Json, note, print_json, print_table, unescape
+from recurlm.cli.common import Json, note, parse_size, print_json, print_table, unescape
 from recurlm.errors import ConfigError, DataError, RequestError
 
 app = typer.Typer(help="N-gram models: train, prune, query; ARPA files in and out.", no_args_is_help=True)
@@ -98,7 +98,7 @@ def train(
     words = from_dict({"tokenizer": {"kind": tokenizer, "vocab_size": vocab_size, "min_count": min_count}}).tokenizer
     facts = run.train(
         data, out, order=order, settings=settings, tokenizer=words,
-        out_of_core=out_of_core, memory_limit=memory_limit, arpa_file=arpa,
+        out_of_core=out_of_core, memory_limit=f"{parse_size(memory_limit)}B", arpa_file=arpa,
     )  # fmt: skip
     _print_facts(out, facts, as_json)
 

@@ -81,6 +81,8 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _text(path: Path, line: int, value: dict[str, Any], key: str, default: str | None = None) -> str:
     """The text under a key: not empty, and such that it can be encoded."""
     text = value.get(key, default)
+    if text is None and key not in value:
+        _fail(path, line, f'there is no "{key}"; expected text.')
     if not isinstance(text, str) or not (text.strip() or text == default):
         _fail(path, line, f'expected text under "{key}", found {shown(text)}.')
     if any("\ud800" <= c <= "\udfff" for c in text):
