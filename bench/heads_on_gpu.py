@@ -5,7 +5,7 @@
     python bench/heads_on_gpu.py smoke HEAD DATA                        30 steps of one head, captured and not
     python bench/heads_on_gpu.py steps DATA RECIPE [--quick]            the time of a step of a recipe
 
-First all parts run at once and quickly, so that what they need is compiled by as many processes; then those that measure run
+First parts run side by side and quickly, so that what they need is compiled by several processes; then those that measure run
 alone, one after the other. A part that fails or takes too long costs no other part.
 """
 
@@ -112,7 +112,7 @@ def steps(data: str, recipe: str, quick: bool) -> None:
 
 
 def _begin(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with log.open("wb") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
@@ -133,16 +133,23 @@ def everything(out: Path, ptb: str, wt2: str, seconds: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     this, module = [sys.executable, __file__], [sys.executable, "-m"]
     recipes = {"ptb": [ptb, "awd-lstm-mos-ptb"], "wt2": [wt2, "awd-lstm-mos-wt2"]}
-    at_once = {f"smoke-{head}": [*this, "smoke", head, ptb] for head in HEADS}
-    at_once |= {f"quick-{name}": [*this, "steps", *given, "--quick"] for name, given in recipes.items()}
-    at_once |= {f"quick-heads-{n}": [*module, "recurlm.bench.heads", "--once", str(n)] for n in range(3)}
-    at_once["quick-mixture"] = [*module, "recurlm.bench.mixture", "--once"]
-    running = {name: _begin(command, out / f"{name}.txt") for name, command in at_once.items()}
-    for name, process in running.items():
-        _end(process, name, start + 75)
-    print(f"compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
-    for name in at_once:
-        if name.startswith("smoke"):
+    once = [*module, "recurlm.bench.heads", "--once"]
+    first = {  # what compiles most, no kernel twice
+        "smoke-tied": [*this, "smoke", "tied", ptb],
+        **{f"quick-{name}": [*this, "steps", *given, "--quick"] for name, given in recipes.items()},
+        "quick-mixture": [*module, "recurlm.bench.mixture", "--once"],
+        "quick-adaptive": [*once, "adaptive"],
+        "quick-tied-adaptive": [*once, "tied-adaptive"],
+        "quick-full": [*once, "tied", "torch"],
+    }
+    then = {f"smoke-{head}": [*this, "smoke", head, ptb] for head in HEADS if head != "tied"}
+    for commands, most in ((first, 50), (then, 35)):
+        begun = time.perf_counter()
+        running = {name: _begin(command, out / f"{name}.txt") for name, command in commands.items()}
+        for name, process in running.items():
+            _end(process, name, begun + most)
+        print(f"compiled and checked until {time.perf_counter() - start:.0f} s", flush=True)
+        for name in commands:
             print(_last_line(out / f"{name}.txt"), flush=True)
     alone = {
         "mixture": ([*module, "recurlm.bench.mixture"], 30),
