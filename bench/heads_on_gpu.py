@@ -1,6 +1,6 @@
 """What the output layers do on a GPU, in some minutes: correct steps, then every measurement of heads and of the mixture.
 
-    python bench/heads_on_gpu.py all OUT [--ptb DATA] [--wt2 DATA]      everything, a log for each part in OUT
+    python bench/heads_on_gpu.py all OUT [--ptb DATA] [--wt2 DATA] [--only PART ...]      everything, a log for each part in OUT
     python bench/heads_on_gpu.py train OUT DATA KIND                    every head trained, tied and not; KIND ptb or wt2
     python bench/heads_on_gpu.py smoke HEAD DATA                        30 steps of one head, captured and not
     python bench/heads_on_gpu.py steps DATA RECIPE [--quick]            the time of a step of a recipe
@@ -128,7 +128,7 @@ def _end(process: subprocess.Popen[bytes], name: str, until: float) -> None:
         print(f"-- {name}: {code}", flush=True)
 
 
-def everything(out: Path, ptb: str, wt2: str, seconds: float) -> None:
+def everything(out: Path, ptb: str, wt2: str, seconds: float, only: list[str]) -> None:
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     this, module = [sys.executable, __file__], [sys.executable, "-m"]
@@ -143,6 +143,8 @@ def everything(out: Path, ptb: str, wt2: str, seconds: float) -> None:
         "quick-full": [*once, "tied", "torch"],
     }
     then = {f"smoke-{head}": [*this, "smoke", head, ptb] for head in HEADS if head != "tied"}
+    if only:
+        first, then = {name: command for name, command in first.items() if name.startswith("quick")}, {}
     for commands, most in ((first, 50), (then, 35)):
         begun = time.perf_counter()
         running = {name: _begin(command, out / f"{name}.txt") for name, command in commands.items()}
@@ -151,16 +153,26 @@ def everything(out: Path, ptb: str, wt2: str, seconds: float) -> None:
         print(f"compiled and checked until {time.perf_counter() - start:.0f} s", flush=True)
         for name in commands:
             print(_last_line(out / f"{name}.txt"), flush=True)
+    again = [
+        "hierarchical",
+        "hierarchical, balanced",
+        "adaptive",
+        "adaptive, published cuts",
+        "tied-adaptive, published cuts",
+    ]
     alone = {
         "mixture": ([*module, "recurlm.bench.mixture"], 30),
+        "heads": ([*module, "recurlm.bench.heads", str(out / "heads.svg")], 90),
+        "heads-again": ([*module, "recurlm.bench.heads", "--only", *again], 30),
+        "cross-entropy": ([*module, "recurlm.bench.cross_entropy"], 20),
         "steps-ptb": ([*this, "steps", *recipes["ptb"]], 25),
-        "heads": ([*module, "recurlm.bench.heads", str(out / "heads.svg")], 60),
-        "mixture-profile": ([*module, "recurlm.bench.mixture", "--profile"], 15),
         "steps-wt2": ([*this, "steps", *recipes["wt2"]], 25),
+        "mixture-sweep": ([*module, "recurlm.bench.mixture", "--sweep"], 60),
+        "mixture-profile": ([*module, "recurlm.bench.mixture", "--profile"], 15),
         "heads-profile": ([*module, "recurlm.bench.heads", "--profile"], 15),
-        "mixture-sweep": ([*module, "recurlm.bench.mixture", "--sweep"], 45),
     }
-    for name, (command, most) in alone.items():
+    for name in only or alone:
+        command, most = alone[name]
         begun = time.perf_counter()
         _end(_begin(command, out / f"{name}.txt"), name, min(begun + most, start + seconds))
         print(f"== {name}, {time.perf_counter() - begun:.0f} s\n{(out / f'{name}.txt').read_text()}", flush=True)
@@ -206,6 +218,7 @@ def main() -> None:
     one.add_argument("--ptb", default=".carry/ptb")
     one.add_argument("--wt2", default=".carry/wikitext-2")
     one.add_argument("--seconds", type=float, default=170)
+    one.add_argument("--only", nargs="*", default=[])
     four = verbs.add_parser("train")
     four.add_argument("out", type=Path)
     four.add_argument("data")
@@ -220,7 +233,7 @@ def main() -> None:
     three.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     if given.verb == "all":
-        everything(given.out, given.ptb, given.wt2, given.seconds)
+        everything(given.out, given.ptb, given.wt2, given.seconds, given.only)
     elif given.verb == "train":
         trained(given.out, given.data, given.kind, given.seconds)
     elif given.verb == "smoke":

@@ -2,6 +2,7 @@
 
     recurlm bench heads                                   the rows of this machine
     python -m recurlm.bench.heads PICTURE.svg             the same, and a picture of the times over the vocabulary
+    python -m recurlm.bench.heads --only NAME ...         some rows of it
     python -m recurlm.bench.heads --tiles                 (GPU) times of other tiles in the kernels of an adaptive softmax
     python -m recurlm.bench.heads --profile               (GPU) times of the kernels of an adaptive softmax
     python -m recurlm.bench.heads --once NAME ...         (GPU) these heads, or torch, once at every size: compiled, and checked
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -162,10 +163,10 @@ def on_gpu(it: Subject) -> Cost:
     return Cost(times[0], times[1], times[2], memory)
 
 
-def rows(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+def rows(report: Callable[[dict[str, Any]], None] = lambda row: None, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A row for each head, size and what is done with it; adaptive ones with the published cut points beside torch's.
 
-    `report` gets each row when it is there.
+    `report` gets each row when it is there; `only` these heads, as the rows name them (none: all).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -195,10 +196,10 @@ def rows(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[di
 
     for size in SIZES[device]:
         peer = _peer("torch, full softmax", lambda size=size: full(size, device, dtype), device)
-        if device == "cuda":
+        if device == "cuda" and not only:
             compiled = _peer("", lambda size=size: full(size, device, dtype, compiled=True), device)
             peer = peer._replace(more=f"{peer.more}; compiled {duration(compiled.times[0])}, {compiled.more}")
-        for name in VARIANTS:
+        for name in [name for name in VARIANTS if not only or name in only]:
             compare(name, size, lambda name=name, size=size: subject(name, size, device, dtype), peer)
         if size.words > PUBLISHED_CUTS[-1]:
             torchs = _peer(
@@ -206,7 +207,9 @@ def rows(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[di
                 lambda size=size: torchs_adaptive(size, device, dtype, PUBLISHED_CUTS),
                 device,
             )
-            for name in ("adaptive", "tied-adaptive"):
+            for name in [
+                name for name in ("adaptive", "tied-adaptive") if not only or f"{name}, published cuts" in only
+            ]:
                 compare(f"{name}, published cuts", size,
                         lambda name=name, size=size: subject(name, size, device, dtype, cutoffs=PUBLISHED_CUTS), torchs,
                         "2 x torch's, 5 x full" if name == "adaptive" else "")  # fmt: skip
@@ -369,6 +372,8 @@ if __name__ == "__main__":
         profile()
     elif "--once" in sys.argv:
         once(sys.argv[2:])
+    elif "--only" in sys.argv:
+        rows(_show, sys.argv[2:])
     else:
         measured = rows(_show)
         if len(sys.argv) > 1:
