@@ -31,7 +31,16 @@ static unsigned __float_as_uint(float x) { unsigned v; memcpy(&v, &x, 4); return
 
 struct Meeting { int there = 0, round = 0; };
 struct Warp { Meeting meeting; unsigned a[32][4], b[32][2], v[32]; };
-struct Block { Index index; std::vector<uint4> shared; Meeting meeting; std::vector<Warp> warps; int threads; };
+struct Block {
+    Index index;
+    std::vector<uint4> shared;
+    Meeting meeting;
+    std::vector<Warp> warps;
+    int threads;
+    Block* cluster;  // its first block
+    Meeting cluster_meeting;
+    bool ended;
+};
 struct Fibre { Block* block; Index thread; ucontext_t context; std::vector<char> stack; bool done; };
 
 static Fibre* fibre;
@@ -56,6 +65,23 @@ static void reload_shared_words(uint4& v, const void* p, bool wanted) { if (want
 static uint4 load_words(const void* p, bool wanted) { uint4 v = {0, 0, 0, 0}; if (wanted) memcpy(&v, p, 16); return v; }
 static unsigned load_word(const void* p, bool wanted) { unsigned v = 0; if (wanted) memcpy(&v, p, 4); return v; }
 static void store_shared_words(void* p, uint4 v) { memcpy(p, &v, 8); give_way(); memcpy((char*)p + 8, &v.z, 8); }
+#ifdef CLUSTER
+static void cluster_barrier() { meet(fibre->block->cluster->cluster_meeting, fibre->block->threads * CLUSTER); }
+static void store_to_block(void* p, unsigned rank, uint4 v) {
+    Block& to = fibre->block->cluster[rank];
+    size_t offset = (char*)p - (char*)fibre->block->shared.data();
+    unsigned words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; i++) {
+        if (to.ended || rank >= CLUSTER || offset + 16 > to.shared.size() * 16) abort();
+        memcpy((char*)to.shared.data() + offset + 4 * i, words + i, 4);
+        give_way();
+    }
+}
+static uint4 load_arriving(const uint4* p) { give_way(); return *p; }
+static uint2 load_arriving(const uint2* p) { give_way(); return *p; }
+#else
+#define CLUSTER 1
+#endif
 static unsigned long long nanoseconds() { return rounds + 1; }
 static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
@@ -114,7 +140,7 @@ static void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 }
 
 static void (*body)();
-static void enter() { body(); fibre->done = true; give_way(); }
+static void enter() { body(); fibre->done = fibre->block->ended = true; give_way(); }
 
 // Runs `body` in every thread of `blocks` blocks; false when nothing but waiting went on for too long.
 static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, unsigned seed) {
@@ -122,7 +148,8 @@ static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, un
     std::vector<Block> all(blocks);
     std::vector<std::unique_ptr<Fibre>> fibres;
     for (int b = 0; b < blocks; b++) {
-        all[b].index = {b}, all[b].threads = warps * 32, all[b].warps.resize(warps), all[b].shared.resize(shared_bytes / 16 + 1);
+        all[b].cluster = &all[b / CLUSTER * CLUSTER], all[b].ended = false;
+        all[b].index = {b}, all[b].threads = warps * 32, all[b].warps.resize(warps), all[b].shared.resize(shared_bytes / 16);
         memset(all[b].shared.data(), 0xff, all[b].shared.size() * 16);
         for (int i = 0; i < warps * 32; i++) {
             auto made = std::make_unique<Fibre>();
