@@ -34,7 +34,7 @@ struct Warp { Meeting meeting; unsigned a[32][4], b[32][2], v[32]; };
 struct Block {
     Index index;
     std::vector<uint4> shared;
-    Meeting meeting;
+    Meeting meeting, groups[16];
     std::vector<Warp> warps;
     int threads;
     Block* cluster;  // its first block
@@ -57,6 +57,7 @@ static void meet(Meeting& meeting, int all) {
 
 static Warp& warp_here() { return fibre->block->warps[fibre->thread.x / 32]; }
 static void barrier() { meet(fibre->block->meeting, fibre->block->threads); }
+static void barrier(int group, int warps) { meet(fibre->block->groups[group], 32 * warps); }
 
 static uint4 load_shared_words(const void* p) { give_way(); uint4 v; memcpy(&v, p, 16); return v; }
 static uint2 load_shared_pair(const void* p) { give_way(); uint2 v; memcpy(&v, p, 8); return v; }
@@ -67,16 +68,26 @@ static unsigned load_word(const void* p, bool wanted) { unsigned v = 0; if (want
 static void store_shared_words(void* p, uint4 v) { memcpy(p, &v, 8); give_way(); memcpy((char*)p + 8, &v.z, 8); }
 #ifdef CLUSTER
 static void cluster_barrier() { meet(fibre->block->cluster->cluster_meeting, fibre->block->threads * CLUSTER); }
-static void store_to_block(void* p, unsigned rank, uint4 v) {
-    Block& to = fibre->block->cluster[rank];
-    size_t offset = (char*)p - (char*)fibre->block->shared.data();
-    unsigned words[4] = {v.x, v.y, v.z, v.w};
-    for (int i = 0; i < 4; i++) {
-        if (to.ended || rank >= CLUSTER || offset + 16 > to.shared.size() * 16) abort();
-        memcpy((char*)to.shared.data() + offset + 4 * i, words + i, 4);
-        give_way();
-    }
+typedef char* Place;
+static Place place_in(void* p, unsigned rank) {
+    Block& here = *fibre->block;
+    size_t offset = (char*)p - (char*)here.shared.data();
+    if (rank >= CLUSTER || offset >= here.shared.size() * 16) abort();
+    return (char*)here.cluster[rank].shared.data() + offset;
 }
+static void send_word(Place to, unsigned v) {
+    Block* first = fibre->block->cluster;
+    for (int i = 0; i < CLUSTER; i++) {
+        char* begin = (char*)first[i].shared.data();
+        if (to < begin || to + 4 > begin + first[i].shared.size() * 16) continue;
+        if (first[i].ended) abort();
+        memcpy(to, &v, 4);
+        return give_way();
+    }
+    abort();
+}
+static void send(Place to, uint2 v) { send_word(to, v.x), send_word(to + 4, v.y); }
+static void send(Place to, uint4 v) { send_word(to, v.x), send_word(to + 4, v.y), send_word(to + 8, v.z), send_word(to + 12, v.w); }
 static uint4 load_arriving(const uint4* p) { give_way(); return *p; }
 static uint2 load_arriving(const uint2* p) { give_way(); return *p; }
 #else

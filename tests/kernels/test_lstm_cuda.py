@@ -95,25 +95,31 @@ def truth(x_TBG, weight_GH, h_BH, c_BH):
     return torch.stack(hs), torch.stack(cs)
 
 
-def layouts_of(name: str, H: int, B: int, cluster: int) -> list[Layout]:
-    """Layouts with clusters of so many blocks, at most some 16 blocks in all."""
+def picked(name: str, H: int, B: int, cluster: int, choice: int | tuple[int, int]) -> Layout:
+    """The layout of this number, or with clusters that of at least so many groups or warps along k that is DIRECT or not."""
     if cluster == 1:
-        return lstm_cuda.LAYOUTS[name](H, B, SMALL)
-    found = lstm_cuda.cluster_layouts(name, H, B, SMALL_HOPPER)
-    return [layout for layout in found if layout.cluster == cluster]
+        return lstm_cuda.LAYOUTS[name](H, B, SMALL)[choice]
+    wanted, direct = choice
+    for layout in lstm_cuda.cluster_layouts(name, H, B, SMALL_HOPPER):
+        of = dict(layout.macros)
+        if layout.cluster == cluster and of["DIRECT"] == direct and max(of["WARPS_K"], of["GROUPS"]) >= wanted:
+            return layout
+    raise AssertionError("no such layout")
 
 
-CASES = (  # units, batch, steps, index of the forward and of the backward layout, fp16, blocks of a cluster
+CASES = (  # units, batch, steps, what is picked of the forward and of the backward layouts, fp16, blocks of a cluster
     (48, 5, 6, 0, 0, False, 1),
     (80, 11, 3, 5, 3, False, 1),
     (32, 3, 11, 2, 1, True, 1),
     (16, 1, 1, 0, 0, False, 1),
     (64, 17, 2, -1, -1, True, 1),
-    (48, 5, 9, 0, 0, False, 2),
-    (80, 11, 5, 3, 2, False, 4),
-    (64, 17, 6, -1, -1, True, 2),
-    (96, 3, 4, 1, 4, True, 8),
-    (16, 1, 1, 0, 0, False, 3),
+    (48, 5, 9, (1, 1), (1, 1), False, 2),
+    (48, 5, 9, (1, 0), (1, 0), False, 2),
+    (64, 17, 6, (2, 1), (2, 1), True, 2),
+    (80, 11, 5, (2, 0), (4, 0), False, 4),
+    (64, 17, 6, (4, 0), (2, 0), True, 4),
+    (96, 3, 4, (1, 0), (1, 0), True, 8),
+    (16, 1, 1, (1, 1), (1, 1), False, 3),
 )
 
 
@@ -133,7 +139,7 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     h_TBH, c_TBH = truth(*leaves)
     trouble, limit = torch.zeros(1, dtype=torch.int32), 10**9
 
-    layout = layouts_of("forward", H, B, cluster)[fore]
+    layout = picked("forward", H, B, cluster, fore)
     gates, y = x_TBG.clone(), torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
     c = torch.full((T, B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "forward", 1)
@@ -149,7 +155,7 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     d_h, d_hT, d_cT = values(T, B, H), values(B, H, of=torch.float32), values(B, H, of=torch.float32)
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
-    layout = layouts_of("backward", H, B, cluster)[back]
+    layout = picked("backward", H, B, cluster, back)
     ring = () if cluster > 1 else (lstm_cuda.ring_of(layout, B, torch.device("cpu")),)
     d_gates = torch.full((T, B, 4 * H), -1, dtype=torch.int16).view(dtype)
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))

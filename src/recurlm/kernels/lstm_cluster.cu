@@ -8,18 +8,20 @@
 // having read its sums of step t.
 //
 // A block's warps are WARPS_M by WARPS_K: each has WARP_TILES tiles of rows and BLOCKS_K blocks of 32 k. Vectors pass through
-// shared memory, where the WARPS_M warps of a share of k find them.
+// shared memory, where the WARPS_M warps of a share of k find them. The sums of the WARPS_K warps are added before they are
+// sent, or with DIRECT sent as they are: more words, a barrier less.
 //
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
 // Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
-// REGISTERS_K; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+// REGISTERS_K, DIRECT; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
-#define FRAGMENTS (WARPS_K * BLOCKS_K * TILES_N)
-#define LOADS ((FRAGMENTS + WARPS - 1) / WARPS)
+#define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors, of a warp
+#define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
+#define PARTS (DIRECT ? CLUSTER * WARPS_K : CLUSTER)  // of a sum that are sent
 #define RING 2
 #define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
 
@@ -34,7 +36,8 @@ typedef uint2 Sums;
 #define A_ROW (ROWS / WIDTH)
 #define SHARE ((A_ROW * GROUP_BATCH + 2 * CLUSTER - 1) / (2 * CLUSTER) * 2)
 #define ROUNDS ((SHARE + THREADS - 1) / THREADS)
-#define INBOX (RING * GROUPS * CLUSTER * SHARE)
+#define INBOX (RING * GROUPS * PARTS * SHARE)
+#define SENDS (DIRECT ? WARP_TILES * TILES_N * 2 : (ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
 
 // What a block has of shared memory, and where its warp stands in it.
 struct Places {
@@ -42,22 +45,31 @@ struct Places {
     float* sums;
     Sums* inbox;
     int thread, warp, lane, r, q, m, k, rank;
+    Place to[SENDS];  // where this thread's sums go at the first use of the inbox
 
     DEVICE Places(uint4* shared) {
         thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
         m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
         more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
-        sums = (float*)(stage + FRAGMENTS * 32);
-        inbox = (Sums*)(sums + WARPS_K * TILES_N * 8 * STRIDE);
+        sums = (float*)(stage + (1 + DIRECT) * WARPS_K * FRAGMENTS * 32);
+        inbox = (Sums*)(sums + (DIRECT ? 0 : 2 * WARPS_K * TILES_N * 8 * STRIDE));
     }
 
     DEVICE void begin() {  // before anything arrives
         for (int i = thread; i < INBOX * WIDTH; i += THREADS) ((float*)inbox)[i] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SENDS; i++) {
+            const int row = DIRECT ? (m * WARP_TILES + i / (2 * TILES_N)) * 16 + 2 * r : (thread + i * THREADS) % (ROWS / 4) * 4;
+            const int n = DIRECT ? i / 2 % TILES_N * 8 + 2 * q + i % 2 : (thread + i * THREADS) / (ROWS / 4);
+            const int item = n * A_ROW + row / WIDTH, from = DIRECT ? rank * WARPS_K + k : rank;
+            float* place = (float*)(inbox + from * SHARE + item % SHARE) + row % WIDTH;
+            to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
+        }
         cluster_barrier();
     }
 
-    DEVICE Sums* place(int use, int g, int from) { return inbox + ((use % RING * GROUPS + g) * CLUSTER + from) * SHARE; }
+    DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * PARTS * SHARE; }
 };
 
 typedef uint4 Kept[REGISTERS_K ? REGISTERS_K : 1][2][WARP_TILES];
@@ -79,7 +91,7 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int
     uint4 words[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int row = (at.warp + i * WARPS) % TILES_N * 8 + at.r;
+        const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
         words[i] = make_uint4(0, 0, 0, 0);
         reload_shared_words(words[i], from + row * length + offsets[i], offsets[i] >= 0 && row < batch_rows);
     }
@@ -91,50 +103,64 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int
         if (!any_lane(waits) || !any_lane(patience.lasts())) break;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const int row = (at.warp + i * WARPS) % TILES_N * 8 + at.r;
+            const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
             reload_shared_words(words[i], from + row * length + offsets[i], is_empty(words[i]));
         }
     }
+    // One barrier a turn lets a warp be a turn ahead of another: what it writes before that barrier has two places.
+    const int odd = (use * GROUPS + g) & 1;
+    uint4* stage = at.stage + (DIRECT * odd * WARPS_K + at.k) * FRAGMENTS * 32 + at.lane;
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
-        if (at.warp + i * WARPS < FRAGMENTS) at.stage[(at.warp + i * WARPS) * 32 + at.lane] = words[i];
-    barrier();
+        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = words[i];
+    barrier(at.k, WARPS_M);
 
     float acc[WARP_TILES][TILES_N][4] = {};
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) {
         uint4 vectors[TILES_N];
 #pragma unroll
-        for (int n = 0; n < TILES_N; n++) vectors[n] = at.stage[((at.k * BLOCKS_K + k) * TILES_N + n) * 32 + at.lane];
+        for (int n = 0; n < TILES_N; n++) vectors[n] = stage[(k * TILES_N + n) * 32];
         product<WARP_TILES>(acc, kept, at.more, vectors, k);
     }
-    put_sums<WARP_TILES, STRIDE>(at.sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
-    barrier();
-
-    const unsigned bit = (use / RING + 1) & 1;
-    Sums* to = at.place(use, g, at.rank);
-    for (int item = at.thread; item < ROWS / 4 * batch_rows; item += THREADS) {
-        const float4 x = sum_of_warps<WARPS_K, STRIDE>(at.sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
-        const int index = item * (4 / WIDTH);
-        store_to_block(to + index % SHARE, index / SHARE,
-                       make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
+    const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
+#if DIRECT
+#pragma unroll
+    for (int i = 0; i < SENDS; i++) {
+        const int m = i / (2 * TILES_N), n = i / 2 % TILES_N, e = i % 2;
+        if (n * 8 + 2 * at.q + e < batch_rows)
+            send(at.to[i] + offset, make_uint2(marked(acc[m][n][e], bit), marked(acc[m][n][e + 2], bit)));
     }
+#else
+    float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
+    put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
+    barrier();
+#pragma unroll
+    for (int i = 0; i < SENDS; i++) {
+        const int item = at.thread + i * THREADS;
+        if (item < ROWS / 4 * batch_rows) {
+            const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
+            send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
+        }
+    }
+#endif
 }
 
 DEVICE bool arrived(uint2 v, unsigned bit) { return (v.x & 1) == bit && (v.y & 1) == bit; }
 DEVICE bool arrived(uint4 v, unsigned bit) { return (v.x & v.y & v.z & v.w & 1) == bit && ((v.x | v.y | v.z | v.w) & 1) == bit; }
 
 // The blocks' parts of item `mine` of this block.
-DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g, Patience& patience) {
+DEVICE void receive(Sums (&parts)[PARTS], Places& at, int mine, int use, int g, Patience& patience) {
     const unsigned bit = (use / RING + 1) & 1;
+    const Sums* from = at.inbox + at.turn_of(use, g) + mine;
 #pragma unroll
-    for (int p = 0; p < CLUSTER; p++) parts[p] = load_arriving(at.place(use, g, p) + mine);
+    for (int p = 0; p < PARTS; p++) parts[p] = load_arriving(from + p * SHARE);
     patience.renew();
     for (bool waits = true; waits;) {
         waits = false;
 #pragma unroll
-        for (int p = 0; p < CLUSTER; p++)
-            if (!arrived(parts[p], bit)) parts[p] = load_arriving(at.place(use, g, p) + mine), waits = true;
+        for (int p = 0; p < PARTS; p++)
+            if (!arrived(parts[p], bit)) parts[p] = load_arriving(from + p * SHARE), waits = true;
         if (waits && !patience.lasts()) {
             parts[0].x = parts[0].y = EMPTY;
             waits = false;
@@ -171,7 +197,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     int offsets[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int fragment = at.warp + i * WARPS, column = column0 + fragment / TILES_N * 32 + at.q * 8;
+        const int fragment = at.m + i * WARPS_M, column = column0 + (at.k * BLOCKS_K + fragment / TILES_N) * 32 + at.q * 8;
         offsets[i] = fragment < FRAGMENTS && column < H ? column : -1;
     }
 
@@ -210,10 +236,10 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) x[gate] = widened(input[i][gate]);
             if (there) {
-                Sums parts[CLUSTER];
+                Sums parts[PARTS];
                 receive(parts, at, mine, t, g, patience);
 #pragma unroll
-                for (int p = 0; p < CLUSTER; p++) {
+                for (int p = 0; p < PARTS; p++) {
                     x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
                     x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
                 }
@@ -275,7 +301,8 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     int offsets[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int fragment = at.warp + i * WARPS, chunk = fragment / TILES_N * 4 + at.q;
+        const int fragment = at.m + i * WARPS_M;
+        const int chunk = (at.k * BLOCKS_K + fragment / TILES_N) * 4 + at.q;
         const int unit = row_unit0 + chunk_unit(chunk);
         offsets[i] = fragment < FRAGMENTS && unit < H ? chunk_gate(chunk) * H + unit : -1;
     }
@@ -333,10 +360,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (t == T - 1) {
                 d = *(const float2*)(d_hT + b * H + unit);
             } else {
-                Sums parts[CLUSTER];
+                Sums parts[PARTS];
                 receive(parts, at, mine, T - 2 - t, g, patience);
 #pragma unroll
-                for (int p = 0; p < CLUSTER; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
+                for (int p = 0; p < PARTS; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
             }
             if (t < 0) {
                 *(float2*)(d_h0 + b * H + unit) = d;

@@ -10,6 +10,9 @@ typedef unsigned short T16;
 
 DEVICE void barrier() { __syncthreads(); }
 
+// Of `warps` warps that meet as number `group`.
+DEVICE void barrier(int group, int warps) { asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(32 * warps) : "memory"); }
+
 // 16 bytes that other blocks may be writing: past the L1 cache, each 4-byte word whole
 DEVICE uint4 load_shared_words(const void* p) {
     uint4 v;
@@ -61,12 +64,24 @@ DEVICE void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// To where `p` is in the shared memory of this cluster's block `rank`, each 4-byte word whole.
-DEVICE void store_to_block(void* p, unsigned rank, uint4 v) {
-    const unsigned here = (unsigned)__cvta_generic_to_shared(p);
-    asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; "
-                 "st.relaxed.cluster.shared::cluster.v4.u32 [there], {%2, %3, %4, %5};}"
-                 ::"r"(here), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+// A place in the shared memory of a block of this cluster.
+typedef unsigned Place;
+
+// Where `p` is in that of block `rank`.
+DEVICE Place place_in(void* p, unsigned rank) {
+    Place there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((unsigned)__cvta_generic_to_shared(p)), "r"(rank));
+    return there;
+}
+
+// Each 4-byte word whole.
+DEVICE void send(Place to, uint4 v) {
+    asm volatile("st.relaxed.cluster.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+DEVICE void send(Place to, uint2 v) {
+    asm volatile("st.relaxed.cluster.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // Words of this block's shared memory that the cluster's blocks may be writing.
