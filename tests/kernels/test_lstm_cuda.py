@@ -14,7 +14,7 @@ from recurlm.kernels import lstm_cuda, nvrtc, reference
 from recurlm.kernels.lstm_cuda import Card, Layout
 
 CUDA = torch.cuda.is_available()
-H200, SMALL, SMALL_HOPPER = Card(132, 232448, (9, 0)), Card(8, 60000, (8, 0)), Card(18, 60000, (9, 0))
+H200, SMALL, SMALL_HOPPER = Card(132, 232448, (9, 0)), Card(8, 60000, (8, 0)), Card(36, 60000, (9, 0))
 TYPES = (torch.bfloat16, torch.float16)
 
 # ---- layouts ------------------------------------------------------------------------------------------------
@@ -116,10 +116,10 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (48, 5, 9, (1, 1), (1, 1), False, 2),
     (48, 5, 9, (1, 0), (1, 0), False, 2),
     (64, 17, 6, (2, 1), (2, 1), True, 2),
-    (80, 11, 5, (2, 0), (4, 0), False, 4),
-    (64, 17, 6, (4, 0), (2, 0), True, 4),
-    (96, 3, 4, (1, 0), (1, 0), True, 8),
-    (16, 1, 1, (1, 1), (1, 1), False, 3),
+    (112, 11, 5, (2, 0), (4, 0), False, 4),
+    (128, 9, 4, (2, 0), (2, 0), True, 4),
+    (240, 3, 3, (1, 0), (1, 0), True, 8),
+    (80, 1, 1, (1, 1), (1, 1), False, 3),
 )
 
 

@@ -4,8 +4,8 @@
 // Both kernels: a cluster owns ROWS rows of the product; its block `rank` multiplies part `rank` of the vector by them,
 // and sends each sum to the block that turns it into new values. So every block loads only a part of the vectors from the
 // L2 cache, whose bandwidth bounds a step where every block loads all of them. Of what arrives, every word's last bit tells
-// one use of its place from the next: a block that sends sums of step t + RING has vectors that depend on every block's
-// having read its sums of step t.
+// one use of its place from the next: a warp that sends sums of step t + RING has vectors that depend on every block's
+// having read the sums of step t. So every warp must have some part of the vectors.
 //
 // A block's warps are WARPS_M by WARPS_K: each has WARP_TILES tiles of rows and BLOCKS_K blocks of 32 k. Vectors pass through
 // shared memory, where the WARPS_M warps of a share of k find them. The sums of the WARPS_K warps are added before they are

@@ -175,13 +175,17 @@ def _splits(count: int) -> Iterator[tuple[int, int]]:
             yield warps, each
 
 
-def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
-    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first."""
+def cluster_layouts(name: str, H: int, batch: int, here: Card, spare: int = 2) -> list[Layout]:
+    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first.
+
+    A cluster runs within a group of 16 or 18 processors, of which some may be switched off: `spare` clusters are left out of
+    what such groups would hold.
+    """
     found, forward = [], name == "forward"
     if here.capability < CLUSTER_CAPABILITY:
         return found
     for cluster in CLUSTERS:
-        most = _up(here.processors, 18) * (16 // cluster)  # a cluster is in a group of 16 or 18 processors
+        most = max(1, _up(here.processors, 18) * (16 // cluster) - spare)
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
         for (warps_m, tiles_m), (warps_k, blocks_k), groups, direct in itertools.product(
@@ -201,6 +205,9 @@ def _clustered(
     """The layout with these shares of a warp; None where it does not fit."""
     (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
     forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
+    k = ((cluster - 1) * warps_k + warps_k - 1) * blocks_k * 4  # the last warp's first chunk of 8 k
+    if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
+        return None  # a warp with nothing to wait for would run ahead
     strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
     share, parts = _up(rows // width * batch_rows, 2 * cluster) * 2, cluster * (warps_k if direct else 1)
     rounds, loads = _up(share, 32 * warps), _up(blocks_k * tiles_n, warps_m)
