@@ -95,16 +95,19 @@ def truth(x_TBG, weight_GH, h_BH, c_BH):
     return torch.stack(hs), torch.stack(cs)
 
 
-def picked(name: str, H: int, B: int, cluster: int, choice: int | tuple[int, int]) -> Layout:
-    """The layout of this number, or with clusters that of at least so many groups or warps along k that is DIRECT or not."""
-    if cluster == 1:
+def picked(name: str, H: int, B: int, cluster: int, choice: int | dict[str, int]) -> Layout:
+    """The layout of this number; or with clusters the first with these macros, its weights in shared memory if they say so."""
+    if isinstance(choice, int):
         return lstm_cuda.LAYOUTS[name](H, B, SMALL)[choice]
-    wanted, direct = choice
-    for layout in lstm_cuda.cluster_layouts(name, H, B, SMALL_HOPPER):
-        of = dict(layout.macros)
-        if layout.cluster == cluster and of["DIRECT"] == direct and max(of["WARPS_K"], of["GROUPS"]) >= wanted:
-            return layout
-    raise AssertionError("no such layout")
+    layouts = lstm_cuda.cluster_layouts(name, H, B, SMALL_HOPPER)
+    wanted = {"CLUSTER": cluster, **choice}
+    kept = wanted.pop("REGISTERS_K", None)
+    layout = next(layout for layout in layouts if wanted.items() <= dict(layout.macros).items())
+    if kept is None:
+        return layout
+    of = dict(layout.macros)
+    moved = of["WARPS"] * (of["REGISTERS_K"] - kept) * 2 * of["WARP_TILES"] * 512
+    return layout._replace(macros=tuple((of | {"REGISTERS_K": kept}).items()), shared=layout.shared + moved)
 
 
 CASES = (  # units, batch, steps, what is picked of the forward and of the backward layouts, fp16, blocks of a cluster
@@ -113,13 +116,13 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (32, 3, 11, 2, 1, True, 1),
     (16, 1, 1, 0, 0, False, 1),
     (64, 17, 2, -1, -1, True, 1),
-    (48, 5, 9, (1, 1), (1, 1), False, 2),
-    (48, 5, 9, (1, 0), (1, 0), False, 2),
-    (64, 17, 6, (2, 1), (2, 1), True, 2),
-    (112, 11, 5, (2, 0), (4, 0), False, 4),
-    (128, 9, 4, (2, 0), (2, 0), True, 4),
-    (240, 3, 3, (1, 0), (1, 0), True, 8),
-    (80, 1, 1, (1, 1), (1, 1), False, 3),
+    (48, 5, 9, {"DIRECT": 0}, {"DIRECT": 0}, False, 2),
+    (128, 9, 9, {"DIRECT": 1, "WARPS_K": 2}, {"DIRECT": 1, "WARPS_K": 2}, False, 2),
+    (128, 5, 5, {"DIRECT": 0, "WARPS_K": 2, "GROUPS": 1}, {"DIRECT": 0, "WARPS_K": 4, "REGISTERS_K": 0}, True, 2),
+    (112, 25, 4, {"DIRECT": 0, "GROUPS": 3}, {"DIRECT": 0, "GROUPS": 3}, False, 4),
+    (80, 17, 5, {"DIRECT": 1, "GROUPS": 2, "REGISTERS_K": 0}, {"DIRECT": 1, "GROUPS": 3}, True, 3),
+    (240, 3, 3, {"DIRECT": 1}, {"DIRECT": 0}, True, 8),
+    (80, 1, 1, {"DIRECT": 1}, {"DIRECT": 1}, False, 3),
 )
 
 
