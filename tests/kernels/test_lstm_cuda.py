@@ -14,7 +14,7 @@ from recurlm.kernels import lstm_cuda, nvrtc, reference
 from recurlm.kernels.lstm_cuda import Card, Layout
 
 CUDA = torch.cuda.is_available()
-H200, SMALL = Card(132, 232448, (9, 0)), Card(8, 60000, (8, 0))
+H200, SMALL, SMALL_HOPPER = Card(132, 232448, (9, 0)), Card(8, 60000, (8, 0)), Card(36, 60000, (9, 0))
 TYPES = (torch.bfloat16, torch.float16)
 
 # ---- layouts ------------------------------------------------------------------------------------------------
@@ -59,12 +59,14 @@ def on_cpu(layout: Layout, half: bool, folder: Path, seed: int):
     """The kernel as a function of its arguments, run by fibres in an order drawn from the seed."""
     folder.mkdir(parents=True)
     signature = PARAMETERS[layout.name].replace("const ", "")
+    if layout.cluster > 1:
+        signature = signature.replace("float* ring, ", "")
     parameters = [p.strip() for p in signature.split(",")]
     names = [p.split()[-1] for p in parameters]
     globals_ = "".join(f"static {p}_;\n" for p in parameters)
     assign = "".join(f"{n}_ = {n}; " for n in names)
     (folder / "kernel.cpp").write_text(
-        f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n#include "{Path(nvrtc.__file__).with_name("lstm.cu")}"\n'
+        f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n{lstm_cuda.source(layout)}'
         f"{globals_}static void go() {{ {layout.name}({', '.join(n + '_' for n in names)}); }}\n"
         f'extern "C" int run(int blocks, int warps, int bytes, unsigned seed, {signature}) '
         f"{{ {assign}return launch(go, blocks, warps, bytes, seed); }}\n"
@@ -93,19 +95,41 @@ def truth(x_TBG, weight_GH, h_BH, c_BH):
     return torch.stack(hs), torch.stack(cs)
 
 
-CASES = (  # units, batch, steps, index of the forward and of the backward layout, fp16
-    (48, 5, 6, 0, 0, False),
-    (80, 11, 3, 5, 3, False),
-    (32, 3, 11, 2, 1, True),
-    (16, 1, 1, 0, 0, False),
-    (64, 17, 2, -1, -1, True),
+def picked(name: str, H: int, B: int, cluster: int, choice: int | dict[str, int]) -> Layout:
+    """The layout of this number; or with clusters the first with these macros, its weights in shared memory if they say so."""
+    if isinstance(choice, int):
+        return lstm_cuda.LAYOUTS[name](H, B, SMALL)[choice]
+    layouts = lstm_cuda.cluster_layouts(name, H, B, SMALL_HOPPER)
+    wanted = {"CLUSTER": cluster, **choice}
+    kept = wanted.pop("REGISTERS_K", None)
+    layout = next(layout for layout in layouts if wanted.items() <= dict(layout.macros).items())
+    if kept is None:
+        return layout
+    of = dict(layout.macros)
+    moved = of["WARPS"] * (of["REGISTERS_K"] - kept) * 2 * of["WARP_TILES"] * 512
+    return layout._replace(macros=tuple((of | {"REGISTERS_K": kept}).items()), shared=layout.shared + moved)
+
+
+CASES = (  # units, batch, steps, what is picked of the forward and of the backward layouts, fp16, blocks of a cluster
+    (48, 5, 6, 0, 0, False, 1),
+    (80, 11, 3, 5, 3, False, 1),
+    (32, 3, 11, 2, 1, True, 1),
+    (16, 1, 1, 0, 0, False, 1),
+    (64, 17, 2, -1, -1, True, 1),
+    (48, 5, 9, {"DIRECT": 0}, {"DIRECT": 0}, False, 2),
+    (128, 9, 9, {"DIRECT": 1, "WARPS_K": 2}, {"DIRECT": 1, "WARPS_K": 2}, False, 2),
+    (128, 5, 5, {"DIRECT": 0, "WARPS_K": 2, "GROUPS": 1}, {"DIRECT": 0, "WARPS_K": 4, "REGISTERS_K": 0}, True, 2),
+    (112, 25, 4, {"DIRECT": 0, "GROUPS": 3}, {"DIRECT": 0, "GROUPS": 3}, False, 4),
+    (80, 17, 5, {"DIRECT": 1, "GROUPS": 2, "REGISTERS_K": 0}, {"DIRECT": 1, "GROUPS": 3}, True, 3),
+    (240, 3, 3, {"DIRECT": 1}, {"DIRECT": 0}, True, 8),
+    (80, 1, 1, {"DIRECT": 1}, {"DIRECT": 1}, False, 3),
 )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @pytest.mark.skipif(CUDA, reason="a GPU is here: the compiled kernel is tested instead")
-@pytest.mark.parametrize("H, B, T, fore, back, half", CASES)
-def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, tmp_path):
+@pytest.mark.parametrize("H, B, T, fore, back, half, cluster", CASES)
+def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster, tmp_path):
     dtype, unit = (torch.float16, 2**-11) if half else (torch.bfloat16, 2**-8)
     draw = torch.Generator().manual_seed(H + B)
 
@@ -118,7 +142,7 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, tmp_pat
     h_TBH, c_TBH = truth(*leaves)
     trouble, limit = torch.zeros(1, dtype=torch.int32), 10**9
 
-    layout = lstm_cuda.forward_layouts(H, B, SMALL)[fore]
+    layout = picked("forward", H, B, cluster, fore)
     gates, y = x_TBG.clone(), torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
     c = torch.full((T, B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "forward", 1)
@@ -134,13 +158,12 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, tmp_pat
     d_h, d_hT, d_cT = values(T, B, H), values(B, H, of=torch.float32), values(B, H, of=torch.float32)
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
-    layout = lstm_cuda.backward_layouts(H, B, SMALL)[back]
-    rows, strips = -(-H // layout.get("ROW_UNITS")), -(-H // layout.get("COLUMNS"))
-    ring = torch.zeros(lstm_cuda.RING, rows, B, strips * layout.get("COLUMNS"))
+    layout = picked("backward", H, B, cluster, back)
+    ring = () if cluster > 1 else (lstm_cuda.ring_of(layout, B, torch.device("cpu")),)
     d_gates = torch.full((T, B, 4 * H), -1, dtype=torch.int16).view(dtype)
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "backward", 3)
-    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, ring, T, trouble, limit
+    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, *ring, T, trouble, limit
     assert run(arguments) and not trouble
     for found, exact in zip((d_gates, d_h0, d_c0), expected, strict=True):
         scale = exact.abs().max().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,6 +18,7 @@ MULTIPLE = 16  # of units, as the kernels compute them
 PATIENCE = 4_000_000_000  # nanoseconds that a block waits for another
 LEAST_CAPABILITY = (8, 0)
 RING = 4  # uses of the ring of partial sums before a place is used again
+CLUSTER_RING = 2  # the same within clusters
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
 MOST_BATCH = 48  # for more, cuDNN is as fast (docs/log.md)
 
@@ -41,6 +43,11 @@ class Layout(NamedTuple):
 
     def get(self, macro: str) -> int:
         return dict(self.macros)[macro]
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster; 1 for the kernels that have none."""
+        return dict(self.macros).get("CLUSTER", 1)
 
 
 @functools.cache
@@ -156,13 +163,87 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
 
 
 LAYOUTS = {"forward": forward_layouts, "backward": backward_layouts}
+CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
+CLUSTER_CAPABILITY = (9, 0)
+
+
+def _splits(count: int) -> Iterator[tuple[int, int]]:
+    """(warps, tiles or blocks of k for each) of ways to share so many among at most 8 warps."""
+    for warps in range(1, 9):
+        each = _up(count, warps)
+        if warps == 1 or _up(count, warps - 1) > each:
+            yield warps, each
+
+
+def cluster_layouts(name: str, H: int, batch: int, here: Card, spare: int = 2) -> list[Layout]:
+    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first.
+
+    A cluster runs within a group of 16 or 18 processors, of which some may be switched off: `spare` clusters are left out of
+    what such groups would hold.
+    """
+    found, forward = [], name == "forward"
+    if here.capability < CLUSTER_CAPABILITY:
+        return found
+    for cluster in CLUSTERS:
+        most = max(1, _up(here.processors, 18) * (16 // cluster) - spare)
+        tiles = _up(_up(H, most), 4 if forward else 16)
+        blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
+        for (warps_m, tiles_m), (warps_k, blocks_k), groups, direct in itertools.product(
+            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch)), (0, 1)
+        ):
+            if warps_m * warps_k > 16 or (not forward and warps_k * blocks_k % 2) or (direct and warps_k > 2):
+                continue
+            layout = _clustered(name, H, batch, here, cluster, (warps_m, tiles_m, warps_k, blocks_k), groups, direct)
+            if layout is not None:
+                found.append(layout)
+    return sorted(found, key=lambda layout: layout.cost)
+
+
+def _clustered(
+    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int], direct: int
+) -> Layout | None:
+    """The layout with these shares of a warp; None where it does not fit."""
+    (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
+    forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
+    k = ((cluster - 1) * warps_k + warps_k - 1) * blocks_k * 4  # the last warp's first chunk of 8 k
+    if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
+        return None  # a warp with nothing to wait for would run ahead
+    strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
+    share, parts = _up(rows // width * batch_rows, 2 * cluster) * 2, cluster * (warps_k if direct else 1)
+    rounds, loads = _up(share, 32 * warps), _up(blocks_k * tiles_n, warps_m)
+    sends = tiles_m * tiles_n * 2 if direct else _up(rows // 4 * batch_rows, 32 * warps)
+    registers = min(255, 16384 // (32 * _up(warps, 4)) // 8 * 8)
+    other = (40 + 6 * rounds if forward else 44 + 22 * rounds) + loads + sends
+    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, width * parts)
+    kept = max(0, min(blocks_k, free // (8 * tiles_m)))
+    shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + (1 + direct) * warps_k * blocks_k * tiles_n * 512
+    shared += CLUSTER_RING * groups * parts * share * width * 4 + (not direct) * warps_k * tiles_n * 8 * (rows + 4) * 8
+    if free < 0 or shared > here.shared - 1024:
+        return None
+    products, reads = _work(groups, warps, blocks_k, kept, tiles_m, tiles_n)
+    moved = batch * H * (2 if forward else 8) * strips / 5.5e6
+    sums = 2 * warps_k / 128 * (not direct) + parts / cluster * (cluster - 1) / cluster / 16
+    sums = groups * rows * tiles_n * 8 * 4 * sums / 1900 + groups * warps * blocks_k * tiles_n * 4 / 3800
+    cost = (1.2 if forward else 1.5) - 0.2 * direct + 0.4 * groups + 0.8 * products + 0.7 * reads + moved + sums
+    macros = {
+        "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
+        "CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k,
+        "REGISTERS_K": kept, "DIRECT": direct,
+    }  # fmt: skip
+    macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
+    return Layout(name, tuple(macros.items()), strips * cluster, warps, shared, cost)
+
+
+def source(layout: Layout) -> str:
+    """The CUDA C++ of a layout's kernel."""
+    return nvrtc.source("lstm_common.cu") + nvrtc.source("lstm_cluster.cu" if layout.cluster > 1 else "lstm.cu")
 
 
 @functools.cache
 def _kernel(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
     macros = {**dict(layout.macros), "HALF": int(half)}
-    code = nvrtc.compiled(nvrtc.source("lstm.cu"), macros, card(index).capability)
-    return nvrtc.Kernel(code, layout.name, layout.shared)
+    code = nvrtc.compiled(source(layout), macros, card(index).capability)
+    return nvrtc.Kernel(code, layout.name, layout.shared, layout.cluster)
 
 
 @functools.cache
@@ -236,7 +317,8 @@ class _Recurrence(torch.autograd.Function):
         d_gates.view(torch.int16).fill_(-1)
         d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
         given = weight_GH, gates_TBG, c, first, d_y, d_hT, d_cT
-        arguments = *given, d_gates, d_h0, d_c0, ring_of(back, B, y.device), T, _trouble(index), PATIENCE
+        ring = () if back.cluster > 1 else (ring_of(back, B, y.device),)
+        arguments = *given, d_gates, d_h0, d_c0, *ring, T, _trouble(index), PATIENCE
         _kernel(back, half, index)(back.blocks, 32 * back.warps, arguments)
         d_weight = d_gates.view(T * B, G).t() @ y[:T].reshape(T * B, H)
         return d_gates, d_weight, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None

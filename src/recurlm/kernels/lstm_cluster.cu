@@ -1,0 +1,403 @@
+// The recurrence of an LSTM layer with its weights on the chip, by clusters of blocks that add their sums through shared
+// memory (compute capability 9.0). As lstm.cu, of which this differs in who does what:
+//
+// Both kernels: a cluster owns ROWS rows of the product; its block `rank` multiplies part `rank` of the vector by them,
+// and sends each sum to the block that turns it into new values. So every block loads only a part of the vectors from the
+// L2 cache, whose bandwidth bounds a step where every block loads all of them. Of what arrives, every word's last bit tells
+// one use of its place from the next: a warp that sends sums of step t + RING has vectors that depend on every block's
+// having read the sums of step t. So every warp must have some part of the vectors.
+//
+// A block's warps are WARPS_M by WARPS_K: each has WARP_TILES tiles of rows and BLOCKS_K blocks of 32 k. Vectors pass through
+// shared memory, where the WARPS_M warps of a share of k find them. The sums of the WARPS_K warps are added before they are
+// sent, or with DIRECT sent as they are: more words, a barrier less.
+//
+// forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
+// the gates' gradients, by ROW_UNITS units for each block.
+//
+// Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
+// REGISTERS_K, DIRECT; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+
+#define ROWS (16 * WARPS_M * WARP_TILES)
+#define STRIDE (ROWS + 4)
+#define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors, of a warp
+#define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
+#define PARTS (DIRECT ? CLUSTER * WARPS_K : CLUSTER)  // of a sum that are sent
+#define RING 2
+#define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
+
+// An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group.
+#ifdef UNITS
+#define WIDTH 4
+typedef uint4 Sums;
+#else
+#define WIDTH 2
+typedef uint2 Sums;
+#endif
+#define A_ROW (ROWS / WIDTH)
+#define SHARE ((A_ROW * GROUP_BATCH + 2 * CLUSTER - 1) / (2 * CLUSTER) * 2)
+#define ROUNDS ((SHARE + THREADS - 1) / THREADS)
+#define INBOX (RING * GROUPS * PARTS * SHARE)
+#define SENDS (DIRECT ? WARP_TILES * TILES_N * 2 : (ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
+
+// What a block has of shared memory, and where its warp stands in it.
+struct Places {
+    uint4 *more, *stage;
+    float* sums;
+    Sums* inbox;
+    int thread, warp, lane, r, q, m, k, rank;
+    Place to[SENDS];  // where this thread's sums go at the first use of the inbox
+
+    DEVICE Places(uint4* shared) {
+        thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
+        m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
+        more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
+        stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
+        sums = (float*)(stage + (1 + DIRECT) * WARPS_K * FRAGMENTS * 32);
+        inbox = (Sums*)(sums + (DIRECT ? 0 : 2 * WARPS_K * TILES_N * 8 * STRIDE));
+    }
+
+    DEVICE void begin() {  // before anything arrives
+        for (int i = thread; i < INBOX * WIDTH; i += THREADS) ((float*)inbox)[i] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SENDS; i++) {
+            const int row = DIRECT ? (m * WARP_TILES + i / (2 * TILES_N)) * 16 + 2 * r : (thread + i * THREADS) % (ROWS / 4) * 4;
+            const int n = DIRECT ? i / 2 % TILES_N * 8 + 2 * q + i % 2 : (thread + i * THREADS) / (ROWS / 4);
+            const int item = n * A_ROW + row / WIDTH, from = DIRECT ? rank * WARPS_K + k : rank;
+            float* place = (float*)(inbox + from * SHARE + item % SHARE) + row % WIDTH;
+            to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
+        }
+        cluster_barrier();
+    }
+
+    DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * PARTS * SHARE; }
+};
+
+typedef uint4 Kept[REGISTERS_K ? REGISTERS_K : 1][2][WARP_TILES];
+
+DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 second) {
+    if (k < REGISTERS_K) {
+        kept[k < REGISTERS_K ? k : 0][0][m] = first, kept[k < REGISTERS_K ? k : 0][1][m] = second;
+    } else {
+        at.more[((k - REGISTERS_K) * 2 * WARP_TILES + m) * 32] = first;
+        at.more[(((k - REGISTERS_K) * 2 + 1) * WARP_TILES + m) * 32] = second;
+    }
+}
+
+// The turn of group g: this block's part of the sums, sent to their blocks. The vector of the group's first batch row begins at
+// `from`, the next after `length`; what this lane loads of it at `offsets`, or nowhere where that is negative.
+DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int length, const int (&offsets)[LOADS], int use,
+                              int g, Patience& patience) {
+    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+    uint4 words[LOADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
+        words[i] = make_uint4(0, 0, 0, 0);
+        reload_shared_words(words[i], from + row * length + offsets[i], offsets[i] >= 0 && row < batch_rows);
+    }
+    patience.renew();
+    for (;;) {
+        bool waits = false;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
+        if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
+            reload_shared_words(words[i], from + row * length + offsets[i], is_empty(words[i]));
+        }
+    }
+    // One barrier a turn lets a warp be a turn ahead of another: what it writes before that barrier has two places.
+    const int odd = (use * GROUPS + g) & 1;
+    uint4* stage = at.stage + (DIRECT * odd * WARPS_K + at.k) * FRAGMENTS * 32 + at.lane;
+#pragma unroll
+    for (int i = 0; i < LOADS; i++)
+        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = words[i];
+    barrier(at.k, WARPS_M);
+
+    float acc[WARP_TILES][TILES_N][4] = {};
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) {
+        uint4 vectors[TILES_N];
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++) vectors[n] = stage[(k * TILES_N + n) * 32];
+        product<WARP_TILES>(acc, kept, at.more, vectors, k);
+    }
+    const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
+#if DIRECT
+#pragma unroll
+    for (int i = 0; i < SENDS; i++) {
+        const int m = i / (2 * TILES_N), n = i / 2 % TILES_N, e = i % 2;
+        if (n * 8 + 2 * at.q + e < batch_rows)
+            send(at.to[i] + offset, make_uint2(marked(acc[m][n][e], bit), marked(acc[m][n][e + 2], bit)));
+    }
+#else
+    float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
+    put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
+    barrier();
+#pragma unroll
+    for (int i = 0; i < SENDS; i++) {
+        const int item = at.thread + i * THREADS;
+        if (item < ROWS / 4 * batch_rows) {
+            const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
+            send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
+        }
+    }
+#endif
+}
+
+DEVICE bool arrived(uint2 v, unsigned bit) { return (v.x & 1) == bit && (v.y & 1) == bit; }
+DEVICE bool arrived(uint4 v, unsigned bit) { return (v.x & v.y & v.z & v.w & 1) == bit && ((v.x | v.y | v.z | v.w) & 1) == bit; }
+
+// The blocks' parts of item `mine` of this block.
+DEVICE void receive(Sums (&parts)[PARTS], Places& at, int mine, int use, int g, Patience& patience) {
+    const unsigned bit = (use / RING + 1) & 1;
+    const Sums* from = at.inbox + at.turn_of(use, g) + mine;
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) parts[p] = load_arriving(from + p * SHARE);
+    patience.renew();
+    for (bool waits = true; waits;) {
+        waits = false;
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            if (!arrived(parts[p], bit)) parts[p] = load_arriving(from + p * SHARE), waits = true;
+        if (waits && !patience.lasts()) {
+            parts[0].x = parts[0].y = EMPTY;
+            waits = false;
+        }
+    }
+}
+
+#ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
+
+KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble,
+               unsigned long long limit) {
+    SHARED(shared);
+    Places at(shared);
+    const int unit0 = blockIdx.x / CLUSTER * UNITS, column0 = at.rank * WARPS_K * BLOCKS_K * 32;
+    Patience patience = {limit, 0, trouble, 0};
+    at.begin();
+
+    Kept kept;
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) {
+        const int column = column0 + (at.k * BLOCKS_K + k) * 32 + at.q * 8;
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++) {
+            uint4 rows[2];  // units, of each its gates
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                const int row = (at.m * WARP_TILES + m) * 16 + 2 * at.r + s, unit = unit0 + row / 4;
+                rows[s] = load_words(weights + ((long long)(row % 4) * H + unit) * H + column, column < H && unit < H);
+            }
+            keep(kept, at, k, m, make_uint4(rows[0].x, rows[1].x, rows[0].y, rows[1].y),
+                 make_uint4(rows[0].z, rows[1].z, rows[0].w, rows[1].w));
+        }
+    }
+    int offsets[LOADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        const int fragment = at.m + i * WARPS_M, column = column0 + (at.k * BLOCKS_K + fragment / TILES_N) * 32 + at.q * 8;
+        offsets[i] = fragment < FRAGMENTS && column < H ? column : -1;
+    }
+
+    unsigned input[ROUNDS][4];
+    float cell[ROUNDS] = {};
+    auto fetch = [&](int t, int g) {  // what the new values of group g at step t need of memory
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
+            const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) input[i][gate] = there ? place[gate * H] : 0;
+            if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
+        }
+    };
+    fetch(0, 0);
+
+#pragma unroll 1
+    for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
+        if (turn < T * GROUPS) {
+            const int t = turn / GROUPS, g = turn % GROUPS;
+            const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
+            multiply_and_send(at, kept, before + g * GROUP_BATCH * H, H, offsets, t, g, patience);
+        }
+        if (turn < LAG) continue;
+        const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;
+        float gate_of[ROUNDS][4];
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
+            float x[4];
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) x[gate] = widened(input[i][gate]);
+            if (there) {
+                Sums parts[PARTS];
+                receive(parts, at, mine, t, g, patience);
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) {
+                    x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
+                    x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
+                }
+            }
+            const float in = sigmoid(x[0]), forget = sigmoid(x[1]), value = tangent(x[2]), out = sigmoid(x[3]);
+            cell[i] = forget * cell[i] + in * value;
+            const float now = out * tangent(cell[i]), next = from_neighbour(now);
+            const long long place = ((long long)t * BATCH + b) * H + unit;
+            if (there && !(item & 1)) store_shared_word(h + place, packed(now, next));
+            gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
+        }
+        // others wait for h alone: the rest is written after it
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
+                const long long place = ((long long)t * BATCH + b) * H + unit;
+                c[place] = cell[i];
+#pragma unroll
+                for (int gate = 0; gate < 4; gate++)
+                    gates[(place - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
+            }
+        }
+        if (turn + 1 - LAG < T * GROUPS) fetch((turn + 1 - LAG) / GROUPS, (turn + 1 - LAG) % GROUPS);
+    }
+    cluster_barrier();  // a block that has ended has no shared memory to write to
+}
+
+#else  // ---- backward --------------------------------------------------------------------------------------------------
+
+KERNEL backward(const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT,
+                const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, int T, int* trouble, unsigned long long limit) {
+    SHARED(shared);
+    Places at(shared);
+    const int column0 = blockIdx.x / CLUSTER * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
+    Patience patience = {limit, 0, trouble, 0};
+    at.begin();
+
+    Kept kept;
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) {
+        const int chunk = (at.k * BLOCKS_K + k) * 4 + at.q, unit = row_unit0 + chunk_unit(chunk);
+        const T16* from = weights + ((long long)chunk_gate(chunk) * H + unit) * H;
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++) {
+            unsigned words[2][4];
+            const int column = column0 + (at.m * WARP_TILES + m) * 16 + 2 * at.r;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {  // two neighbouring units by two neighbouring columns
+                const unsigned even = load_word(from + (2 * e) * H + column, unit < H && column < H);
+                const unsigned odd = load_word(from + (2 * e + 1) * H + column, unit < H && column < H);
+                words[0][e] = (even & 0xffff) | odd << 16, words[1][e] = even >> 16 | (odd & 0xffff0000u);
+            }
+            keep(kept, at, k, m, make_uint4(words[0][0], words[1][0], words[0][1], words[1][1]),
+                 make_uint4(words[0][2], words[1][2], words[0][3], words[1][3]));
+        }
+    }
+    int offsets[LOADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        const int fragment = at.m + i * WARPS_M;
+        const int chunk = (at.k * BLOCKS_K + fragment / TILES_N) * 4 + at.q;
+        const int unit = row_unit0 + chunk_unit(chunk);
+        offsets[i] = fragment < FRAGMENTS && unit < H ? chunk_gate(chunk) * H + unit : -1;
+    }
+
+    // With d the gradient of h, the gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of
+    // i, f, g that of c times by_c.
+    float2 by_h[ROUNDS], by_o[ROUNDS], by_c[ROUNDS][3], forget[ROUNDS], d_above[ROUNDS], d_cell[ROUNDS];
+    unsigned gates_of[ROUNDS][4], d_h_of[ROUNDS];
+    float2 cell[ROUNDS], cell_before[ROUNDS];
+    auto fetch = [&](int t, int g) {  // what the gradients of group g's gates at step t need of memory
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
+            if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
+            const long long place = ((long long)t * BATCH + b) * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++)
+                gates_of[i][gate] = *(const unsigned*)(gates + (place - unit) * 4 + gate * H + unit);
+            d_h_of[i] = *(const unsigned*)(d_h + place);
+            cell[i] = *(const float2*)(c + place);
+            cell_before[i] = *(const float2*)(t ? c + place - BATCH * H : c0 + b * H + unit);
+            if (t == T - 1) d_cell[i] = *(const float2*)(d_cT + b * H + unit);
+            else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
+        }
+    };
+    auto prepare = [&](int i) {
+        float2 of[4];
+#pragma unroll
+        for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[i][gate]);
+        d_above[i] = unpacked(d_h_of[i]);
+#define EACH(x)                                                           \
+    {                                                                     \
+        const float tanh_c = tangent(cell[i].x);                          \
+        by_h[i].x = of[3].x * (1.0f - tanh_c * tanh_c);                   \
+        by_o[i].x = tanh_c * of[3].x * (1.0f - of[3].x);                  \
+        by_c[i][0].x = of[2].x * of[0].x * (1.0f - of[0].x);              \
+        by_c[i][1].x = cell_before[i].x * of[1].x * (1.0f - of[1].x);     \
+        by_c[i][2].x = of[0].x * (1.0f - of[2].x * of[2].x);              \
+        forget[i].x = of[1].x;                                            \
+    }
+        EACH(x)
+        EACH(y)
+#undef EACH
+    };
+    // The gradients of the gates of group g at step t, from what has arrived of step t + 1; for t < 0 those of the first state.
+    auto differentiate = [&](int t, int g) {
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
+            if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
+            if (t >= 0) prepare(i);
+            float2 d = make_float2(0.0f, 0.0f);
+            if (t == T - 1) {
+                d = *(const float2*)(d_hT + b * H + unit);
+            } else {
+                Sums parts[PARTS];
+                receive(parts, at, mine, T - 2 - t, g, patience);
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
+            }
+            if (t < 0) {
+                *(float2*)(d_h0 + b * H + unit) = d;
+                if (GROUPS == 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
+                continue;
+            }
+            d.x += d_above[i].x, d.y += d_above[i].y;
+            const float2 d_c = make_float2(d_cell[i].x + d.x * by_h[i].x, d_cell[i].y + d.y * by_h[i].y);
+            T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 3; gate++)
+                store_shared_word(place + gate * H, packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y));
+            store_shared_word(place + 3 * H, packed(d.x * by_o[i].x, d.y * by_o[i].y));
+            d_cell[i] = make_float2(d_c.x * forget[i].x, d_c.y * forget[i].y);
+            if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
+        }
+    };
+#pragma unroll 1
+    for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
+    if (T > 1) fetch(T - 2, 0);
+
+#pragma unroll 1
+    for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
+        if (turn < T * GROUPS) {
+            const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
+            const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
+            multiply_and_send(at, kept, from, 4 * H, offsets, T - 1 - t, g, patience);
+        }
+        if (turn < LAG) continue;
+        const int t = T - 2 - (turn - LAG) / GROUPS;
+        differentiate(t, (turn - LAG) % GROUPS);
+        const int next = T - 2 - (turn + 1 - LAG) / GROUPS;
+        if (next >= 0) fetch(next, (turn + 1 - LAG) % GROUPS);
+    }
+    cluster_barrier();  // a block that has ended has no shared memory to write to
+}
+#endif
