@@ -1,6 +1,7 @@
 """The LSTM with resident weights: its kernels run by fibres on the CPU, and compiled on a GPU."""
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -190,6 +191,7 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
 def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tmp_path, monkeypatch):
     T, B, E, dtype = 4, 5, 12, torch.bfloat16
 
+    @functools.cache
     def kernel(layout: Layout, half: bool, index: int | None):
         run = on_cpu(layout, half, tmp_path / layout.name, 1)
         return lambda blocks, threads, arguments: run(arguments)
