@@ -1,6 +1,7 @@
 """The LSTM with resident weights: its kernels run by fibres on the CPU, and compiled on a GPU."""
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,7 +51,7 @@ PARAMETERS = {
     "forward": "const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble, "
     "unsigned long long limit",
     "backward": "const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT, "
-    "const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble, "
+    "const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* scratch, int T, int* trouble, "
     "unsigned long long limit",
 }
 
@@ -59,8 +60,6 @@ def on_cpu(layout: Layout, half: bool, folder: Path, seed: int):
     """The kernel as a function of its arguments, run by fibres in an order drawn from the seed."""
     folder.mkdir(parents=True)
     signature = PARAMETERS[layout.name].replace("const ", "")
-    if layout.cluster > 1:
-        signature = signature.replace("float* ring, ", "")
     parameters = [p.strip() for p in signature.split(",")]
     names = [p.split()[-1] for p in parameters]
     globals_ = "".join(f"static {p}_;\n" for p in parameters)
@@ -159,13 +158,14 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
     layout = picked("backward", H, B, cluster, back)
-    ring = () if cluster > 1 else (lstm_cuda.ring_of(layout, B, torch.device("cpu")),)
+    scratch = torch.full((B, 4 * H), float("nan")) if cluster > 1 else lstm_cuda.ring_of(layout, B, torch.device("cpu"))
     d_gates = torch.full((T, B, 4 * H), -1, dtype=torch.int16).view(dtype)
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "backward", 3)
-    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, *ring, T, trouble, limit
+    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, scratch, T, trouble, limit
     assert run(arguments) and not trouble
-    for found, exact in zip((d_gates, d_h0, d_c0), expected, strict=True):
+    results = d_gates, d_h0, d_c0, *([scratch] if cluster > 1 else [])
+    for found, exact in zip(results, (*expected, expected[0].sum(0)), strict=False):
         scale = exact.abs().max().item()
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * T**0.5 * unit * scale)
 
@@ -183,6 +183,30 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     run = on_cpu(lonely, False, tmp_path / "forward", 1)
     assert run((zeros, gates, h, torch.zeros(B, H), y, c, T, trouble, 2000))
     assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.skipif(CUDA, reason="a GPU is here")
+@pytest.mark.parametrize("H, cluster", [(48, 1), (46, 2)])
+def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tmp_path, monkeypatch):
+    T, B, E, dtype = 4, 5, 12, torch.bfloat16
+
+    @functools.cache
+    def kernel(layout: Layout, half: bool, index: int | None):
+        run = on_cpu(layout, half, tmp_path / layout.name, 1)
+        return lambda blocks, threads, arguments: run(arguments)
+
+    monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
+    monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
+    choice = {"DIRECT": 0} if cluster > 1 else 0
+    layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)
+    given = random_case(T, B, E, H, dtype, 1, "cpu")
+    found = outcome(lambda x, h, c, w: lstm_cuda.lstm(x, h, c, w, layouts), given, dtype)
+    for ours, exact in zip(found, outcome(reference.lstm, given, torch.float64), strict=True):
+        assert (ours.double() - exact).norm() <= 0.02 * exact.norm()
+    x, h, c, *weights = (t.requires_grad_() for t in given[:7])
+    y = lstm_cuda.lstm(x, h, c, weights, layouts)[0]  # the last state unused
+    assert all(g is not None for g in torch.autograd.grad(y.sum(), (x, h, c, *weights)))
 
 
 # ---- compiling ----------------------------------------------------------------------------------------------
@@ -209,11 +233,11 @@ def outcome(function, given, dtype) -> list[Tensor]:
     return [*results, *torch.autograd.grad(results, leaves, upstream)]
 
 
-def random_case(T, B, E, H, dtype, seed):
-    draw = torch.Generator("cuda").manual_seed(seed)
+def random_case(T, B, E, H, dtype, seed, device="cuda"):
+    draw = torch.Generator(device).manual_seed(seed)
 
     def values(*shape: int) -> Tensor:
-        return 2 * torch.rand(*shape, device="cuda", generator=draw) - 1
+        return 2 * torch.rand(*shape, device=device, generator=draw) - 1
 
     weights = [values(*shape) * H**-0.5 for shape in ((4 * H, E), (4 * H, H), (4 * H,), (4 * H,))]
     given = values(T, B, E), values(B, H), values(B, H), *weights, values(T, B, H), values(B, H), values(B, H)

@@ -217,6 +217,7 @@ def _clustered(
     free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, width * parts)
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + (1 + direct) * warps_k * blocks_k * tiles_n * 512
+    shared += groups * share * 32 * (not forward)
     shared += CLUSTER_RING * groups * parts * share * width * 4 + (not direct) * warps_k * tiles_n * 8 * (rows + 4) * 8
     if free < 0 or shared > here.shared - 1024:
         return None
@@ -284,44 +285,62 @@ def ring_of(layout: Layout, batch: int, device: torch.device) -> Tensor:
     return torch.zeros(RING, rows, batch, strips * layout.get("COLUMNS"), device=device)
 
 
-class _Recurrence(torch.autograd.Function):
-    """(y_TBH, last h_BH, last c_BH fp32) from pre-activations without the product with h; they are overwritten."""
+class _Layer(torch.autograd.Function):
+    """(y_TBH, last h_BH, last c_BH fp32) of a layer whose units are a multiple of MULTIPLE."""
 
     @staticmethod
-    def forward(ctx, gates_TBG: Tensor, weight_GH: Tensor, h_BH: Tensor, c_BH: Tensor, fore: Layout, back: Layout):  # type: ignore[override]
-        T, B, G = gates_TBG.shape
-        H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
+    def forward(  # type: ignore[override]
+        ctx,
+        x_TBI: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        bias_G: Tensor,
+        h_BH: Tensor,
+        c_BH: Tensor,
+        fore: Layout,
+        back: Layout,
+    ):
+        T, B, _ = x_TBI.shape
+        H, index, half = h_BH.shape[-1], x_TBI.device.index, x_TBI.dtype == torch.float16
+        gates_TBG = linear(x_TBI, w_ih, bias_G)
         y = gates_TBG.new_empty(T + 1, B, H)
         y[1:].view(torch.int16).fill_(-1)
         y[0].copy_(h_BH)
         c = torch.empty(T, B, H, dtype=torch.float32, device=y.device)
-        first = c_BH.float().contiguous()
-        weight_GH = weight_GH.contiguous()
-        arguments = weight_GH, gates_TBG, y[0], first, y[1:], c, T, _trouble(index), PATIENCE
+        first, w_hh = c_BH.float().contiguous(), w_hh.contiguous()
+        arguments = w_hh, gates_TBG, y[0], first, y[1:], c, T, _trouble(index), PATIENCE
         _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, arguments)
-        ctx.save_for_backward(weight_GH, gates_TBG, y, c, first)
+        ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c, first)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
+        ctx.set_materialize_grads(False)
         return y[1:], y[T].clone(), c[-1].clone()
 
     @staticmethod
     def backward(ctx, d_y: Tensor | None, d_h: Tensor | None, d_c: Tensor | None):  # type: ignore[override]
-        weight_GH, gates_TBG, y, c, first = ctx.saved_tensors
+        x_TBI, w_ih, w_hh, gates_TBG, y, c, first = ctx.saved_tensors
         T, B, G = gates_TBG.shape
         H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
         back: Layout = ctx.back
-        zeros = torch.zeros_like(first)
+        zeros = torch.zeros_like(first) if d_h is None or d_c is None else first
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
         d_hT = zeros if d_h is None else d_h.float().contiguous()
         d_cT = zeros if d_c is None else d_c.float().contiguous()
         d_gates = torch.empty_like(gates_TBG)
         d_gates.view(torch.int16).fill_(-1)
         d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
-        given = weight_GH, gates_TBG, c, first, d_y, d_hT, d_cT
-        ring = () if back.cluster > 1 else (ring_of(back, B, y.device),)
-        arguments = *given, d_gates, d_h0, d_c0, *ring, T, _trouble(index), PATIENCE
-        _kernel(back, half, index)(back.blocks, 32 * back.warps, arguments)
-        d_weight = d_gates.view(T * B, G).t() @ y[:T].reshape(T * B, H)
-        return d_gates, d_weight, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None
+        # with clusters the kernel adds up the bias's gradient too
+        scratch = first.new_empty(B, G) if back.cluster > 1 else ring_of(back, B, y.device)
+        given = w_hh, gates_TBG, c, first, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, scratch
+        _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
+        d_NG = d_gates.view(T * B, G)
+        needed = ctx.needs_input_grad
+        d_x = (d_NG @ w_ih).view_as(x_TBI) if needed[0] else None
+        d_ih = d_NG.t() @ x_TBI.reshape(T * B, -1) if needed[1] else None
+        d_hh = d_NG.t() @ y[:T].view(T * B, H) if needed[2] else None
+        d_bias = None
+        if needed[3]:
+            d_bias = scratch.sum(0).to(d_gates.dtype) if back.cluster > 1 else d_NG.sum(0)
+        return d_x, d_ih, d_hh, d_bias, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None
 
 
 def lstm(
@@ -347,7 +366,6 @@ def lstm(
         w_hh = pad(w_hh.unflatten(0, (4, H)), (0, more, 0, more)).flatten(0, 1)
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
-    gates_TBG = linear(x_TBI, w_ih, b_ih + b_hh)
-    y_TBH, h, c = _Recurrence.apply(gates_TBG, w_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
+    y_TBH, h, c = _Layer.apply(x_TBI, w_ih, w_hh, b_ih + b_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
     c = c.to(c_BH.dtype)
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)
