@@ -1,12 +1,13 @@
 #!/bin/sh
 # What models get wrong, of two LSTMs of words beside n-grams: suites, mixtures, first guesses, the page of errors.
 #
-#     sh bench/errors.sh PTB_RUN WIKITEXT2_RUN SUITES OUT
+#     sh bench/errors.sh PTB_RUN WIKITEXT2_RUN SUITES OUT PTB WIKITEXT2
 #
-# The parts run side by side, so their seconds say little. Each has its own file in OUT; one that fails or takes more than
-# LIMIT (170) seconds costs the others nothing.
+# PTB and WIKITEXT2 are the texts: each page measures the other's text as another style. The parts run side by side, so
+# their seconds say little. Each has its own file in OUT; one that fails or takes more than LIMIT (170) seconds costs
+# the others nothing.
 set -u
-ptb=$1 wikitext=$2 suites=$3 out=$4
+ptb=$1 wikitext=$2 suites=$3 out=$4 ptb_text=$5 wikitext_text=$6
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -34,18 +35,26 @@ part() { # NAME COMMAND...: what it prints, and its seconds
     ) &
 }
 
-lstm=$work/AWD-LSTM kn5=$work/KN5
-named "$ptb" AWD-LSTM
-named "$wikitext" AWD-LSTM-wikitext-2
+mkdir "$work/ptb" "$work/wikitext-2"
+named "$ptb" ptb/AWD-LSTM
+named "$wikitext" wikitext-2/AWD-LSTM
 for suite in blimp gulordava lambada; do
-    part "$suite" "$python" -m recurlm eval "$work/AWD-LSTM-wikitext-2" --suite $suite --from "$suites"
+    part "$suite" "$python" -m recurlm eval "$work/wikitext-2/AWD-LSTM" --suite $suite --from "$suites"
 done
-"$python" -m recurlm ngram train "$lstm/store" -o "$kn5" || exit
-part report "$python" -m recurlm eval "$lstm" --report "$out/errors-report.html" --against "$kn5" --force
-part predictions "$python" bench/ngram.py predictions "$lstm/store" "$lstm" "$kn5"
-part wikitext-2 "$python" -m recurlm eval "$work/AWD-LSTM-wikitext-2" --no-ranks
-part mixture "$python" -m recurlm eval "$lstm" --with "$kn5" --no-ranks
-part mixture-cache "$python" -m recurlm eval "$lstm" --with "$kn5" --cache 100 --cache 200 --cache 500
+for text in ptb wikitext-2; do
+    "$python" -m recurlm ngram train "$work/$text/AWD-LSTM/store" -o "$work/$text/KN5" || exit
+done
+for text in ptb wikitext-2; do
+    other=$([ $text = ptb ] && echo "$wikitext_text" || echo "$ptb_text")
+    part "report-$text" "$python" -m recurlm eval "$work/$text/AWD-LSTM" --report "$out/errors-report-$text.html" \
+        --against "$work/$text/KN5" --other "$other" --force
+    part "mixture-$text" "$python" -m recurlm eval "$work/$text/AWD-LSTM" --with "$work/$text/KN5" --no-ranks
+done
+part predictions "$python" bench/ngram.py predictions "$work/ptb/AWD-LSTM/store" \
+    "$work/ptb/AWD-LSTM" "$work/ptb/KN5"
+part alone-wikitext-2 "$python" -m recurlm eval "$work/wikitext-2/AWD-LSTM" --no-ranks
+part mixture-cache-ptb "$python" -m recurlm eval "$work/ptb/AWD-LSTM" --with "$work/ptb/KN5" \
+    --cache 100 --cache 200 --cache 500
 wait
 for file in "$out"/errors-*.txt; do
     echo "== $file"

@@ -43,6 +43,7 @@ BASE = (
     "model.head=tied", "dropout.embedding=0", "dropout.input=0.2", "dropout.hidden=0.2", "dropout.output=0.2",
     "dropout.weight=0.2", "optimizer.clip=0.25", "schedule.name=constant", "averaging.name=ema", "averaging.decay=0.998",
     "averaging.start=0", "train.tensorboard=false", "train.checkpoint_seconds=1e8", "train.epochs=100000",
+    "data.eval_batch_size=200",
 )  # fmt: skip
 AROUND = 6.0  # seconds that a unit takes beyond its training: warm-up, the model's files, the test text
 
