@@ -40,8 +40,7 @@ def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]
     """Two layouts without clusters, then `each` for each size of cluster, way of sending and number of warps."""
     counts: Counter[tuple[int, ...]] = Counter()
     found = lstm_cuda.LAYOUTS[name](H, B, card)[:2]
-    layouts = {layout: None for spare in (0, 2) for layout in lstm_cuda.cluster_layouts(name, H, B, card, spare)}
-    for layout in sorted(layouts, key=lambda layout: layout.cost):
+    for layout in lstm_cuda.cluster_layouts(name, H, B, card):
         of = dict(layout.macros)
         kind = layout.cluster, of["DIRECT"], layout.warps // 4
         counts[kind] += 1
