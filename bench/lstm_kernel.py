@@ -40,8 +40,7 @@ def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]
     """Two layouts without clusters, then `each` for each size of cluster, way of sending and number of warps."""
     counts: Counter[tuple[int, ...]] = Counter()
     found = lstm_cuda.LAYOUTS[name](H, B, card)[:2]
-    layouts = {layout: None for spare in (0, 2) for layout in lstm_cuda.cluster_layouts(name, H, B, card, spare)}
-    for layout in sorted(layouts, key=lambda layout: layout.cost):
+    for layout in lstm_cuda.cluster_layouts(name, H, B, card):
         of = dict(layout.macros)
         kind = layout.cluster, of["DIRECT"], layout.warps // 4
         counts[kind] += 1
@@ -226,6 +225,53 @@ def show(line: dict[str, Any]) -> None:
     print(f"{line['name']:8} {spent} {about}{marks} estimated {line['estimated']} | {resident} | {layout}", flush=True)
 
 
+def part_of(card: Card, processors: int) -> Card:
+    clusters = tuple((size, most * processors // card.processors) for size, most in card.clusters)
+    return card._replace(processors=processors, clusters=clusters)
+
+
+def together(seconds: float) -> None:
+    """Whether two kernels, each on a part of the GPU, run at the same time: what layers overlapped in time would need."""
+    H, B, until = 1152, 20, time.monotonic() + seconds
+    card = lstm_cuda.card(torch.cuda.current_device())
+    plan = {}
+    for processors in (64, 48):
+        for name, make in lstm_cuda.LAYOUTS.items():
+            here = part_of(card, processors)
+            plan[processors, name] = lstm_cuda.cluster_layouts(name, H, B, here)[:8] + make(H, B, here)[:2]
+    jobs = [(layout, False, card.capability) for layouts in plan.values() for layout in layouts]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compiled, *zip(*jobs, strict=True)))
+    cases, streams = [Case(H, B, torch.bfloat16) for _ in range(2)], [torch.cuda.Stream() for _ in range(2)]
+    for (processors, name), layouts in plan.items():
+        timed = []
+        for layout in layouts:
+            if time.monotonic() > until:
+                print("# out of time", flush=True)
+                return
+            kernel = lstm_cuda._kernel(layout, False, torch.cuda.current_device())
+            timed.append((gpu_time(lambda: cases[0].run(name, layout, kernel), graph=False, repeats=5), layout))  # noqa: B023
+        spent, layout = min(timed, key=lambda pair: pair[0])
+        kernel = lstm_cuda._kernel(layout, False, torch.cuda.current_device())
+
+        def both(name=name, layout=layout, kernel=kernel) -> None:
+            main = torch.cuda.current_stream()
+            for case, stream in zip(cases, streams, strict=True):
+                stream.wait_stream(main)
+                with torch.cuda.stream(stream):
+                    case.run(name, layout, kernel)
+            for stream in streams:
+                main.wait_stream(stream)
+
+        for graph in (False, True):
+            two = gpu_time(both, graph=graph, repeats=5)
+            print(
+                f"{name} on {processors} processors, {layout.blocks} blocks: one {spent / T:.2f} us a step, two at once "
+                f"{two / T:.2f} ({'graph' if graph else 'eager'}) {dict(layout.macros)}",
+                flush=True,
+            )
+
+
 def many(shape: str) -> int:
     return 2 if shape == SHAPES[0] else 1
 
@@ -298,12 +344,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--worker", nargs=5)
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument(
+        "--together", action="store_true", help="two kernels at once on parts of the GPU, and nothing else"
+    )
     given = parser.parse_args()
     if given.worker:
         H, B, kind, each, start = given.worker
         return worker(int(H), int(B), kind, int(each), int(start))
     if given.layers:
         return layers()
+    if given.together:
+        return together(given.seconds)
     until = time.monotonic() + given.seconds
     card = lstm_cuda.card(0)
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {card}", flush=True)

@@ -15,7 +15,11 @@ from recurlm.kernels import lstm_cuda, nvrtc, reference
 from recurlm.kernels.lstm_cuda import Card, Layout
 
 CUDA = torch.cuda.is_available()
-H200, SMALL, SMALL_HOPPER = Card(132, 232448, (9, 0)), Card(8, 60000, (8, 0)), Card(36, 60000, (9, 0))
+H200, SMALL, SMALL_HOPPER = (
+    Card(132, 232448, (9, 0), ((2, 66), (3, 40), (4, 31), (8, 15))),
+    Card(8, 60000, (8, 0)),
+    Card(36, 60000, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2))),
+)
 TYPES = (torch.bfloat16, torch.float16)
 
 # ---- layouts ------------------------------------------------------------------------------------------------
@@ -39,6 +43,30 @@ def test_every_layout_covers_the_layer_within_the_cards_limits(card, H, batch):
                 strips, rows = -(-H // of["COLUMNS"]), -(-H // of["ROW_UNITS"])
                 assert layout.blocks == strips * rows and of["COLUMNS"] % 16 == 0 and of["ROW_UNITS"] % 16 == 0
                 assert layout.warps * of["BLOCKS_K"] * 8 >= of["ROW_UNITS"]
+
+
+@pytest.mark.parametrize("H, batch", [(400, 20), (1152, 20), (1152, 80), (1856, 128)])
+def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, batch):
+    for name in lstm_cuda.LAYOUTS:
+        found = lstm_cuda.cluster_layouts(name, H, batch, H200)
+        assert found
+        for layout in found:
+            of = dict(layout.macros)
+            assert (
+                layout.blocks <= layout.cluster * dict(H200.clusters)[layout.cluster] and layout.shared <= H200.shared
+            )
+            assert of["GROUPS"] * of["GROUP_BATCH"] >= batch > (of["GROUPS"] - 1) * of["GROUP_BATCH"]
+            assert of["WARPS"] == of["WARPS_M"] * of["WARPS_K"] <= 16 and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            strips, rows, k = (
+                layout.blocks // layout.cluster,
+                of["WARPS_M"] * of["WARP_TILES"],
+                of["WARPS_K"] * of["BLOCKS_K"],
+            )
+            if name == "forward":
+                assert of["UNITS"] == 4 * rows and strips * of["UNITS"] >= H and layout.cluster * k * 32 >= H
+            else:
+                assert of["COLUMNS"] == 16 * rows and strips * of["COLUMNS"] >= H
+                assert of["ROW_UNITS"] == 8 * k and layout.cluster * of["ROW_UNITS"] >= H and of["ROW_UNITS"] % 16 == 0
 
 
 def test_a_layer_too_large_for_the_card_has_no_layout():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import warnings
@@ -18,17 +19,21 @@ MULTIPLE = 16  # of units, as the kernels compute them
 PATIENCE = 4_000_000_000  # nanoseconds that a block waits for another
 LEAST_CAPABILITY = (8, 0)
 RING = 4  # uses of the ring of partial sums before a place is used again
+CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
+CLUSTER_CAPABILITY = (9, 0)
 CLUSTER_RING = 2  # the same within clusters
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
 MOST_BATCH = 48  # for more, cuDNN is as fast (docs/log.md)
 
 
 class Card(NamedTuple):
-    """What a GPU offers: multiprocessors, bytes of shared memory a block, compute capability."""
+    """What a GPU offers: multiprocessors, bytes of shared memory a block, compute capability; and how many clusters of so many
+    blocks, each with a multiprocessor of its own, run at once."""
 
     processors: int
     shared: int
     capability: tuple[int, int]
+    clusters: tuple[tuple[int, int], ...] = ()
 
 
 class Layout(NamedTuple):
@@ -54,7 +59,15 @@ class Layout(NamedTuple):
 def card(index: int) -> Card:
     """The Card of torch's GPU of this number."""
     known = torch.cuda.get_device_properties(index)
-    return Card(known.multi_processor_count, known.shared_memory_per_block_optin, (known.major, known.minor))
+    shared, capability = known.shared_memory_per_block_optin, (known.major, known.minor)
+    clusters = []
+    if capability >= CLUSTER_CAPABILITY:
+        code = nvrtc.compiled('extern "C" __global__ void nothing() {}', {}, capability)
+        for size in CLUSTERS:
+            kernel = nvrtc.Kernel(code, "nothing", shared, size)
+            with contextlib.suppress(RuntimeError):  # a size that this GPU does not take
+                clusters.append((size, kernel.resident_blocks(32) // size))
+    return Card(known.multi_processor_count, shared, capability, tuple(clusters))
 
 
 def _up(a: int, b: int) -> int:
@@ -163,8 +176,6 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
 
 
 LAYOUTS = {"forward": forward_layouts, "backward": backward_layouts}
-CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
-CLUSTER_CAPABILITY = (9, 0)
 
 
 def _splits(count: int) -> Iterator[tuple[int, int]]:
@@ -175,17 +186,12 @@ def _splits(count: int) -> Iterator[tuple[int, int]]:
             yield warps, each
 
 
-def cluster_layouts(name: str, H: int, batch: int, here: Card, spare: int = 2) -> list[Layout]:
-    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first.
-
-    A cluster runs within a group of 16 or 18 processors, of which some may be switched off: `spare` clusters are left out of
-    what such groups would hold.
-    """
+def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
+    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first."""
     found, forward = [], name == "forward"
-    if here.capability < CLUSTER_CAPABILITY:
-        return found
-    for cluster in CLUSTERS:
-        most = max(1, _up(here.processors, 18) * (16 // cluster) - spare)
+    for cluster, most in here.clusters:
+        if not most:
+            continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
         for (warps_m, tiles_m), (warps_k, blocks_k), groups, direct in itertools.product(

@@ -93,8 +93,8 @@ class Kernel:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self.function, attribute, shared), "CUDA")
 
-    def _configured(self, blocks: int, threads: int) -> Any:
-        """How so many blocks are launched: all at once or not at all."""
+    def _configured(self, blocks: int, threads: int, launched: bool = True) -> Any:
+        """How so many blocks are launched, all at once or not at all; or are asked after."""
         driver, config = self.driver, self.driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -105,14 +105,15 @@ class Kernel:
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         size = cluster.value.clusterDim
         size.x, size.y, size.z = self.cluster, 1, 1
-        attributes = [together, cluster] if self.cluster > 1 else [together]
+        attributes = ([together] if launched else []) + ([cluster] if self.cluster > 1 else [])
         config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
     def resident_blocks(self, threads: int) -> int:
         """How many blocks of so many threads the whole GPU holds at once."""
         if self.cluster > 1:
-            clusters = self.driver.cuOccupancyMaxActiveClusters(self.function, self._configured(self.cluster, threads))
+            config = self._configured(self.cluster, threads, launched=False)
+            clusters = self.driver.cuOccupancyMaxActiveClusters(self.function, config)
             return _checked(clusters, "CUDA") * self.cluster
         occupancy = self.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared)
         return _checked(occupancy, "CUDA") * torch.cuda.get_device_properties().multi_processor_count
