@@ -4,7 +4,7 @@
     python -m recurlm.bench.heads PICTURE.svg             the same, and a picture of the times over the vocabulary
     python -m recurlm.bench.heads --tiles                 (GPU) times of other tiles in the kernels of an adaptive softmax
     python -m recurlm.bench.heads --profile               (GPU) times of the kernels of an adaptive softmax
-    python -m recurlm.bench.heads --once N                (GPU) everything of the N-th size once, so that it is compiled
+    python -m recurlm.bench.heads --once NAME ...         (GPU) these heads, or torch, once at every size: compiled, and checked
 
 Words are drawn by Zipf's law. The peer is torch's full softmax (on a GPU compiled, too), and for the adaptive ones
 nn.AdaptiveLogSoftmaxWithLoss with the same cut points; on a GPU everything is in bfloat16, on the CPU in fp32. On the CPU
@@ -325,19 +325,20 @@ def profile() -> None:
             print(f"{event.self_device_time_total:9.1f} us {event.count:4d} x {event.key[:70]}")
 
 
-def once(size: Size, device: str = "cuda") -> None:
-    """Calls everything that `rows` measures at a size once; says what fails, and whether adaptive losses are right."""
+def once(names: list[str], device: str = "cuda") -> None:
+    """Calls what `rows` measures of these heads (or of 'torch') once; says what fails, and whether adaptive losses are right."""
     dtype = torch.bfloat16
-    makers: dict[str, Callable[[], Subject]] = {
-        name: lambda name=name: subject(name, size, device, dtype) for name in VARIANTS
-    }
-    for name in ("adaptive", "tied-adaptive"):
-        if size.words > PUBLISHED_CUTS[-1]:
-            makers[f"{name}, published cuts"] = lambda name=name: subject(
+    makers: dict[tuple[str, Size], Callable[[], Subject]] = {}
+    for name, size in ((name, size) for size in reversed(SIZES[device]) for name in names):
+        if name == "torch":
+            makers[name, size] = lambda size=size: full(size, device, dtype, compiled=True)
+            continue
+        makers[name, size] = lambda name=name, size=size: subject(name, size, device, dtype)
+        if VARIANTS[name]["head"] in ("adaptive", "tied-adaptive") and size.words > PUBLISHED_CUTS[-1]:
+            makers[f"{name}, published cuts", size] = lambda name=name, size=size: subject(
                 name, size, device, dtype, cutoffs=PUBLISHED_CUTS
             )
-    makers["torch.compile"] = lambda: full(size, device, dtype, compiled=True)
-    for name, make in makers.items():
+    for (name, size), make in makers.items():
         try:
             it = make()
             train, score, best = _works(it)
@@ -347,7 +348,10 @@ def once(size: Size, device: str = "cuda") -> None:
                 with mock.patch.object(kernels, "cluster_cross_entropy", reference.cluster_cross_entropy):
                     truth = [score(), *train()]  # type: ignore[misc]
                 off = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, truth, strict=True))
-                print(f"{name}: {off:.4f} of the norm from the plain formula{' TOO FAR' * (off > 0.03)}", flush=True)
+                print(
+                    f"{name}, {size}: {off:.4f} of the norm from the plain formula{' TOO FAR' * (off > 0.03)}",
+                    flush=True,
+                )
         except Exception as error:
             print(f"{name}, {size}: {type(error).__name__}: {str(error)[:600]}", flush=True)
         _empty(device)
@@ -364,7 +368,7 @@ if __name__ == "__main__":
     elif "--profile" in sys.argv:
         profile()
     elif "--once" in sys.argv:
-        once(SIZES["cuda"][int(sys.argv[-1])])
+        once(sys.argv[2:])
     else:
         measured = rows(_show)
         if len(sys.argv) > 1:

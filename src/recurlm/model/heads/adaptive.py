@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from recurlm import kernels
 from recurlm.config import ModelConfig
-from recurlm.kernels.reference import logits
+from recurlm.kernels.reference import linear_log_softmax
 from recurlm.model.embedding import AdaptiveEmbedding
 from recurlm.model.heads import cuts
 from recurlm.model.heads.base import Head, HeadDropout, Use, check_tied
@@ -46,7 +46,7 @@ class Clusters(NamedTuple):
 
 
 def _log_softmax(cluster: Cluster, hidden_NH: Tensor) -> Tensor:
-    return logits(cluster.features(hidden_NH), cluster.weight_VF, cluster.bias_V).log_softmax(-1)
+    return linear_log_softmax(cluster.features(hidden_NH), cluster.weight_VF, cluster.bias_V)
 
 
 def _cluster_of(ids_N: Tensor, bounds: tuple[int, ...]) -> Tensor:
