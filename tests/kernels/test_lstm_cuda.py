@@ -56,7 +56,11 @@ def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, 
                 layout.blocks <= layout.cluster * dict(H200.clusters)[layout.cluster] and layout.shared <= H200.shared
             )
             assert of["GROUPS"] * of["GROUP_BATCH"] >= batch > (of["GROUPS"] - 1) * of["GROUP_BATCH"]
-            assert of["WARPS"] == of["WARPS_M"] * of["WARPS_K"] <= 16 and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            assert (
+                of["WARPS"] == of["WARPS_M"] * of["WARPS_K"]
+                and layout.warps == of["WARPS"] + of["CELL_WARPS"] <= 16
+                and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            )
             strips, rows, k = (
                 layout.blocks // layout.cluster,
                 of["WARPS_M"] * of["WARP_TILES"],
@@ -143,13 +147,29 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (32, 3, 11, 2, 1, True, 1),
     (16, 1, 1, 0, 0, False, 1),
     (64, 17, 2, -1, -1, True, 1),
-    (48, 5, 9, {"DIRECT": 0}, {"DIRECT": 0}, False, 2),
-    (128, 9, 9, {"DIRECT": 1, "WARPS_K": 2}, {"DIRECT": 1, "WARPS_K": 2}, False, 2),
-    (128, 5, 5, {"DIRECT": 0, "WARPS_K": 2, "GROUPS": 1}, {"DIRECT": 0, "WARPS_K": 4, "REGISTERS_K": 0}, True, 2),
-    (112, 25, 4, {"DIRECT": 0, "GROUPS": 3}, {"DIRECT": 0, "GROUPS": 3}, False, 4),
-    (80, 17, 5, {"DIRECT": 1, "GROUPS": 2, "REGISTERS_K": 0}, {"DIRECT": 1, "GROUPS": 3}, True, 3),
-    (240, 3, 3, {"DIRECT": 1}, {"DIRECT": 0}, True, 8),
-    (80, 1, 1, {"DIRECT": 1}, {"DIRECT": 1}, False, 3),
+    (48, 5, 9, {"DIRECT": 0, "CELL_WARPS": 0}, {"DIRECT": 0, "CELL_WARPS": 4}, False, 2),
+    (128, 9, 9, {"DIRECT": 1, "WARPS_K": 2, "CELL_WARPS": 0}, {"DIRECT": 1, "WARPS_K": 2, "CELL_WARPS": 0}, False, 2),
+    (
+        128,
+        5,
+        5,
+        {"DIRECT": 0, "WARPS_K": 2, "GROUPS": 1, "CELL_WARPS": 4},
+        {"DIRECT": 0, "WARPS_K": 4, "REGISTERS_K": 0},
+        True,
+        2,
+    ),
+    (112, 25, 4, {"DIRECT": 0, "GROUPS": 3, "CELL_WARPS": 0}, {"DIRECT": 0, "GROUPS": 3, "CELL_WARPS": 4}, False, 4),
+    (
+        80,
+        17,
+        5,
+        {"DIRECT": 1, "GROUPS": 2, "REGISTERS_K": 0, "CELL_WARPS": 4},
+        {"DIRECT": 1, "GROUPS": 3, "CELL_WARPS": 0},
+        True,
+        3,
+    ),
+    (240, 3, 3, {"DIRECT": 1, "CELL_WARPS": 0}, {"DIRECT": 0, "CELL_WARPS": 0}, True, 8),
+    (80, 1, 1, {"DIRECT": 1, "CELL_WARPS": 4}, {"DIRECT": 1, "CELL_WARPS": 4}, False, 3),
 )
 
 

@@ -9,13 +9,14 @@
 //
 // A block's warps are WARPS_M by WARPS_K: each has WARP_TILES tiles of rows and BLOCKS_K blocks of 32 k. Vectors pass through
 // shared memory, where the WARPS_M warps of a share of k find them. The sums of the WARPS_K warps are added before they are
-// sent, or with DIRECT sent as they are: more words, a barrier less.
+// sent, or with DIRECT sent as they are: more words, a barrier less. With CELL_WARPS so many more warps turn sums into new
+// values, and the others do nothing else than products; without, every warp does both in turn.
 //
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
 // Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
-// REGISTERS_K, DIRECT; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+// REGISTERS_K, DIRECT, CELL_WARPS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
@@ -23,7 +24,8 @@
 #define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
 #define PARTS (DIRECT ? CLUSTER * WARPS_K : CLUSTER)  // of a sum that are sent
 #define RING 2
-#define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
+#define PREFETCH (GROUPS > 1)  // a turn's vectors are loaded during the turn before
+#define LAG (GROUPS > 1 && !CELL_WARPS)  // turns between a group's product and its new values, for the sums to travel
 
 // An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group.
 #ifdef UNITS
@@ -35,7 +37,8 @@ typedef uint2 Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
 #define SHARE ((A_ROW * GROUP_BATCH + 2 * CLUSTER - 1) / (2 * CLUSTER) * 2)
-#define ROUNDS ((SHARE + THREADS - 1) / THREADS)
+#define CELL_THREADS (CELL_WARPS ? CELL_WARPS * 32 : THREADS)
+#define ROUNDS ((SHARE + CELL_THREADS - 1) / CELL_THREADS)
 #define INBOX (RING * GROUPS * PARTS * SHARE)
 #define SENDS (DIRECT ? WARP_TILES * TILES_N * 2 : (ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
 
@@ -46,11 +49,15 @@ struct Places {
     Sums* inbox;
     float4* totals;  // backward: of each item of this block, the sum over steps of its gates' gradients
     int thread, warp, lane, r, q, m, k, rank;
+    int item;                // the first of the thread that does new values, among its block's
+    bool multiplies, values;  // what this warp does
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
 
     DEVICE Places(uint4* shared) {
         thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
         m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
+        multiplies = warp < WARPS, values = !CELL_WARPS || !multiplies;
+        item = CELL_WARPS ? thread - THREADS : thread;
         more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
         sums = (float*)(stage + (1 + DIRECT) * WARPS_K * FRAGMENTS * 32);
@@ -59,9 +66,9 @@ struct Places {
     }
 
     DEVICE void begin() {  // before anything arrives
-        for (int i = thread; i < INBOX * WIDTH; i += THREADS) ((float*)inbox)[i] = 0.0f;
+        for (int i = thread; i < INBOX * WIDTH; i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < SENDS; i++) {
+        for (int i = 0; i < SENDS && multiplies; i++) {
             const int row = DIRECT ? (m * WARP_TILES + i / (2 * TILES_N)) * 16 + 2 * r : (thread + i * THREADS) % (ROWS / 4) * 4;
             const int n = DIRECT ? i / 2 % TILES_N * 8 + 2 * q + i % 2 : (thread + i * THREADS) / (ROWS / 4);
             const int item = n * A_ROW + row / WIDTH, from = DIRECT ? rank * WARPS_K + k : rank;
@@ -85,36 +92,55 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
     }
 }
 
-// The turn of group g: this block's part of the sums, sent to their blocks. The vector of the group's first batch row begins at
-// `from`, the next after `length`; what this lane loads of it at `offsets`, or nowhere where that is negative.
-DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int length, const int (&offsets)[LOADS], int use,
-                              int g, Patience& patience) {
-    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+// What this lane loads of a group's vectors: the first batch row's begins at `from`, the next after `length`; a word of it is at
+// `offsets`, or nowhere where that is negative.
+struct Vectors {
+    const T16* from;
     uint4 words[LOADS];
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-        const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
-        words[i] = make_uint4(0, 0, 0, 0);
-        reload_shared_words(words[i], from + row * length + offsets[i], offsets[i] >= 0 && row < batch_rows);
+
+    DEVICE bool wanted(const Places& at, int i, int offset, int g) const {
+        return offset >= 0 && row(at, i) < min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
     }
-    patience.renew();
-    for (;;) {
-        bool waits = false;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
-        if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+
+    DEVICE int row(const Places& at, int i) const { return (at.m + i * WARPS_M) % TILES_N * 8 + at.r; }
+
+    DEVICE void ask(const Places& at, const T16* begin, int length, const int (&offsets)[LOADS], int g) {
+        from = begin;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
-            reload_shared_words(words[i], from + row * length + offsets[i], is_empty(words[i]));
+            words[i] = make_uint4(0, 0, 0, 0);
+            reload_shared_words(words[i], from + row(at, i) * length + offsets[i], wanted(at, i, offsets[i], g));
         }
     }
+
+    DEVICE void await(const Places& at, int length, const int (&offsets)[LOADS], Patience& patience) {
+        patience.renew();
+        for (;;) {
+            bool waits = false;
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
+            if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+#pragma unroll
+            for (int i = 0; i < LOADS; i++)
+                reload_shared_words(words[i], from + row(at, i) * length + offsets[i], is_empty(words[i]));
+        }
+    }
+};
+
+// The turn of group g: this block's part of the sums, sent to their blocks; `vectors` are asked for, and those of the next turn
+// when `ask` is called.
+template <typename Ask>
+DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask ask, int length, const int (&offsets)[LOADS],
+                              int use, int g, Patience& patience) {
+    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+    asked.await(at, length, offsets, patience);
     // One barrier a turn lets a warp be a turn ahead of another: what it writes before that barrier has two places.
     const int odd = (use * GROUPS + g) & 1;
     uint4* stage = at.stage + (DIRECT * odd * WARPS_K + at.k) * FRAGMENTS * 32 + at.lane;
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
-        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = words[i];
+        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = asked.words[i];
+    if (PREFETCH) ask();
     barrier(at.k, WARPS_M);
 
     float acc[WARP_TILES][TILES_N][4] = {};
@@ -136,7 +162,7 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int
 #else
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
     put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
-    barrier();
+    barrier(14, WARPS);
 #pragma unroll
     for (int i = 0; i < SENDS; i++) {
         const int item = at.thread + i * THREADS;
@@ -182,7 +208,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 
     Kept kept;
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++) {
+    for (int k = 0; k < BLOCKS_K && at.multiplies; k++) {
         const int column = column0 + (at.k * BLOCKS_K + k) * 32 + at.q * 8;
 #pragma unroll
         for (int m = 0; m < WARP_TILES; m++) {
@@ -208,7 +234,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     auto fetch = [&](int t, int g) {  // what the new values of group g at step t need of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
@@ -217,21 +243,27 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
         }
     };
-    fetch(0, 0);
+    Vectors vectors;
+    auto ask = [&](int turn) {
+        const int t = turn / GROUPS, g = turn % GROUPS;
+        const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
+        if (turn < T * GROUPS) vectors.ask(at, before + g * GROUP_BATCH * H, H, offsets, g);
+    };
+    if (at.values) fetch(0, 0);
+    if (at.multiplies && PREFETCH) ask(0);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
-        if (turn < T * GROUPS) {
-            const int t = turn / GROUPS, g = turn % GROUPS;
-            const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
-            multiply_and_send(at, kept, before + g * GROUP_BATCH * H, H, offsets, t, g, patience);
+        if (at.multiplies && turn < T * GROUPS) {
+            if (!PREFETCH) ask(turn);
+            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, H, offsets, turn / GROUPS, turn % GROUPS, patience);
         }
-        if (turn < LAG) continue;
+        if (!at.values || turn < LAG) continue;
         const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;
         float gate_of[ROUNDS][4];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             float x[4];
@@ -256,7 +288,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
         // others wait for h alone: the rest is written after it
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
                 const long long place = ((long long)t * BATCH + b) * H + unit;
@@ -281,12 +313,12 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     Places at(shared);
     const int column0 = blockIdx.x / CLUSTER * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
     Patience patience = {limit, 0, trouble, 0};
-    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS + CELL_WARPS * 32) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     at.begin();
 
     Kept kept;
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++) {
+    for (int k = 0; k < BLOCKS_K && at.multiplies; k++) {
         const int chunk = (at.k * BLOCKS_K + k) * 4 + at.q, unit = row_unit0 + chunk_unit(chunk);
         const T16* from = weights + ((long long)chunk_gate(chunk) * H + unit) * H;
 #pragma unroll
@@ -320,7 +352,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     auto fetch = [&](int t, int g) {  // what the gradients of group g's gates at step t need of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             const long long place = ((long long)t * BATCH + b) * H + unit;
@@ -357,7 +389,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     auto differentiate = [&](int t, int g) {
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             if (t >= 0) prepare(i);
@@ -398,18 +430,26 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
         }
     };
+    Vectors vectors;
+    auto ask = [&](int turn) {
+        const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
+        const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
+        if (turn < T * GROUPS) vectors.ask(at, from, 4 * H, offsets, g);
+    };
+    if (at.values) {
 #pragma unroll 1
-    for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
-    if (T > 1) fetch(T - 2, 0);
+        for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
+        if (T > 1) fetch(T - 2, 0);
+    }
+    if (at.multiplies && PREFETCH) ask(0);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
-        if (turn < T * GROUPS) {
-            const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
-            const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
-            multiply_and_send(at, kept, from, 4 * H, offsets, T - 1 - t, g, patience);
+        if (at.multiplies && turn < T * GROUPS) {
+            if (!PREFETCH) ask(turn);
+            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, 4 * H, offsets, turn / GROUPS, turn % GROUPS, patience);
         }
-        if (turn < LAG) continue;
+        if (!at.values || turn < LAG) continue;
         const int t = T - 2 - (turn - LAG) / GROUPS;
         differentiate(t, (turn - LAG) % GROUPS);
         const int next = T - 2 - (turn + 1 - LAG) / GROUPS;

@@ -2,8 +2,12 @@
 
 typedef unsigned short T16;
 
+#ifndef CELL_WARPS
+#define CELL_WARPS 0  // that do nothing else than the new values
+#endif
+
 #ifndef ON_CPU  // the tests bring these for a CPU
-#define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+#define KERNEL extern "C" __global__ void __launch_bounds__((WARPS + CELL_WARPS) * 32, 1)
 #define DEVICE __device__ __forceinline__
 
 #define SHARED(name) extern __shared__ uint4 name[]

@@ -194,20 +194,22 @@ def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
             continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        for (warps_m, tiles_m), (warps_k, blocks_k), groups, direct in itertools.product(
-            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch)), (0, 1)
+        for (warps_m, tiles_m), (warps_k, blocks_k), groups, direct, cells in itertools.product(
+            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch)), (0, 1), (0, 4, 8)
         ):
-            if warps_m * warps_k > 16 or (not forward and warps_k * blocks_k % 2) or (direct and warps_k > 2):
+            if warps_m * warps_k + cells > 16 or (not forward and warps_k * blocks_k % 2) or (direct and warps_k > 2):
                 continue
-            layout = _clustered(name, H, batch, here, cluster, (warps_m, tiles_m, warps_k, blocks_k), groups, direct)
+            shares = warps_m, tiles_m, warps_k, blocks_k
+            layout = _clustered(name, H, batch, here, cluster, shares, groups, direct, cells)
             if layout is not None:
                 found.append(layout)
     return sorted(found, key=lambda layout: layout.cost)
 
 
 def _clustered(
-    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int], direct: int
-) -> Layout | None:
+    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int], direct: int,
+    cells: int,
+) -> Layout | None:  # fmt: skip
     """The layout with these shares of a warp; None where it does not fit."""
     (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
     forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
@@ -216,11 +218,13 @@ def _clustered(
         return None  # a warp with nothing to wait for would run ahead
     strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
     share, parts = _up(rows // width * batch_rows, 2 * cluster) * 2, cluster * (warps_k if direct else 1)
-    rounds, loads = _up(share, 32 * warps), _up(blocks_k * tiles_n, warps_m)
+    rounds, loads = _up(share, 32 * (cells or warps)), _up(blocks_k * tiles_n, warps_m)
     sends = tiles_m * tiles_n * 2 if direct else _up(rows // 4 * batch_rows, 32 * warps)
-    registers = min(255, 16384 // (32 * _up(warps, 4)) // 8 * 8)
-    other = (40 + 6 * rounds if forward else 44 + 22 * rounds) + loads + sends
-    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, width * parts)
+    registers = min(255, 16384 // (32 * _up(warps + cells, 4)) // 8 * 8)
+    other = (0 if cells else 6 * rounds if forward else 22 * rounds) + 40 + loads + sends + 4 * loads * (groups > 1)
+    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, 0 if cells else width * parts)
+    if cells and registers < (48 + 6 * rounds if forward else 52 + 22 * rounds) + width * parts:
+        return None
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + (1 + direct) * warps_k * blocks_k * tiles_n * 512
     shared += groups * share * 32 * (not forward)
@@ -235,10 +239,10 @@ def _clustered(
     macros = {
         "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
         "CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k,
-        "REGISTERS_K": kept, "DIRECT": direct,
+        "REGISTERS_K": kept, "DIRECT": direct, "CELL_WARPS": cells,
     }  # fmt: skip
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
-    return Layout(name, tuple(macros.items()), strips * cluster, warps, shared, cost)
+    return Layout(name, tuple(macros.items()), strips * cluster, warps + cells, shared, cost)
 
 
 def source(layout: Layout) -> str:
