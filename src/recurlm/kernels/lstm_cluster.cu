@@ -8,21 +8,24 @@
 // having read the sums of step t. So every warp must have some part of the vectors.
 //
 // A block's warps are WARPS_M by WARPS_K: each has WARP_TILES tiles of rows and BLOCKS_K blocks of 32 k. Vectors pass through
-// shared memory, where the WARPS_M warps of a share of k find them. The sums of the WARPS_K warps are added before they are
-// sent, or with DIRECT sent as they are: more words, a barrier less. With CELL_WARPS so many more warps turn sums into new
-// values, and the others do nothing else than products; without, every warp does both in turn.
+// shared memory, where the WARPS_M warps of a share of k find them; the sums of the WARPS_K warps are added before they are
+// sent. With CELL_WARPS so many more warps turn sums into new values, and the others do nothing else than products; without,
+// every warp does both in turn. With POLLS > 1 a warp that waits has so many loads of all its words on their way, one every
+// POLL_CYCLES, so that it need not wait for one that came too early before it can ask again.
 //
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
 // Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
-// REGISTERS_K, DIRECT, CELL_WARPS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+// REGISTERS_K, CELL_WARPS, POLLS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
 #define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors, of a warp
 #define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
-#define PARTS (DIRECT ? CLUSTER * WARPS_K : CLUSTER)  // of a sum that are sent
+#ifndef POLL_CYCLES
+#define POLL_CYCLES 150
+#endif
 #define RING 2
 #define PREFETCH (GROUPS > 1)  // a turn's vectors are loaded during the turn before
 #define LAG (GROUPS > 1 && !CELL_WARPS)  // turns between a group's product and its new values, for the sums to travel
@@ -39,8 +42,8 @@ typedef uint2 Sums;
 #define SHARE ((A_ROW * GROUP_BATCH + 2 * CLUSTER - 1) / (2 * CLUSTER) * 2)
 #define CELL_THREADS (CELL_WARPS ? CELL_WARPS * 32 : THREADS)
 #define ROUNDS ((SHARE + CELL_THREADS - 1) / CELL_THREADS)
-#define INBOX (RING * GROUPS * PARTS * SHARE)
-#define SENDS (DIRECT ? WARP_TILES * TILES_N * 2 : (ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
+#define INBOX (RING * GROUPS * CLUSTER * SHARE)
+#define SENDS ((ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
 
 // What a block has of shared memory, and where its warp stands in it.
 struct Places {
@@ -48,6 +51,7 @@ struct Places {
     float* sums;
     Sums* inbox;
     float4* totals;  // backward: of each item of this block, the sum over steps of its gates' gradients
+    uint4* polled;   // POLLS places for what this lane asks for
     int thread, warp, lane, r, q, m, k, rank;
     int item;                // the first of the thread that does new values, among its block's
     bool multiplies, values;  // what this warp does
@@ -60,25 +64,27 @@ struct Places {
         item = CELL_WARPS ? thread - THREADS : thread;
         more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
-        sums = (float*)(stage + (1 + DIRECT) * WARPS_K * FRAGMENTS * 32);
-        inbox = (Sums*)(sums + (DIRECT ? 0 : 2 * WARPS_K * TILES_N * 8 * STRIDE));
+        sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);  // two, used in turn
+        inbox = (Sums*)(sums + 2 * WARPS_K * TILES_N * 8 * STRIDE);
         totals = (float4*)(inbox + INBOX);
+        polled = (uint4*)(totals + (WIDTH == 2 ? GROUPS * SHARE * 2 : 0)) + warp * LOADS * 32 + lane;
     }
 
     DEVICE void begin() {  // before anything arrives
         for (int i = thread; i < INBOX * WIDTH; i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < SENDS && multiplies; i++) {
-            const int row = DIRECT ? (m * WARP_TILES + i / (2 * TILES_N)) * 16 + 2 * r : (thread + i * THREADS) % (ROWS / 4) * 4;
-            const int n = DIRECT ? i / 2 % TILES_N * 8 + 2 * q + i % 2 : (thread + i * THREADS) / (ROWS / 4);
-            const int item = n * A_ROW + row / WIDTH, from = DIRECT ? rank * WARPS_K + k : rank;
-            float* place = (float*)(inbox + from * SHARE + item % SHARE) + row % WIDTH;
+            const int quad = thread + i * THREADS, item = quad * (4 / WIDTH);
+            Sums* place = inbox + rank * SHARE + item % SHARE;
             to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
         }
+        for (int i = 0; i < (POLLS > 1 ? POLLS : 0) * LOADS && multiplies; i++) place_of(i / LOADS, i % LOADS) = make_uint4(0, 0, 0, 0);
         cluster_barrier();
     }
 
-    DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * PARTS * SHARE; }
+    DEVICE uint4& place_of(int poll, int i) const { return polled[(poll * WARPS * LOADS + i) * 32]; }
+
+    DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * CLUSTER * SHARE; }
 };
 
 typedef uint4 Kept[REGISTERS_K ? REGISTERS_K : 1][2][WARP_TILES];
@@ -106,6 +112,14 @@ struct Vectors {
 
     DEVICE void ask(const Places& at, const T16* begin, int length, const int (&offsets)[LOADS], int g) {
         from = begin;
+        if (POLLS > 1) {
+            await_copies<0>();  // none of the turn before may arrive after one of this turn
+            for (int poll = 0; poll < POLLS; poll++) {
+                if (poll) pause(POLL_CYCLES);
+                copy(at, length, offsets, g, poll);
+            }
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             words[i] = make_uint4(0, 0, 0, 0);
@@ -113,13 +127,29 @@ struct Vectors {
         }
     }
 
-    DEVICE void await(const Places& at, int length, const int (&offsets)[LOADS], Patience& patience) {
+    DEVICE void copy(const Places& at, int length, const int (&offsets)[LOADS], int g, int poll) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            copy_async(&at.place_of(poll, i), from + row(at, i) * length + offsets[i], wanted(at, i, offsets[i], g));
+        end_copies();
+    }
+
+    DEVICE void await(const Places& at, int length, const int (&offsets)[LOADS], int g, Patience& patience) {
         patience.renew();
-        for (;;) {
+        for (int poll = 0;; poll = poll + 1 < POLLS ? poll + 1 : 0) {
+            if (POLLS > 1) {
+                await_copies<POLLS - 1>();
+#pragma unroll
+                for (int i = 0; i < LOADS; i++) words[i] = at.place_of(poll, i);
+            }
             bool waits = false;
 #pragma unroll
             for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
             if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+            if (POLLS > 1) {
+                copy(at, length, offsets, g, poll);
+                continue;
+            }
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
                 reload_shared_words(words[i], from + row(at, i) * length + offsets[i], is_empty(words[i]));
@@ -133,10 +163,8 @@ template <typename Ask>
 DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask ask, int length, const int (&offsets)[LOADS],
                               int use, int g, Patience& patience) {
     const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
-    asked.await(at, length, offsets, patience);
-    // One barrier a turn lets a warp be a turn ahead of another: what it writes before that barrier has two places.
-    const int odd = (use * GROUPS + g) & 1;
-    uint4* stage = at.stage + (DIRECT * odd * WARPS_K + at.k) * FRAGMENTS * 32 + at.lane;
+    asked.await(at, length, offsets, g, patience);
+    uint4* stage = at.stage + at.k * FRAGMENTS * 32 + at.lane;
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
         if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = asked.words[i];
@@ -152,14 +180,8 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask 
         product<WARP_TILES>(acc, kept, at.more, vectors, k);
     }
     const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
-#if DIRECT
-#pragma unroll
-    for (int i = 0; i < SENDS; i++) {
-        const int m = i / (2 * TILES_N), n = i / 2 % TILES_N, e = i % 2;
-        if (n * 8 + 2 * at.q + e < batch_rows)
-            send(at.to[i] + offset, make_uint2(marked(acc[m][n][e], bit), marked(acc[m][n][e + 2], bit)));
-    }
-#else
+    // one barrier of all a turn: a warp may be a turn ahead of another
+    const int odd = (use * GROUPS + g) & 1;
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
     put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
     barrier(14, WARPS);
@@ -171,23 +193,22 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask 
             send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
         }
     }
-#endif
 }
 
 DEVICE bool arrived(uint2 v, unsigned bit) { return (v.x & 1) == bit && (v.y & 1) == bit; }
 DEVICE bool arrived(uint4 v, unsigned bit) { return (v.x & v.y & v.z & v.w & 1) == bit && ((v.x | v.y | v.z | v.w) & 1) == bit; }
 
 // The blocks' parts of item `mine` of this block.
-DEVICE void receive(Sums (&parts)[PARTS], Places& at, int mine, int use, int g, Patience& patience) {
+DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g, Patience& patience) {
     const unsigned bit = (use / RING + 1) & 1;
     const Sums* from = at.inbox + at.turn_of(use, g) + mine;
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) parts[p] = load_arriving(from + p * SHARE);
+    for (int p = 0; p < CLUSTER; p++) parts[p] = load_arriving(from + p * SHARE);
     patience.renew();
     for (bool waits = true; waits;) {
         waits = false;
 #pragma unroll
-        for (int p = 0; p < PARTS; p++)
+        for (int p = 0; p < CLUSTER; p++)
             if (!arrived(parts[p], bit)) parts[p] = load_arriving(from + p * SHARE), waits = true;
         if (waits && !patience.lasts()) {
             parts[0].x = parts[0].y = EMPTY;
@@ -270,10 +291,10 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) x[gate] = widened(input[i][gate]);
             if (there) {
-                Sums parts[PARTS];
+                Sums parts[CLUSTER];
                 receive(parts, at, mine, t, g, patience);
 #pragma unroll
-                for (int p = 0; p < PARTS; p++) {
+                for (int p = 0; p < CLUSTER; p++) {
                     x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
                     x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
                 }
@@ -397,10 +418,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (t == T - 1) {
                 d = *(const float2*)(d_hT + b * H + unit);
             } else {
-                Sums parts[PARTS];
+                Sums parts[CLUSTER];
                 receive(parts, at, mine, T - 2 - t, g, patience);
 #pragma unroll
-                for (int p = 0; p < PARTS; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
+                for (int p = 0; p < CLUSTER; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
             }
             float4* total = at.totals + (g * SHARE + mine) * 2;
             if (t < 0) {
