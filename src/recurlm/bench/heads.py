@@ -3,15 +3,16 @@
     recurlm bench heads                                   the rows of this machine
     python -m recurlm.bench.heads PICTURE.svg             the same, and a picture of the times over the vocabulary
     python -m recurlm.bench.heads --tiles                 (GPU) times of other tiles in the kernels of an adaptive softmax
+    python -m recurlm.bench.heads --profile               (GPU) times of the kernels of an adaptive softmax
+    python -m recurlm.bench.heads --once N                (GPU) everything of the N-th size once, so that it is compiled
 
-Words are drawn by Zipf's law. The peer is torch's full softmax, and for the adaptive ones nn.AdaptiveLogSoftmaxWithLoss with
-the same cut points; on a GPU everything is in bfloat16, on the CPU in fp32. On the CPU also the hierarchical
-softmax alone over more and more words. Perplexities: bench/heads.py.
+Words are drawn by Zipf's law. The peer is torch's full softmax (on a GPU compiled, too), and for the adaptive ones
+nn.AdaptiveLogSoftmaxWithLoss with the same cut points; on a GPU everything is in bfloat16, on the CPU in fp32. On the CPU
+also the hierarchical softmax alone over more and more words. Perplexities: bench/heads.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from unittest import mock
 import torch
 from torch import Generator, Tensor, nn
 
-from recurlm.bench.timing import Row, cpu_time, gpu_memory, gpu_time
+from recurlm import kernels
+from recurlm.bench.timing import Row, cpu_time, duration, gpu_memory, gpu_time
 from recurlm.config import ModelConfig
 from recurlm.kernels import reference
 from recurlm.model.heads import HEADS
@@ -88,7 +90,7 @@ def subject(name: str, size: Size, device: str, dtype: torch.dtype, **more: Any)
     return Subject(lambda: made.nll(hidden, y, embedding), leaves, best)
 
 
-def full(size: Size, device: str, dtype: torch.dtype) -> Subject:
+def full(size: Size, device: str, dtype: torch.dtype, compiled: bool = False) -> Subject:
     """Torch's formula of the full softmax."""
     (hidden, weight), y = _given(size, device, dtype), targets(size, device)
     bias = torch.zeros(size.words, device=device, dtype=dtype, requires_grad=True)
@@ -97,7 +99,9 @@ def full(size: Size, device: str, dtype: torch.dtype) -> Subject:
         with torch.inference_mode():
             return reference.logits(hidden[:1], weight, bias).log_softmax(-1).topk(BEST)
 
-    return Subject(lambda: reference.linear_cross_entropy(hidden, weight, bias, y), [hidden, weight, bias], best)
+    formula = reference.linear_cross_entropy
+    formula = torch.compile(formula, dynamic=False) if compiled else formula
+    return Subject(lambda: formula(hidden, weight, bias, y), [hidden, weight, bias], best)
 
 
 def torchs_adaptive(size: Size, device: str, dtype: torch.dtype, cutoffs: tuple[int, ...]) -> Subject:
@@ -128,15 +132,12 @@ class Cost(NamedTuple):
     memory: float | None
 
 
-def costs(ours: Subject, theirs: Subject, device: str) -> tuple[Cost, Cost]:
-    """What ours and the peer take; on the CPU they take turns, so that whatever else it does meets both."""
-    works = [_works(ours), _works(theirs)]
-    if device == "cpu":
-        named = {f"{n} {m}": work for n, three in enumerate(works) for m, work in enumerate(three)}
-        times = cpu_time(named, seconds=0.3, rounds=3)
-        best = {name: found.best for name, found in times.items()}
-        return Cost(best["0 0"], best["0 1"], best["0 2"], None), Cost(best["1 0"], best["1 1"], best["1 2"], None)
-    return _on_gpu(ours, works[0]), _on_gpu(theirs, works[1])
+def in_turn(ours: Subject, theirs: Subject) -> tuple[Cost, Cost]:
+    """What ours and the peer take on the CPU, where they take turns, so that whatever else it does meets both."""
+    works = {f"{n} {m}": work for n, it in enumerate((ours, theirs)) for m, work in enumerate(_works(it))}
+    best = {name: found.best for name, found in cpu_time(works, seconds=0.3, rounds=3).items()}
+    one, two = (Cost(best[f"{n} 0"], best[f"{n} 1"], best[f"{n} 2"], None) for n in range(2))
+    return one, two
 
 
 def _works(it: Subject) -> tuple[Callable[[], object], ...]:
@@ -152,51 +153,87 @@ def _works(it: Subject) -> tuple[Callable[[], object], ...]:
     return train, score, it.best
 
 
-def _on_gpu(it: Subject, works: tuple[Callable[[], object], ...]) -> Cost:
+def on_gpu(it: Subject) -> Cost:
+    """What it takes alone."""
+    works = _works(it)
     memory = gpu_memory(works[0]) - sum(leaf.nbytes for leaf in it.leaves) / 1e6
     graphs = it.captured, it.captured, False
     times = [gpu_time(work, graph=graph, repeats=5) for work, graph in zip(works, graphs, strict=True)]
     return Cost(times[0], times[1], times[2], memory)
 
 
-def rows() -> list[dict[str, Any]]:
-    """A row for each head, size and what is done with it; adaptive ones with the published cut points beside torch's."""
+def rows(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+    """A row for each head, size and what is done with it; adaptive ones with the published cut points beside torch's.
+
+    `report` gets each row when it is there.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     out: list[dict[str, Any]] = []
 
-    def add(name: str, size: Size, ours: Cost, theirs: Cost, peer: str, target: str = "") -> None:
-        shape = f"{size.rows:,} x {size.units} x {size.words:,} {str(dtype).removeprefix('torch.')}"
-        for what, a, b in zip(("training", "scoring"), ours[:2], theirs[:2], strict=True):
+    def add(**columns: Any) -> None:
+        out.append(Row(**columns).as_dict())
+        report(out[-1])
+
+    def compare(name: str, size: Size, ours: Callable[[], Subject], theirs: Peer, target: str = "") -> None:
+        """The three rows of a head beside a peer; what fails is said and costs no other row."""
+        try:
+            mine, other = in_turn(ours(), theirs.subject) if theirs.subject else (on_gpu(ours()), theirs.times)
+        except Exception as error:  # such as too little memory
+            print(f"{name}, {size}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+            return
+        finally:
+            _empty(device)
+        kind = str(dtype).removeprefix("torch.")
+        for what, rows_there, a, b in zip(
+            ("training", "scoring", f"best {BEST}"), (size.rows, size.rows, 1), mine[:3], other[:3], strict=True
+        ):
             training = what == "training"
-            more = "" if theirs.memory is None or not training else f", {theirs.memory:,.0f} MB"
-            out.append(Row(measure=f"{name}, {what}", shape=shape, ours_us=a, peer_us=b, peer=peer + more,
-                           memory_mb=ours.memory if training else None, target=target if training else "").as_dict())  # fmt: skip
-        best = f"1 x {size.units} x {size.words:,} {str(dtype).removeprefix('torch.')}"
-        out.append(
-            Row(
-                measure=f"{name}, best {BEST}", shape=best, ours_us=ours.searching, peer_us=theirs.searching, peer=peer
-            ).as_dict()
-        )
+            add(measure=f"{name}, {what}", shape=f"{rows_there:,} x {size.units} x {size.words:,} {kind}", ours_us=a, peer_us=b,
+                peer=", ".join(filter(None, (theirs.name, theirs.more * training))), memory_mb=mine.memory if training else None,
+                target=target if training else "")  # fmt: skip
 
     for size in SIZES[device]:
-        peer = full(size, device, dtype)
+        peer = _peer("torch, full softmax", lambda size=size: full(size, device, dtype), device)
+        if device == "cuda":
+            compiled = _peer("", lambda size=size: full(size, device, dtype, compiled=True), device)
+            peer = peer._replace(more=f"{peer.more}; compiled {duration(compiled.times[0])}, {compiled.more}")
         for name in VARIANTS:
-            try:
-                add(name, size, *costs(subject(name, size, device, dtype), peer, device), "torch, full softmax")
-            except Exception as error:  # such as too little memory: the others are worth having
-                print(f"{name}, {size}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
-            _empty(device)
+            compare(name, size, lambda name=name, size=size: subject(name, size, device, dtype), peer)
         if size.words > PUBLISHED_CUTS[-1]:
-            peer = torchs_adaptive(size, device, dtype, PUBLISHED_CUTS)
+            torchs = _peer(
+                "nn.AdaptiveLogSoftmaxWithLoss",
+                lambda size=size: torchs_adaptive(size, device, dtype, PUBLISHED_CUTS),
+                device,
+            )
             for name in ("adaptive", "tied-adaptive"):
-                ours = subject(name, size, device, dtype, cutoffs=PUBLISHED_CUTS)
-                target = "2 x torch's, 5 x full" if name == "adaptive" else ""
-                add(
-                    f"{name}, published cuts", size, *costs(ours, peer, device), "nn.AdaptiveLogSoftmaxWithLoss", target
-                )
-        _empty(device)
+                compare(f"{name}, published cuts", size,
+                        lambda name=name, size=size: subject(name, size, device, dtype, cutoffs=PUBLISHED_CUTS), torchs,
+                        "2 x torch's, 5 x full" if name == "adaptive" else "")  # fmt: skip
+        del peer
     return out + (trees() if device == "cpu" else [])
+
+
+class Peer(NamedTuple):
+    """A peer, and what to measure in turn with ours (CPU), or what it took (GPU; None where it failed)."""
+
+    name: str
+    subject: Subject | None
+    times: tuple[float | None, ...] = ()
+    more: str = ""
+
+
+def _peer(name: str, make: Callable[[], Subject], device: str) -> Peer:
+    """A peer, on a GPU measured once for all heads; `more` says what it took besides its time."""
+    if device == "cpu":
+        return Peer(name, make())
+    try:
+        cost = on_gpu(make())
+        return Peer(name, None, cost[:3], f"{cost.memory:,.0f} MB")
+    except Exception as error:  # such as no C compiler: ours are worth having alone
+        return Peer(name, None, (None, None, None), f"failed: {type(error).__name__}: {str(error)[:80]}")
+    finally:
+        _empty(device)
 
 
 def _empty(device: str) -> None:
@@ -288,14 +325,47 @@ def profile() -> None:
             print(f"{event.self_device_time_total:9.1f} us {event.count:4d} x {event.key[:70]}")
 
 
+def once(size: Size, device: str = "cuda") -> None:
+    """Calls everything that `rows` measures at a size once; says what fails, and whether adaptive losses are right."""
+    dtype = torch.bfloat16
+    makers: dict[str, Callable[[], Subject]] = {
+        name: lambda name=name: subject(name, size, device, dtype) for name in VARIANTS
+    }
+    for name in ("adaptive", "tied-adaptive"):
+        if size.words > PUBLISHED_CUTS[-1]:
+            makers[f"{name}, published cuts"] = lambda name=name: subject(
+                name, size, device, dtype, cutoffs=PUBLISHED_CUTS
+            )
+    makers["torch.compile"] = lambda: full(size, device, dtype, compiled=True)
+    for name, make in makers.items():
+        try:
+            it = make()
+            train, score, best = _works(it)
+            found = [score(), *train()]  # type: ignore[misc]
+            best()
+            if "adaptive" in name and "mixture" not in name:
+                with mock.patch.object(kernels, "cluster_cross_entropy", reference.cluster_cross_entropy):
+                    truth = [score(), *train()]  # type: ignore[misc]
+                off = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, truth, strict=True))
+                print(f"{name}: {off:.4f} of the norm from the plain formula{' TOO FAR' * (off > 0.03)}", flush=True)
+        except Exception as error:
+            print(f"{name}, {size}: {type(error).__name__}: {str(error)[:600]}", flush=True)
+        _empty(device)
+
+
+def _show(row: dict[str, Any]) -> None:
+    print(f"{row['measure']:40} {row['shape']:32} {duration(row['ours_us']):>9} {row['memory_mb'] or 0:7.0f} MB beside "
+          f"{duration(row['peer_us'])} {row['peer']}", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
     if "--tiles" in sys.argv:
-        profile()
         sweep()
+    elif "--profile" in sys.argv:
+        profile()
+    elif "--once" in sys.argv:
+        once(SIZES["cuda"][int(sys.argv[-1])])
     else:
-        measured = rows()
-        for row in measured:
-            kept = {field.name: row[field.name] for field in dataclasses.fields(Row)}
-            print(Row(**kept))
+        measured = rows(_show)
         if len(sys.argv) > 1:
             picture(measured, sys.argv[1])

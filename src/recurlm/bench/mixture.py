@@ -2,7 +2,7 @@
 
 The limit is three products of tokens x experts x depth x vocabulary at the rate of a large square one; memory is what the
 peak takes beyond the inputs and their gradients. `python -m recurlm.bench.mixture` prints the rows alone, with --sweep the
-times of other chunks and tiles of the linear cross-entropy at these sizes.
+times of other chunks and tiles of the linear cross-entropy at these sizes, with --profile those of every kernel.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def rows() -> list[dict[str, Any]]:
         check(given)
         size = sum(x.nbytes for x in given[0]) / 1e6  # as large as the gradients
         elapsed, memory = _measure(ours, given)
-        for peer, function in (("torch", formula), ("torch.compile", torch.compile(formula))):
+        for peer, function in (("torch", formula), ("torch.compile", torch.compile(formula, dynamic=False))):
             theirs, beside = None, peer
             try:
                 theirs, needed = _measure(function, given)
@@ -137,8 +137,12 @@ def sweep(seconds: float = 70) -> None:
 
     print("as it is, then chunks of at most that many MB (2^20)")
     line("as it is")
-    for size in (16, 24, 32, 48, 72, 128, 256):
+    for size in (24, 48, 72, 128, 256):
         line(str(size), CHUNK_BYTES=size << 20, SCRATCH_BYTES=1 << 40, CHUNK_SHARE=0)
+    print("parts of the rows in the weight's gradient, and with chunks of at most that many MB")
+    for splits in (2, 3, 5):
+        line(f"{splits}", WEIGHT_SPLITS=splits)
+        line(f"{splits}, 72", WEIGHT_SPLITS=splits, CHUNK_BYTES=72 << 20, SCRATCH_BYTES=1 << 40, CHUNK_SHARE=0)
     print("kernels of the forward and of the backward pass: n v k warps stages per_sm")
     for numbers in ((128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 3, 1)):
         it = fused.Tiles(*numbers, flatten=True)
@@ -147,9 +151,28 @@ def sweep(seconds: float = 70) -> None:
         line(f"backward {numbers}", BACKWARD=fused.Tiles(*numbers, flatten=True))
 
 
+def profile() -> None:
+    """Prints the GPU time of every kernel of one call."""
+    for name, (shape, _) in SHAPES.items():
+        given = inputs(shape)
+        both(ours, given)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
+            both(ours, given)
+            torch.cuda.synchronize()
+        print(f"-- {name}")
+        for event in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:25]:
+            print(f"{event.self_device_time_total:9.1f} us {event.count:4d} x {event.key[:90]}")
+
+
 if __name__ == "__main__":
     if "--sweep" in sys.argv:
         sweep()
+    elif "--profile" in sys.argv:
+        profile()
+    elif "--once" in sys.argv:  # compiles
+        for shape, _ in SHAPES.values():
+            check(inputs(shape))
+            both(torch.compile(formula, dynamic=False), inputs(shape))
     else:
         from recurlm.bench import timing
 

@@ -56,6 +56,7 @@ CHUNK_BYTES = 72 << 20  # of P at once, and more for large vocabularies: CHUNK_S
 SCRATCH_BYTES = 88_000_000  # of P and all else, where P need not be below LEAST_CHUNK for that
 LEAST_CHUNK = 32 << 20
 CHUNK_SHARE = 1.75
+WEIGHT_SPLITS = 1  # parts of the rows that are summed apart in the weight's gradient, where its tiles alone are few
 COLUMNS = 256  # of a program of `_sum_rows`
 
 
@@ -216,6 +217,21 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def _for_weight(p_CN: Tensor, h_NH: Tensor, out: Tensor) -> None:
+    """out = P' h, the rows in WEIGHT_SPLITS equal parts (multiples of 8, for alignment) and what they leave."""
+    N = p_CN.shape[1]
+    part = N // WEIGHT_SPLITS // 8 * 8
+    if WEIGHT_SPLITS == 1 or not part or not p_CN.is_cuda:
+        _product(p_CN, h_NH, out)
+        return
+    whole = WEIGHT_SPLITS * part
+    parts = p_CN[:, :whole].unflatten(1, (WEIGHT_SPLITS, part)).transpose(0, 1)
+    sums = torch.bmm(parts, h_NH[:whole].unflatten(0, (WEIGHT_SPLITS, part)), out_dtype=torch.float32).sum(0)
+    if whole < N:
+        _product(p_CN[:, whole:], h_NH[whole:], sums, add=True)
+    out.copy_(sums)
+
+
 def chunk_size(rows: int, vocab: int, depth: int, itemsize: int) -> int:
     """Columns of P at once: near-equal chunks, multiples of 128, within the allowed bytes unless 128 are more."""
     padded = (rows + vocab) * (depth + 8) * itemsize if depth * itemsize % 16 else 0
@@ -269,9 +285,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         row_tiles, slots = triton.cdiv(N, tiles.n), _slots(h_NH, tiles)
         p_CN = h_NH.new_empty(min(chunk, V), N + -N % 8)[:, :N]
         dbias_RV = torch.empty(row_tiles, V, device=h_NH.device)
-        dh_NH = torch.empty_like(h_NH, dtype=h_NH.dtype if chunk >= V else torch.float32) if for_hidden else None
-        dw_VH = torch.empty_like(w_VH, dtype=ctx.weight_dtype) if for_weight else None
-        h, w, upstream_N = _matrix(h_NH), _matrix(w_VH), upstream_N.contiguous()
+        h, w, upstream_N = _matrix(h_NH), _matrix(w_VH), upstream_N.contiguous()  # the products read these too
+        dh = torch.empty_like(h, dtype=h.dtype if chunk >= V else torch.float32) if for_hidden else None
+        dw = torch.empty_like(w, dtype=ctx.weight_dtype) if for_weight else None
         for first in range(0, V, chunk):
             last = min(first + chunk, V)
             p = p_CN[: last - first]
@@ -282,11 +298,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     upstream_N, _described(p, tiles.v, tiles.n), dbias_RV, N, V, first, last,
                     h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
                 )  # fmt: skip
-            if dw_VH is not None:
-                _product(p, h_NH, dw_VH[first:last])
-            if dh_NH is not None:
-                _product(p.t(), w_VH[first:last], dh_NH, add=first > 0)
-        return None if dh_NH is None else dh_NH.to(h_NH.dtype), dw_VH, _summed(dbias_RV, bias_V), None, None
+            if dw is not None:
+                _for_weight(p, h, dw[first:last])
+            if dh is not None:
+                _product(p.t(), w[first:last], dh, add=first > 0)
+        dh_NH = None if dh is None else dh[:, :H].to(h_NH.dtype)
+        return dh_NH, None if dw is None else dw[:, :H], _summed(dbias_RV, bias_V), None, None
 
 
 def _summed(dbias_RV: Tensor, bias_V: Tensor) -> Tensor:
@@ -307,13 +324,16 @@ def _from_kept(ctx, p_NV: Tensor, marks_TN: Tensor, nll_N: Tensor, tile: int, up
             p_NV, marks_TN, targets_N, nll_N, lse2_N, upstream_N, dbias_RV, N, V, KEPT_ROWS, tile, 16
         )
     for_hidden, for_weight, *_ = ctx.needs_input_grad
-    dh_NH = torch.empty_like(h_NH) if for_hidden else None
-    dw_VH = w_VH.new_empty(V, h_NH.shape[1], dtype=ctx.weight_dtype) if for_weight else None
-    if dw_VH is not None:
-        _product(p_NV.t(), h_NH, dw_VH)
-        dw_VH = dw_VH[: len(w_VH)]
-    if dh_NH is not None:
-        _product(p_NV, pad(w_VH, (0, 0, 0, V - len(w_VH))) if len(w_VH) < V else w_VH, dh_NH)
+    h, w, H = _matrix(h_NH), _matrix(w_VH), h_NH.shape[1]
+    dh_NH = dw_VH = None
+    if for_weight:
+        dw = w.new_empty(V, w.shape[1], dtype=ctx.weight_dtype)
+        _product(p_NV.t(), h, dw)
+        dw_VH = dw[: len(w_VH), :H]
+    if for_hidden:
+        dh = torch.empty_like(h)
+        _product(p_NV, pad(w, (0, 0, 0, V - len(w))) if len(w) < V else w, dh)
+        dh_NH = dh[:, :H]
     return dh_NH, dw_VH, _summed(dbias_RV, bias_V), None, None
 
 

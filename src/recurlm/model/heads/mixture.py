@@ -44,6 +44,11 @@ class MixtureHead(Head):
     def settle(cls, config: ModelConfig, hidden_size: int, use: Use) -> tuple[ModelConfig, str]:
         return _base(config).settle(config, config.embedding_size, use._replace(rows=use.rows * config.experts))
 
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        K, base = self.experts, self.base.blocks()
+        own = {"latent_weight": (K, 1), "latent_bias": (K,), "prior_weight": (1, 1)}
+        return own | {f"base.{name}": counts for name, counts in base.items()} if base else {}
+
     def latents(self, hidden_NH: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         """latents_NKE; in training one mask for all time steps is on them."""
         weight, bias = self.latent_weight.to(hidden_NH.dtype), self.latent_bias.to(hidden_NH.dtype)

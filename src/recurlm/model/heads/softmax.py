@@ -26,6 +26,9 @@ class SoftmaxHead(Head):
     def build(cls, vocab_size: int, hidden_size: int, config: ModelConfig, generator: Generator) -> SoftmaxHead:
         return cls(vocab_size, hidden_size, config.init_range, generator)
 
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (1, 1), "bias": (1,)}
+
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
@@ -48,6 +51,9 @@ class TiedHead(Head):
     def build(cls, vocab_size: int, hidden_size: int, config: ModelConfig, generator: Generator) -> TiedHead:
         check_tied("tied", hidden_size, config)
         return cls(vocab_size)
+
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        return {"bias": (1,)}
 
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
