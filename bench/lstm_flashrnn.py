@@ -12,7 +12,20 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+
+
+def cublas_to_link() -> str:
+    """A folder with the libraries that flashrnn links by their names without a version, which wheels do not have."""
+    folder = Path(tempfile.mkdtemp())
+    for site in map(Path, sys.path):
+        for name in ("cublas", "cublasLt", "cudart"):
+            for library in site.glob(f"nvidia/*/lib/lib{name}.so.*"):
+                if not (folder / f"lib{name}.so").exists():
+                    (folder / f"lib{name}.so").symlink_to(library)
+    return str(folder)
 
 
 def measured(folder: str) -> None:
@@ -21,6 +34,8 @@ def measured(folder: str) -> None:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
     os.environ.setdefault("MAX_JOBS", "16")
     import torch
+
+    os.environ["LIBRARY_PATH"] = f"{cublas_to_link()}:/usr/local/cuda/lib64:{os.environ.get('LIBRARY_PATH', '')}"
     from flashrnn import flashrnn  # type: ignore[import-not-found]
 
     from recurlm.bench import lstm as bench
@@ -79,7 +94,9 @@ def main() -> None:
         why = f"it was not through after {given.seconds:.0f} s"
     print("\n".join(line for line in out.splitlines() if line.startswith("flashrnn")))
     if why:
-        print(f"flashrnn: {why}; the end of what it said:", *out.splitlines()[-8:], sep="\n")
+        lines = out.splitlines()
+        found = [line[:300] for line in lines if "error" in line.lower() or "cannot find" in line][:12]
+        print(f"flashrnn: {why}; what it said:", *found, *lines[-4:], sep="\n")
 
 
 if __name__ == "__main__":

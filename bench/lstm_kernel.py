@@ -42,7 +42,9 @@ def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]
     found = lstm_cuda.LAYOUTS[name](H, B, card)[:2]
     for layout in lstm_cuda.cluster_layouts(name, H, B, card):
         of = dict(layout.macros)
-        kind = layout.cluster, of["DIRECT"], layout.warps // 4
+        kind = layout.cluster, of["CELL_WARPS"], of["POLLS"], of["WARPS"] // 4
+        if of["WARPS"] < 8:  # in earlier sweeps never among the fastest
+            continue
         counts[kind] += 1
         if counts[kind] <= each:
             found.append(layout)

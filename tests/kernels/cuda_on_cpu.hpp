@@ -66,6 +66,11 @@ static void reload_shared_words(uint4& v, const void* p, bool wanted) { if (want
 static uint4 load_words(const void* p, bool wanted) { uint4 v = {0, 0, 0, 0}; if (wanted) memcpy(&v, p, 16); return v; }
 static unsigned load_word(const void* p, bool wanted) { unsigned v = 0; if (wanted) memcpy(&v, p, 4); return v; }
 static void store_shared_words(void* p, uint4 v) { memcpy(p, &v, 8); give_way(); memcpy((char*)p + 8, &v.z, 8); }
+static void copy_async(void* to, const void* p, bool wanted) { if (wanted) *(uint4*)to = load_shared_words(p); }
+static void end_copies() {}
+template <int LEFT> void await_copies() { give_way(); }
+static void pause(unsigned) { give_way(); }
+
 #ifdef CLUSTER
 static void cluster_barrier() { meet(fibre->block->cluster->cluster_meeting, fibre->block->threads * CLUSTER); }
 typedef char* Place;
@@ -86,7 +91,6 @@ static void send_word(Place to, unsigned v) {
     }
     abort();
 }
-static void send(Place to, uint2 v) { send_word(to, v.x), send_word(to + 4, v.y); }
 static void send(Place to, uint4 v) { send_word(to, v.x), send_word(to + 4, v.y), send_word(to + 8, v.z), send_word(to + 12, v.w); }
 static uint4 load_arriving(const uint4* p) { give_way(); return *p; }
 static uint2 load_arriving(const uint2* p) { give_way(); return *p; }

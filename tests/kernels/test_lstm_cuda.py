@@ -56,7 +56,11 @@ def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, 
                 layout.blocks <= layout.cluster * dict(H200.clusters)[layout.cluster] and layout.shared <= H200.shared
             )
             assert of["GROUPS"] * of["GROUP_BATCH"] >= batch > (of["GROUPS"] - 1) * of["GROUP_BATCH"]
-            assert of["WARPS"] == of["WARPS_M"] * of["WARPS_K"] <= 16 and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            assert (
+                of["WARPS"] == of["WARPS_M"] * of["WARPS_K"]
+                and layout.warps == of["WARPS"] + of["CELL_WARPS"] <= 16
+                and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            )
             strips, rows, k = (
                 layout.blocks // layout.cluster,
                 of["WARPS_M"] * of["WARP_TILES"],
@@ -143,13 +147,13 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (32, 3, 11, 2, 1, True, 1),
     (16, 1, 1, 0, 0, False, 1),
     (64, 17, 2, -1, -1, True, 1),
-    (48, 5, 9, {"DIRECT": 0}, {"DIRECT": 0}, False, 2),
-    (128, 9, 9, {"DIRECT": 1, "WARPS_K": 2}, {"DIRECT": 1, "WARPS_K": 2}, False, 2),
-    (128, 5, 5, {"DIRECT": 0, "WARPS_K": 2, "GROUPS": 1}, {"DIRECT": 0, "WARPS_K": 4, "REGISTERS_K": 0}, True, 2),
-    (112, 25, 4, {"DIRECT": 0, "GROUPS": 3}, {"DIRECT": 0, "GROUPS": 3}, False, 4),
-    (80, 17, 5, {"DIRECT": 1, "GROUPS": 2, "REGISTERS_K": 0}, {"DIRECT": 1, "GROUPS": 3}, True, 3),
-    (240, 3, 3, {"DIRECT": 1}, {"DIRECT": 0}, True, 8),
-    (80, 1, 1, {"DIRECT": 1}, {"DIRECT": 1}, False, 3),
+    (48, 5, 9, {"CELL_WARPS": 0, "POLLS": 1}, {"CELL_WARPS": 4, "POLLS": 3}, False, 2),
+    (128, 9, 9, {"WARPS_K": 2, "CELL_WARPS": 0, "POLLS": 3}, {"WARPS_K": 2, "CELL_WARPS": 0, "POLLS": 1}, False, 2),
+    (128, 5, 5, {"WARPS_K": 2, "CELL_WARPS": 4, "POLLS": 5}, {"WARPS_K": 4, "REGISTERS_K": 0, "POLLS": 3}, True, 2),
+    (112, 25, 4, {"GROUPS": 3, "CELL_WARPS": 0}, {"GROUPS": 3, "CELL_WARPS": 4}, False, 4),
+    (80, 17, 5, {"GROUPS": 2, "REGISTERS_K": 0, "CELL_WARPS": 4}, {"GROUPS": 3, "CELL_WARPS": 0}, True, 3),
+    (240, 3, 3, {"CELL_WARPS": 0}, {"CELL_WARPS": 0, "POLLS": 5}, True, 8),
+    (80, 1, 1, {"CELL_WARPS": 4, "POLLS": 3}, {"CELL_WARPS": 4, "POLLS": 1}, False, 3),
 )
 
 
@@ -226,7 +230,7 @@ def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tm
 
     monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
     monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
-    choice = {"DIRECT": 0} if cluster > 1 else 0
+    choice = {} if cluster > 1 else 0
     layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)
     given = random_case(T, B, E, H, dtype, 1, "cpu")
     found = outcome(lambda x, h, c, w: lstm_cuda.lstm(x, h, c, w, layouts), given, dtype)

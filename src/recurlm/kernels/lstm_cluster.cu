@@ -8,22 +8,27 @@
 // having read the sums of step t. So every warp must have some part of the vectors.
 //
 // A block's warps are WARPS_M by WARPS_K: each has WARP_TILES tiles of rows and BLOCKS_K blocks of 32 k. Vectors pass through
-// shared memory, where the WARPS_M warps of a share of k find them. The sums of the WARPS_K warps are added before they are
-// sent, or with DIRECT sent as they are: more words, a barrier less.
+// shared memory, where the WARPS_M warps of a share of k find them; the sums of the WARPS_K warps are added before they are
+// sent. With CELL_WARPS so many more warps turn sums into new values, and the others do nothing else than products; without,
+// every warp does both in turn. With POLLS > 1 a warp that waits has so many loads of all its words on their way, one every
+// POLL_CYCLES, so that it need not wait for one that came too early before it can ask again.
 //
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
 // Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
-// REGISTERS_K, DIRECT; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+// REGISTERS_K, CELL_WARPS, POLLS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
 #define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors, of a warp
 #define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
-#define PARTS (DIRECT ? CLUSTER * WARPS_K : CLUSTER)  // of a sum that are sent
+#ifndef POLL_CYCLES
+#define POLL_CYCLES 150
+#endif
 #define RING 2
-#define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
+#define PREFETCH (GROUPS > 1)  // a turn's vectors are loaded during the turn before
+#define LAG (GROUPS > 1 && !CELL_WARPS)  // turns between a group's product and its new values, for the sums to travel
 
 // An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group.
 #ifdef UNITS
@@ -35,9 +40,10 @@ typedef uint2 Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
 #define SHARE ((A_ROW * GROUP_BATCH + 2 * CLUSTER - 1) / (2 * CLUSTER) * 2)
-#define ROUNDS ((SHARE + THREADS - 1) / THREADS)
-#define INBOX (RING * GROUPS * PARTS * SHARE)
-#define SENDS (DIRECT ? WARP_TILES * TILES_N * 2 : (ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
+#define CELL_THREADS (CELL_WARPS ? CELL_WARPS * 32 : THREADS)
+#define ROUNDS ((SHARE + CELL_THREADS - 1) / CELL_THREADS)
+#define INBOX (RING * GROUPS * CLUSTER * SHARE)
+#define SENDS ((ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
 
 // What a block has of shared memory, and where its warp stands in it.
 struct Places {
@@ -45,33 +51,40 @@ struct Places {
     float* sums;
     Sums* inbox;
     float4* totals;  // backward: of each item of this block, the sum over steps of its gates' gradients
+    uint4* polled;   // POLLS places for what this lane asks for
     int thread, warp, lane, r, q, m, k, rank;
+    int item;                // the first of the thread that does new values, among its block's
+    bool multiplies, values;  // what this warp does
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
 
     DEVICE Places(uint4* shared) {
         thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
         m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
+        multiplies = warp < WARPS, values = !CELL_WARPS || !multiplies;
+        item = CELL_WARPS ? thread - THREADS : thread;
         more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
-        sums = (float*)(stage + (1 + DIRECT) * WARPS_K * FRAGMENTS * 32);
-        inbox = (Sums*)(sums + (DIRECT ? 0 : 2 * WARPS_K * TILES_N * 8 * STRIDE));
+        sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);  // two, used in turn
+        inbox = (Sums*)(sums + 2 * WARPS_K * TILES_N * 8 * STRIDE);
         totals = (float4*)(inbox + INBOX);
+        polled = (uint4*)(totals + (WIDTH == 2 ? GROUPS * SHARE * 2 : 0)) + warp * LOADS * 32 + lane;
     }
 
     DEVICE void begin() {  // before anything arrives
-        for (int i = thread; i < INBOX * WIDTH; i += THREADS) ((float*)inbox)[i] = 0.0f;
+        for (int i = thread; i < INBOX * WIDTH; i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < SENDS; i++) {
-            const int row = DIRECT ? (m * WARP_TILES + i / (2 * TILES_N)) * 16 + 2 * r : (thread + i * THREADS) % (ROWS / 4) * 4;
-            const int n = DIRECT ? i / 2 % TILES_N * 8 + 2 * q + i % 2 : (thread + i * THREADS) / (ROWS / 4);
-            const int item = n * A_ROW + row / WIDTH, from = DIRECT ? rank * WARPS_K + k : rank;
-            float* place = (float*)(inbox + from * SHARE + item % SHARE) + row % WIDTH;
+        for (int i = 0; i < SENDS && multiplies; i++) {
+            const int quad = thread + i * THREADS, item = quad * (4 / WIDTH);
+            Sums* place = inbox + rank * SHARE + item % SHARE;
             to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
         }
+        for (int i = 0; i < (POLLS > 1 ? POLLS : 0) * LOADS && multiplies; i++) place_of(i / LOADS, i % LOADS) = make_uint4(0, 0, 0, 0);
         cluster_barrier();
     }
 
-    DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * PARTS * SHARE; }
+    DEVICE uint4& place_of(int poll, int i) const { return polled[(poll * WARPS * LOADS + i) * 32]; }
+
+    DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * CLUSTER * SHARE; }
 };
 
 typedef uint4 Kept[REGISTERS_K ? REGISTERS_K : 1][2][WARP_TILES];
@@ -85,36 +98,77 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
     }
 }
 
-// The turn of group g: this block's part of the sums, sent to their blocks. The vector of the group's first batch row begins at
-// `from`, the next after `length`; what this lane loads of it at `offsets`, or nowhere where that is negative.
-DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int length, const int (&offsets)[LOADS], int use,
-                              int g, Patience& patience) {
-    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+// What this lane loads of a group's vectors: the first batch row's begins at `from`, the next after `length`; a word of it is at
+// `offsets`, or nowhere where that is negative.
+struct Vectors {
+    const T16* from;
     uint4 words[LOADS];
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-        const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
-        words[i] = make_uint4(0, 0, 0, 0);
-        reload_shared_words(words[i], from + row * length + offsets[i], offsets[i] >= 0 && row < batch_rows);
+
+    DEVICE bool wanted(const Places& at, int i, int offset, int g) const {
+        return offset >= 0 && row(at, i) < min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
     }
-    patience.renew();
-    for (;;) {
-        bool waits = false;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
-        if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+
+    DEVICE int row(const Places& at, int i) const { return (at.m + i * WARPS_M) % TILES_N * 8 + at.r; }
+
+    DEVICE void ask(const Places& at, const T16* begin, int length, const int (&offsets)[LOADS], int g) {
+        from = begin;
+        if (POLLS > 1) {
+            await_copies<0>();  // none of the turn before may arrive after one of this turn
+            for (int poll = 0; poll < POLLS; poll++) {
+                if (poll) pause(POLL_CYCLES);
+                copy(at, length, offsets, g, poll);
+            }
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
-            reload_shared_words(words[i], from + row * length + offsets[i], is_empty(words[i]));
+            words[i] = make_uint4(0, 0, 0, 0);
+            reload_shared_words(words[i], from + row(at, i) * length + offsets[i], wanted(at, i, offsets[i], g));
         }
     }
-    // One barrier a turn lets a warp be a turn ahead of another: what it writes before that barrier has two places.
-    const int odd = (use * GROUPS + g) & 1;
-    uint4* stage = at.stage + (DIRECT * odd * WARPS_K + at.k) * FRAGMENTS * 32 + at.lane;
+
+    DEVICE void copy(const Places& at, int length, const int (&offsets)[LOADS], int g, int poll) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            copy_async(&at.place_of(poll, i), from + row(at, i) * length + offsets[i], wanted(at, i, offsets[i], g));
+        end_copies();
+    }
+
+    DEVICE void await(const Places& at, int length, const int (&offsets)[LOADS], int g, Patience& patience) {
+        patience.renew();
+        for (int poll = 0;; poll = poll + 1 < POLLS ? poll + 1 : 0) {
+            if (POLLS > 1) {
+                await_copies<POLLS - 1>();
+#pragma unroll
+                for (int i = 0; i < LOADS; i++) words[i] = at.place_of(poll, i);
+            }
+            bool waits = false;
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
+            if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+            if (POLLS > 1) {
+                copy(at, length, offsets, g, poll);
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS; i++)
+                reload_shared_words(words[i], from + row(at, i) * length + offsets[i], is_empty(words[i]));
+        }
+    }
+};
+
+// The turn of group g: this block's part of the sums, sent to their blocks; `vectors` are asked for, and those of the next turn
+// when `ask` is called.
+template <typename Ask>
+DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask ask, int length, const int (&offsets)[LOADS],
+                              int use, int g, Patience& patience) {
+    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+    asked.await(at, length, offsets, g, patience);
+    uint4* stage = at.stage + at.k * FRAGMENTS * 32 + at.lane;
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
-        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = words[i];
+        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = asked.words[i];
+    if (PREFETCH) ask();
     barrier(at.k, WARPS_M);
 
     float acc[WARP_TILES][TILES_N][4] = {};
@@ -126,17 +180,11 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int
         product<WARP_TILES>(acc, kept, at.more, vectors, k);
     }
     const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
-#if DIRECT
-#pragma unroll
-    for (int i = 0; i < SENDS; i++) {
-        const int m = i / (2 * TILES_N), n = i / 2 % TILES_N, e = i % 2;
-        if (n * 8 + 2 * at.q + e < batch_rows)
-            send(at.to[i] + offset, make_uint2(marked(acc[m][n][e], bit), marked(acc[m][n][e + 2], bit)));
-    }
-#else
+    // one barrier of all a turn: a warp may be a turn ahead of another
+    const int odd = (use * GROUPS + g) & 1;
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
     put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
-    barrier();
+    barrier(14, WARPS);
 #pragma unroll
     for (int i = 0; i < SENDS; i++) {
         const int item = at.thread + i * THREADS;
@@ -145,23 +193,22 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int
             send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
         }
     }
-#endif
 }
 
 DEVICE bool arrived(uint2 v, unsigned bit) { return (v.x & 1) == bit && (v.y & 1) == bit; }
 DEVICE bool arrived(uint4 v, unsigned bit) { return (v.x & v.y & v.z & v.w & 1) == bit && ((v.x | v.y | v.z | v.w) & 1) == bit; }
 
 // The blocks' parts of item `mine` of this block.
-DEVICE void receive(Sums (&parts)[PARTS], Places& at, int mine, int use, int g, Patience& patience) {
+DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g, Patience& patience) {
     const unsigned bit = (use / RING + 1) & 1;
     const Sums* from = at.inbox + at.turn_of(use, g) + mine;
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) parts[p] = load_arriving(from + p * SHARE);
+    for (int p = 0; p < CLUSTER; p++) parts[p] = load_arriving(from + p * SHARE);
     patience.renew();
     for (bool waits = true; waits;) {
         waits = false;
 #pragma unroll
-        for (int p = 0; p < PARTS; p++)
+        for (int p = 0; p < CLUSTER; p++)
             if (!arrived(parts[p], bit)) parts[p] = load_arriving(from + p * SHARE), waits = true;
         if (waits && !patience.lasts()) {
             parts[0].x = parts[0].y = EMPTY;
@@ -182,7 +229,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 
     Kept kept;
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++) {
+    for (int k = 0; k < BLOCKS_K && at.multiplies; k++) {
         const int column = column0 + (at.k * BLOCKS_K + k) * 32 + at.q * 8;
 #pragma unroll
         for (int m = 0; m < WARP_TILES; m++) {
@@ -208,7 +255,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     auto fetch = [&](int t, int g) {  // what the new values of group g at step t need of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
@@ -217,31 +264,37 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
         }
     };
-    fetch(0, 0);
+    Vectors vectors;
+    auto ask = [&](int turn) {
+        const int t = turn / GROUPS, g = turn % GROUPS;
+        const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
+        if (turn < T * GROUPS) vectors.ask(at, before + g * GROUP_BATCH * H, H, offsets, g);
+    };
+    if (at.values) fetch(0, 0);
+    if (at.multiplies && PREFETCH) ask(0);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
-        if (turn < T * GROUPS) {
-            const int t = turn / GROUPS, g = turn % GROUPS;
-            const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
-            multiply_and_send(at, kept, before + g * GROUP_BATCH * H, H, offsets, t, g, patience);
+        if (at.multiplies && turn < T * GROUPS) {
+            if (!PREFETCH) ask(turn);
+            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, H, offsets, turn / GROUPS, turn % GROUPS, patience);
         }
-        if (turn < LAG) continue;
+        if (!at.values || turn < LAG) continue;
         const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;
         float gate_of[ROUNDS][4];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             float x[4];
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) x[gate] = widened(input[i][gate]);
             if (there) {
-                Sums parts[PARTS];
+                Sums parts[CLUSTER];
                 receive(parts, at, mine, t, g, patience);
 #pragma unroll
-                for (int p = 0; p < PARTS; p++) {
+                for (int p = 0; p < CLUSTER; p++) {
                     x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
                     x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
                 }
@@ -256,7 +309,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
         // others wait for h alone: the rest is written after it
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
                 const long long place = ((long long)t * BATCH + b) * H + unit;
@@ -281,12 +334,12 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     Places at(shared);
     const int column0 = blockIdx.x / CLUSTER * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
     Patience patience = {limit, 0, trouble, 0};
-    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS + CELL_WARPS * 32) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     at.begin();
 
     Kept kept;
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++) {
+    for (int k = 0; k < BLOCKS_K && at.multiplies; k++) {
         const int chunk = (at.k * BLOCKS_K + k) * 4 + at.q, unit = row_unit0 + chunk_unit(chunk);
         const T16* from = weights + ((long long)chunk_gate(chunk) * H + unit) * H;
 #pragma unroll
@@ -320,7 +373,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     auto fetch = [&](int t, int g) {  // what the gradients of group g's gates at step t need of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             const long long place = ((long long)t * BATCH + b) * H + unit;
@@ -357,7 +410,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     auto differentiate = [&](int t, int g) {
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             if (t >= 0) prepare(i);
@@ -365,10 +418,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (t == T - 1) {
                 d = *(const float2*)(d_hT + b * H + unit);
             } else {
-                Sums parts[PARTS];
+                Sums parts[CLUSTER];
                 receive(parts, at, mine, T - 2 - t, g, patience);
 #pragma unroll
-                for (int p = 0; p < PARTS; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
+                for (int p = 0; p < CLUSTER; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
             }
             float4* total = at.totals + (g * SHARE + mine) * 2;
             if (t < 0) {
@@ -398,18 +451,26 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
         }
     };
+    Vectors vectors;
+    auto ask = [&](int turn) {
+        const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
+        const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
+        if (turn < T * GROUPS) vectors.ask(at, from, 4 * H, offsets, g);
+    };
+    if (at.values) {
 #pragma unroll 1
-    for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
-    if (T > 1) fetch(T - 2, 0);
+        for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
+        if (T > 1) fetch(T - 2, 0);
+    }
+    if (at.multiplies && PREFETCH) ask(0);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
-        if (turn < T * GROUPS) {
-            const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
-            const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
-            multiply_and_send(at, kept, from, 4 * H, offsets, T - 1 - t, g, patience);
+        if (at.multiplies && turn < T * GROUPS) {
+            if (!PREFETCH) ask(turn);
+            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, 4 * H, offsets, turn / GROUPS, turn % GROUPS, patience);
         }
-        if (turn < LAG) continue;
+        if (!at.values || turn < LAG) continue;
         const int t = T - 2 - (turn - LAG) / GROUPS;
         differentiate(t, (turn - LAG) % GROUPS);
         const int next = T - 2 - (turn + 1 - LAG) / GROUPS;

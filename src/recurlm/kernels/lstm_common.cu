@@ -2,8 +2,12 @@
 
 typedef unsigned short T16;
 
+#ifndef CELL_WARPS
+#define CELL_WARPS 0  // that do nothing else than the new values
+#endif
+
 #ifndef ON_CPU  // the tests bring these for a CPU
-#define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+#define KERNEL extern "C" __global__ void __launch_bounds__((WARPS + CELL_WARPS) * 32, 1)
 #define DEVICE __device__ __forceinline__
 
 #define SHARED(name) extern __shared__ uint4 name[]
@@ -58,6 +62,25 @@ DEVICE void store_shared_words(void* p, uint4 v) {
                  : "memory");
 }
 
+// Copies 16 bytes to shared memory past the L1 cache where `wanted`, and goes on; those up to `end_copies` are a group.
+DEVICE void copy_async(void* to, const void* from, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
+                 ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"((unsigned)wanted) : "memory");
+}
+
+DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most so many groups of this thread's copies, the newest, are on their way.
+template <int GROUPS_LEFT>
+DEVICE void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_LEFT) : "memory");
+}
+
+DEVICE void pause(unsigned cycles) {
+    const unsigned start = clock();
+    while ((unsigned)clock() - start < cycles);
+}
+
 #ifdef CLUSTER
 // All threads of the cluster's blocks.
 DEVICE void cluster_barrier() {
@@ -78,10 +101,6 @@ DEVICE Place place_in(void* p, unsigned rank) {
 DEVICE void send(Place to, uint4 v) {
     asm volatile("st.relaxed.cluster.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
-DEVICE void send(Place to, uint2 v) {
-    asm volatile("st.relaxed.cluster.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // Words of this block's shared memory that the cluster's blocks may be writing.

@@ -194,20 +194,26 @@ def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
             continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        for (warps_m, tiles_m), (warps_k, blocks_k), groups, direct in itertools.product(
-            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch)), (0, 1)
+        for (warps_m, tiles_m), (warps_k, blocks_k), groups, cells, polls in itertools.product(
+            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch)), (0, 4, 8), (1, 3, 5)
         ):
-            if warps_m * warps_k > 16 or (not forward and warps_k * blocks_k % 2) or (direct and warps_k > 2):
+            if (
+                warps_m * warps_k + cells > 16
+                or (not forward and warps_k * blocks_k % 2)
+                or (polls > 1 and groups[0] > 1)
+            ):
                 continue
-            layout = _clustered(name, H, batch, here, cluster, (warps_m, tiles_m, warps_k, blocks_k), groups, direct)
+            shares = warps_m, tiles_m, warps_k, blocks_k
+            layout = _clustered(name, H, batch, here, cluster, shares, groups, cells, polls)
             if layout is not None:
                 found.append(layout)
     return sorted(found, key=lambda layout: layout.cost)
 
 
 def _clustered(
-    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int], direct: int
-) -> Layout | None:
+    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int], cells: int,
+    polls: int,
+) -> Layout | None:  # fmt: skip
     """The layout with these shares of a warp; None where it does not fit."""
     (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
     forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
@@ -215,30 +221,33 @@ def _clustered(
     if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
         return None  # a warp with nothing to wait for would run ahead
     strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
-    share, parts = _up(rows // width * batch_rows, 2 * cluster) * 2, cluster * (warps_k if direct else 1)
-    rounds, loads = _up(share, 32 * warps), _up(blocks_k * tiles_n, warps_m)
-    sends = tiles_m * tiles_n * 2 if direct else _up(rows // 4 * batch_rows, 32 * warps)
-    registers = min(255, 16384 // (32 * _up(warps, 4)) // 8 * 8)
-    other = (40 + 6 * rounds if forward else 44 + 22 * rounds) + loads + sends
-    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, width * parts)
+    share = _up(rows // width * batch_rows, 2 * cluster) * 2
+    rounds, loads = _up(share, 32 * (cells or warps)), _up(blocks_k * tiles_n, warps_m)
+    sends = _up(rows // 4 * batch_rows, 32 * warps)
+    registers = min(255, 16384 // (32 * _up(warps + cells, 4)) // 8 * 8)
+    other = (0 if cells else 6 * rounds if forward else 22 * rounds) + 40 + loads + sends + 4 * loads * (groups > 1)
+    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, 0 if cells else width * cluster)
+    if cells and registers < (48 + 6 * rounds if forward else 52 + 22 * rounds) + width * cluster:
+        return None
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
-    shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + (1 + direct) * warps_k * blocks_k * tiles_n * 512
+    shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + warps_k * blocks_k * tiles_n * 512
     shared += groups * share * 32 * (not forward)
-    shared += CLUSTER_RING * groups * parts * share * width * 4 + (not direct) * warps_k * tiles_n * 8 * (rows + 4) * 8
+    shared += CLUSTER_RING * groups * cluster * share * width * 4 + warps_k * tiles_n * 8 * (rows + 4) * 8
+    shared += polls * warps * loads * 512 * (polls > 1)
     if free < 0 or shared > here.shared - 1024:
         return None
     products, reads = _work(groups, warps, blocks_k, kept, tiles_m, tiles_n)
     moved = batch * H * (2 if forward else 8) * strips / 5.5e6
-    sums = 2 * warps_k / 128 * (not direct) + parts / cluster * (cluster - 1) / cluster / 16
+    sums = 2 * warps_k / 128 + (cluster - 1) / cluster / 16
     sums = groups * rows * tiles_n * 8 * 4 * sums / 1900 + groups * warps * blocks_k * tiles_n * 4 / 3800
-    cost = (1.2 if forward else 1.5) - 0.2 * direct + 0.4 * groups + 0.8 * products + 0.7 * reads + moved + sums
+    cost = (1.2 if forward else 1.5) + 0.4 * groups + 0.8 * products + 0.7 * reads + moved + sums
     macros = {
         "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
         "CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k,
-        "REGISTERS_K": kept, "DIRECT": direct,
+        "REGISTERS_K": kept, "CELL_WARPS": cells, "POLLS": polls,
     }  # fmt: skip
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
-    return Layout(name, tuple(macros.items()), strips * cluster, warps, shared, cost)
+    return Layout(name, tuple(macros.items()), strips * cluster, warps + cells, shared, cost)
 
 
 def source(layout: Layout) -> str:
