@@ -83,19 +83,24 @@ def _given(shape: Shape, dtype: torch.dtype, gates: int = 3, memory: float = 0.0
 
 
 def _ours(
-    direction: str, shape: Shape, dtype: torch.dtype, training: bool, plan: Plan | None = None
+    direction: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    training: bool,
+    plan: Plan | None = None,
+    given: tuple[Tensor, ...] = (),
 ) -> Callable[[], Any]:
-    """A call of the forward or the backward kernel on data of its own, in the plan given or else its own."""
+    """A call of the forward or the backward kernel, on data of its own and in its own plan unless they are given."""
     from recurlm.kernels import pool_triton
 
-    gates_TBG, c_BH, grad_h_TBH, bias_G = _given(shape, dtype)
+    gates_TBG, c_BH, grad_h_TBH, bias_G = given or _given(shape, dtype)
     bias = bias_G.float() if training else None
     back = pool_triton.backward_plan(gates_TBG, c_BH)
     if direction == "forward":
         plan = plan or pool_triton.forward_plan(gates_TBG, c_BH)
         return lambda: pool_triton.run_forward(gates_TBG, c_BH, None, "fo", bias, plan, back.unroll if training else 0)
     plan = plan or back
-    forward = pool_triton.forward_plan(gates_TBG, c_BH)._replace(unroll=plan.unroll)
+    forward = pool_triton.forward_plan(gates_TBG, c_BH)._replace(unroll=plan.unroll, group=plan.unroll)
     marks_SBH = pool_triton.run_forward(gates_TBG, c_BH, None, "fo", bias, forward, plan.unroll)[2]
     grad_last_BH = torch.zeros_like(c_BH)
     return lambda: pool_triton.run_backward(gates_TBG, marks_SBH, None, "fo", bias, plan, grad_h_TBH, grad_last_BH)
@@ -116,34 +121,97 @@ Variant = tuple[str, Shape, torch.dtype, tuple[Any, ...]]
 
 def variants() -> list[Variant]:
     """(direction, shape, dtype, the Plan's fields) of the layouts that are compared."""
-    whole, bf16, (first, second, short, long) = 1 << 30, torch.bfloat16, SHAPES
+    whole, (first, second, short, long) = 1 << 30, SHAPES
     found: list[tuple[str, Shape, tuple[Any, ...]]] = []
 
-    def add(direction: str, shape: Shape, tiles: Any, unrolls: Any, aheads: Any, acts: Any, chunks: Any = (whole,)):
-        for (block, warps), unroll, ahead, act, chunk in itertools.product(tiles, unrolls, aheads, acts, chunks):
-            found.append((direction, shape, (block, warps, unroll, chunk, ahead, act)))
+    def ring(
+        shape: Shape,
+        tile: tuple[int, int],
+        unroll: int,
+        groups: Any,
+        chunks: Any = (whole,),
+        hints: Any = (0,),
+        regs: int = 0,
+    ):
+        for group, chunk, hint in itertools.product(groups, chunks, hints):
+            found.append(("forward", shape, (*tile, unroll, chunk, True, "approx", group, 0, hint, regs)))
 
-    one, two, four, wide = (64, 1), (128, 2), (128, 1), (256, 4)
-    add("forward", first, (one, two, wide), (7, 8, 10), (False,), ("approx",))
-    add("forward", second, (four, (256, 2)), (8,), (False, True), ("approx", "mixed"))
-    add("forward", second, ((512, 4),), (8,), (False,), ("approx",))
-    add("backward", first, (one, two, four), (4,), (True, False), ("approx",))
-    add("backward", first, (four,), (8,), (False,), ("approx",))
-    add("backward", second, (two, four), (4,), (True,), ("approx", "mixed"))
-    add("backward", second, (four,), (8,), (False,), ("approx",))
-    add("forward", short, ((32, 1),), (16, 24), (True,), ("approx",))
-    add("forward", short, ((64, 2),), (16,), (True,), ("approx",))
-    add("backward", short, ((32, 1),), (8, 16), (True,), ("approx",))
-    add("forward", long, (one, (32, 1)), (8,), (True,), ("approx",), (32, 48, 64))
-    add("backward", long, (one,), (8,), (True,), ("approx",), (64,))
-    return [(direction, shape, bf16, plan) for direction, shape, plan in dict.fromkeys(found)]
+    def staged(
+        shape: Shape, tile: tuple[int, int], unroll: int, stages: Any, chunks: Any = (whole,), hints: Any = (0,)
+    ):
+        for stage, chunk, hint in itertools.product(stages, chunks, hints):
+            found.append(("forward", shape, (*tile, unroll, chunk, True, "approx", unroll, stage, hint, 0)))
+
+    def back(shape: Shape, tile: tuple[int, int], unrolls: Any, chunks: Any = (whole,)):
+        for unroll, chunk in itertools.product(unrolls, chunks):
+            found.append(("backward", shape, (*tile, unroll, chunk, True, "approx")))
+
+    narrow, one, two, four, wide = (32, 1), (64, 1), (128, 2), (128, 1), (256, 4)
+    ring(second, two, 4, (4, 2, 1))
+    ring(second, four, 4, (4, 2, 1))
+    staged(second, four, 4, (2, 3, 4))
+    ring(first, two, 8, (8, 4, 2, 1))
+    ring(first, four, 4, (4, 2, 1))
+    staged(first, two, 4, (3, 4))
+    staged(first, four, 4, (2, 3, 4))
+    ring(short, narrow, 16, (16, 8, 4))
+    ring(short, one, 16, (8, 4))
+    staged(short, one, 4, (4, 6, 8))
+    ring(long, one, 8, (4,), (72, 96, 128), (0, 6))
+    ring(long, one, 16, (8,), (96, 128, 160), (0,))
+    staged(long, one, 4, (4,), (96, 128), (0, 6))
+    back(long, one, (8,), (64, 96, 128))
+    back(short, narrow, (7, 8, 14))
+    ring(second, four, 8, (8, 4, 2))
+    ring(second, four, 8, (4,), regs=128)
+    ring(second, two, 8, (8, 4, 2), regs=64)
+    ring(second, two, 5, (5, 1))
+    ring(second, four, 5, (5, 1))
+    staged(second, four, 2, (4, 6))
+    staged(second, two, 4, (3,))
+    ring(second, two, 4, (2,), hints=(1,))
+    ring(second, four, 4, (2,), hints=(1,))
+    ring(second, (256, 2), 4, (2,))
+    ring(second, wide, 4, (2,))
+    ring(second, one, 4, (2,))
+    ring(first, two, 7, (7, 1))
+    ring(first, two, 10, (10, 5, 2))
+    ring(first, two, 5, (1,))
+    ring(first, four, 5, (1,))
+    ring(first, four, 8, (8, 4))
+    ring(first, four, 7, (1,))
+    ring(first, (256, 2), 4, (2,))
+    ring(first, wide, 8, (4,))
+    ring(first, one, 8, (4,))
+    ring(first, two, 8, (4,), hints=(1,))
+    ring(first, four, 4, (2,), hints=(1,))
+    staged(first, two, 2, (5,))
+    staged(first, four, 2, (4, 6))
+    ring(short, narrow, 24, (8,))
+    ring(short, narrow, 14, (14, 7))
+    ring(short, narrow, 10, (10, 5))
+    ring(short, one, 8, (8, 4))
+    ring(short, two, 8, (4,))
+    ring(short, narrow, 16, (8,), hints=(1,))
+    staged(short, one, 2, (8, 12))
+    staged(short, one, 7, (4,))
+    staged(short, one, 10, (3,))
+    ring(long, one, 8, (2,), (96,), (0, 2, 4))
+    ring(long, one, 8, (4,), (192,))
+    ring(long, narrow, 16, (8,), (128,))
+    staged(long, one, 4, (6,), (128,))
+    staged(long, one, 8, (3,), (128,))
+    back(long, narrow, (8,), (128,))
+    back(short, one, (8,))
+    back(short, narrow, (10,))
+    return [(direction, shape, torch.bfloat16, plan) for direction, shape, plan in dict.fromkeys(found)]
 
 
-def _prepared(variant: Variant) -> Callable[[], Any]:
+def _prepared(variant: Variant, given: tuple[Tensor, ...] = ()) -> Callable[[], Any]:
     from recurlm.kernels.pool_triton import Plan
 
     direction, shape, dtype, plan = variant
-    return _ours(direction, shape, dtype, False, Plan(*plan))
+    return _ours(direction, shape, dtype, False, Plan(*plan), given)
 
 
 def _compiled(variant: Variant) -> str:
@@ -154,6 +222,24 @@ def _compiled(variant: Variant) -> str:
     except Exception as error:
         return f"{variant}: {error!r}"[:300]
     return ""
+
+
+def _truth(shape: Shape, dtype: torch.dtype, given: tuple[Tensor, ...]) -> dict[str, list[tuple[Tensor, float]]]:
+    """Of each direction the results in float64, each with the distance of the reference in the type given from it."""
+    outcomes = []
+    for kind in (torch.float64, dtype):
+        gates, c, grad = (x.to(kind).requires_grad_() for x in given[:3])
+        h, last = reference.pool(gates, c, None, "fo")
+        outcomes.append([h.detach(), last.detach(), *torch.autograd.grad(h, (gates, c), grad)])
+    pairs = [(exact, (exact - eager).norm().item()) for exact, eager in zip(*outcomes, strict=True)]
+    return {"forward": pairs[:2], "backward": pairs[2:]}
+
+
+def _worst(found: tuple[Tensor, ...], truth: list[tuple[Tensor, float]]) -> float:
+    """The largest distance from float64, as a multiple of the reference's; at most 2 is right."""
+    return max(
+        ((ours.double() - exact).norm().item() / allowed) for ours, (exact, allowed) in zip(found, truth, strict=False)
+    )
 
 
 def _errors() -> None:
@@ -176,29 +262,46 @@ def _errors() -> None:
         print(f"  F - {memory:<4.0f} {act:<7}", *(f"{x:6.3f}" for x in found))
 
 
-def sweep(processes: int) -> None:
-    """Prints the variants' times, best first for each direction and shape."""
+def sweep(processes: int, seconds: float) -> None:
+    """Prints the variants' times, best first for each direction and shape; none is begun after so many seconds."""
+    from recurlm.kernels import pool_triton
+
     start, tried = time.perf_counter(), variants()
+    heavy_first = sorted(tried, key=lambda variant: -variant[3][2] * (1 + (variant[1] == SHAPES[3])))
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as workers:
-        for fault in filter(None, workers.map(_compiled, tried)):
-            print("FAILED", fault)
+    try:
+        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as workers:
+            for fault in filter(None, workers.map(_compiled, heavy_first)):
+                print("FAILED", fault)
+    except Exception as error:  # what is not compiled now is when it is timed
+        print("FAILED", repr(error)[:300])
     print(f"{len(tried)} variants compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    print(torch.cuda.get_device_name(), f"copies {copy_bandwidth() / 1e9:,.0f} GB/s")
-    _errors()
-    timed: dict[tuple[Any, ...], list[tuple[float, tuple[Any, ...]]]] = {}
+    print(torch.cuda.get_device_name(), f"copies {copy_bandwidth() / 1e9:,.0f} GB/s", flush=True)
+    data: dict[Shape, list[tuple[Tensor, ...]]] = {}
+    truths: dict[Shape, dict[str, list[tuple[Tensor, float]]]] = {}
+    timed: dict[tuple[Any, ...], list[tuple[float, float, tuple[Any, ...], str]]] = {}
     for variant in tried:
         direction, shape, dtype, plan = variant
+        if time.perf_counter() - start > seconds:
+            print("no time left for", variant)
+            continue
         try:
-            us = gpu_time(in_turn(lambda: _prepared(variant), _bytes(direction, shape, dtype)))  # noqa: B023
+            if shape not in data:
+                data[shape] = in_turn(lambda: _given(shape, dtype), _bytes("forward", shape, dtype))  # type: ignore[arg-type] # noqa: B023
+                truths[shape] = _truth(shape, dtype, data[shape][0])
+            works = [_prepared(variant, given) for given in data[shape]]
+            worst = _worst(works[0](), truths[shape][direction])
+            us = gpu_time(works)
+            kernel = pool_triton.NOTES["_" + direction]
+            regs = f"{getattr(kernel, 'n_regs', 0)} registers, {getattr(kernel, 'n_spills', 0)} spilled"
         except Exception as error:
             print("FAILED", variant, repr(error)[:200])
             continue
-        timed.setdefault((direction, shape, dtype), []).append((us, plan))
+        timed.setdefault((direction, shape, dtype), []).append((us, worst, plan, regs))
     for key, times in timed.items():
-        print(*key, f"limit {_limit(*key):.1f} us; us, share, (block, warps, unroll, chunk, ahead, activation)")
-        for us, plan in sorted(times):
-            print(f"  {us:7.1f} {_limit(*key) / us:6.1%} {plan}")
+        print(*key, f"limit {_limit(*key):.1f} us; us, share, error beside the reference's, plan")
+        for us, worst, plan, regs in sorted(times):
+            print(f"  {us:7.1f} {_limit(*key) / us:6.1%} {worst:5.2f}{' WRONG' * (not worst <= 2)} {plan} {regs}")
     print(f"{time.perf_counter() - start:.0f} s")
 
 
@@ -207,9 +310,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="compare layouts and activations")
     parser.add_argument("--processes", type=int, default=14, help="that compile side by side (default: 14)")
+    parser.add_argument("--seconds", type=float, default=80, help="after which no variant is begun (default: 80)")
     arguments = parser.parse_args()
     if arguments.sweep:
-        sweep(arguments.processes)
+        sweep(arguments.processes, arguments.seconds)
         return
     print(f"{'measure':<22} {'shape':<25} {'us':>7} {'share':>6} {'naive':>7} {'limit':>6}  target")
     for row in rows():

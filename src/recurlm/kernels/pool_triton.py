@@ -45,6 +45,10 @@ class Plan(NamedTuple):
     """Whether the next steps are loaded before the current ones are computed."""
     activation: str
     """A key of ACTIVATIONS."""
+    group: int = 0
+    stages: int = 0
+    hint: int = 0
+    regs: int = 0
 
 
 ACTIVATIONS = {
@@ -82,12 +86,10 @@ def forward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     T, columns, how = gates_TBG.shape[0], c_BH.numel(), _activation(gates_TBG)
     chunk = _chunk(T, columns, 8)
     if chunk != WHOLE:
-        return Plan(64, 1, 8, chunk, True, how)
+        return Plan(64, 1, 8, chunk, True, how, 4)
     if columns < 64_000:  # little parallelism: more bytes in flight a thread, one column each
-        return Plan(32, 1, 16, WHOLE, True, how)
-    if gates_TBG.dtype != torch.float32 and _crowded(columns, c_BH.device):
-        return Plan(128, 1, 8, WHOLE, True, how)
-    return Plan(128, 2, 8, WHOLE, False, how)
+        return Plan(32, 1, 16, WHOLE, True, how, 8)
+    return Plan(128, 2, 8, WHOLE, False, how, 4)
 
 
 def backward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
@@ -200,28 +202,29 @@ def _width(t, begin, end, H):
 @triton.jit
 def _load_rows(
     gates, scale, dh, stride, t, begin, end, h, H: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
-    WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_G: tl.constexpr, K: tl.constexpr,
+    WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_G: tl.constexpr, K: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """K rows (Z, F, O, I, scale, dh), as stored, of the steps t, t + 1, ...; a stand-in for what is not asked for.
 
     The pointers are those of step t, a step is `stride` elements of (B, H), and steps outside [begin, end) read as 0.
     """
     rows = ()
+    OTHER: tl.constexpr = 0.0 if WITH_G else None
     for j in tl.static_range(K):
         inside = h < _width(t + j, begin, end, H)
         at = gates + j * GATES * stride
-        f = tl.load(at + H, mask=inside, other=0.0)
+        f = tl.load(at + H, mask=inside, other=OTHER, eviction_policy=EVICT)
         z, o, i, s, g = f, f, f, f, f
         if WITH_Z:
-            z = tl.load(at, mask=inside, other=0.0)
+            z = tl.load(at, mask=inside, other=OTHER, eviction_policy=EVICT)
             if GATES == 4:
-                i = tl.load(at + 3 * H, mask=inside, other=0.0)
+                i = tl.load(at + 3 * H, mask=inside, other=OTHER, eviction_policy=EVICT)
         if WITH_O:
-            o = tl.load(at + 2 * H, mask=inside, other=0.0)
+            o = tl.load(at + 2 * H, mask=inside, other=OTHER, eviction_policy=EVICT)
         if MASK:
-            s = tl.load(scale + j * stride, mask=inside, other=0.0)
+            s = tl.load(scale + j * stride, mask=inside, other=OTHER)
         if WITH_G:
-            g = tl.load(dh + j * stride, mask=inside, other=0.0)
+            g = tl.load(dh + j * stride, mask=inside, other=OTHER)
         rows = rows + ((z, f, o, i, s, g),)
     return rows
 
@@ -244,7 +247,8 @@ def _through(r, maps, h, n, N, last, H: tl.constexpr):
 def _forward(
     gates, scale, factor, bias, c0, h_out, last, marks, maps, T, B, chunk,
     H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
-    SPACING: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
+    SPACING: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
+    HINT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h_out and last, and marks if SPACING > 0; or, if FIND_MAPS, the map of each chunk of time but the last."""
     BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
@@ -252,36 +256,39 @@ def _forward(
     WITH_O: tl.constexpr = GATES >= 3 and not FIND_MAPS
     b, h = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     keep, n = h < H, b * H + h
-    begin = tl.program_id(1) * chunk
+    EVICT: tl.constexpr = "" if HINT % 4 == 0 else "evict_last" if FIND_MAPS and HINT % 4 == 2 else "evict_first"
+    EVICT_STORE: tl.constexpr = "" if HINT % 4 == 0 else "evict_first"
+    place = tl.program_id(1)
+    if HINT >= 4 and not FIND_MAPS:
+        place = tl.num_programs(1) - 1 - place
+    begin = place * chunk
     end = tl.minimum(begin + chunk, T)
     stride = tl.cast(B, tl.int64) * H
     biases = _load_bias(bias, h, H, GATES, BIAS)
     gates += begin * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
     scale += begin * stride + n
     h_out += begin * stride + n
+    tl.static_assert(K % GROUP == 0)
+    if STAGES == 0:
+        rows = _load_rows(gates, scale, gates, stride, begin, 0, end, h, H, GATES, MASK, True, WITH_O, False, K, EVICT)
+        gates += K * GATES * stride
+        scale += K * stride
     a = tl.full((BLOCK,), 1.0, tl.float32)
     if FIND_MAPS:
         c = tl.zeros((BLOCK,), tl.float32)
     else:
         c = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
         if SPLIT:
-            c = _through(c, maps, h, n, B * H, tl.program_id(1), H)
+            c = _through(c, maps, h, n, B * H, place, H)
         if SPACING > 0:
             tl.static_assert(K % SPACING == 0)
             marks += begin // SPACING * stride + n
-    if AHEAD:
-        rows = _load_rows(gates, scale, gates, stride, begin, 0, end, h, H, GATES, MASK, True, WITH_O, False, K)
-    for t in range(begin, end, K):
-        if AHEAD:
+    for t in tl.range(begin, end, K, num_stages=STAGES):
+        if STAGES > 0:
+            rows = _load_rows(gates, scale, gates, stride, t, 0, end, h, H, GATES, MASK, True, WITH_O, False, K, EVICT)
             gates += K * GATES * stride
             scale += K * stride
-            following = _load_rows(
-                gates, scale, gates, stride, t + K, 0, end, h, H, GATES, MASK, True, WITH_O, False, K
-            )
-        else:
-            rows = _load_rows(gates, scale, gates, stride, t, 0, end, h, H, GATES, MASK, True, WITH_O, False, K)
-            gates += K * GATES * stride
-            scale += K * stride
+        following = ()
         for j in tl.static_range(K):
             inside = h < _width(t + j, 0, end, H)
             if SPACING > 0 and not FIND_MAPS:
@@ -305,13 +312,20 @@ def _forward(
                 y = after
                 if GATES >= 3:
                     y = o * after
-                tl.store(h_out + j * stride, y, mask=inside)
+                tl.store(h_out + j * stride, y, mask=inside, eviction_policy=EVICT_STORE)
             c = tl.where(t + j < end, after, c)
+            if STAGES == 0 and j % GROUP == GROUP - 1:
+                following = following + _load_rows(
+                    gates, scale, gates, stride, t + K + j + 1 - GROUP, 0, end, h, H, GATES, MASK, True, WITH_O, False,
+                    GROUP, EVICT,
+                )  # fmt: skip
+                gates += GROUP * GATES * stride
+                scale += GROUP * stride
         h_out += K * stride
-        if AHEAD:
+        if STAGES == 0:
             rows = following
     if FIND_MAPS:
-        maps += tl.program_id(1) * 2 * stride + n
+        maps += place * 2 * stride + n
         tl.store(maps, a, mask=keep)
         tl.store(maps + stride, c, mask=keep)
     elif end == T:
@@ -349,6 +363,8 @@ def _backward(
     a = tl.full((BLOCK,), 1.0, tl.float32)
     zero = tl.zeros((BLOCK,), tl.float32)
     sum_z, sum_f, sum_o, sum_i = zero, zero, zero, zero
+    if AHEAD:  # before what follows, so that nobody waits twice
+        rows = _load_rows(gates, scale, dh, stride, start, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K, "")
     if FIND_MAPS:
         r = tl.zeros((BLOCK,), tl.float32)
     else:
@@ -357,18 +373,16 @@ def _backward(
             r = _through(r, maps, h, n, B * H, tl.program_id(1), H)
         marks += start // K * stride + n
         mark = tl.load(marks, mask=keep, other=0.0)
-    if AHEAD:
-        rows = _load_rows(gates, scale, dh, stride, start, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K)
     for t in range(start, begin - 1, -K):
         if AHEAD:
             gates -= K * GATES * stride
             scale -= K * stride
             dh -= K * stride
             following = _load_rows(
-                gates, scale, dh, stride, t - K, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K
+                gates, scale, dh, stride, t - K, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K, ""
             )
         else:
-            rows = _load_rows(gates, scale, dh, stride, t, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K)
+            rows = _load_rows(gates, scale, dh, stride, t, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K, "")
             gates -= K * GATES * stride
             scale -= K * stride
             dh -= K * stride
@@ -450,6 +464,7 @@ def _backward(
 
 
 Scale = Tensor | float | None
+NOTES = {}
 
 
 def _launch(
@@ -474,17 +489,20 @@ def _launch(
         "BIAS": bias_G is not None,
         "SPLIT": chunks > 1,
         "K": plan.unroll,
-        "AHEAD": plan.ahead,
         "BLOCK": plan.block,
         "ACT": plan.activation,
         "num_warps": plan.warps,
         "enable_fp_fusion": True,
     }
+    if plan.regs:
+        options["maxnreg"] = plan.regs
     maps = torch.empty((chunks - 1, 2, B, H) if chunks > 1 else (1,), dtype=torch.float32, device=gates_TBG.device)
     with torch.cuda.device_of(gates_TBG):  # Triton launches on the current device
         for find_maps in (True, False) if chunks > 1 else (False,):
             grid = programs, chunks - find_maps
-            kernel[grid](*inputs, *others, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options)
+            NOTES[kernel.fn.__name__] = kernel[grid](
+                *inputs, *others, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options
+            )
 
 
 def run_forward(
@@ -498,7 +516,17 @@ def run_forward(
         torch.empty((triton.cdiv(T, spacing), B, H), dtype=h_TBH.dtype, device=c_BH.device) if spacing else h_TBH
     )
     others = (c_BH, h_TBH, last_BH, marks_SBH)
-    _launch(_forward, plan, (T, B, H), gates_TBG, scale, bias_G, pooling, others, {"SPACING": spacing})
+    _launch(
+        _forward,
+        plan,
+        (T, B, H),
+        gates_TBG,
+        scale,
+        bias_G,
+        pooling,
+        others,
+        {"SPACING": spacing, "GROUP": plan.group or plan.unroll, "HINT": plan.hint, "STAGES": plan.stages},
+    )
     return h_TBH, last_BH, marks_SBH
 
 
@@ -516,7 +544,7 @@ def run_backward(
             (triton.cdiv(T, plan.chunk) * B, gates_TBG.shape[-1]), dtype=torch.float32, device=gates_TBG.device
         )
     others = (marks_SBH, grad_h_TBH, grad_last_BH, grad_gates_TBG, grad_c_BH, parts_NG)
-    _launch(_backward, plan, shape, gates_TBG, scale, bias_G, pooling, others, {})
+    _launch(_backward, plan, shape, gates_TBG, scale, bias_G, pooling, others, {"AHEAD": plan.ahead})
     return grad_gates_TBG, grad_c_BH, None if bias_G is None else parts_NG.sum(0).to(bias_G.dtype)
 
 
