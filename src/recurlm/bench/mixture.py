@@ -139,11 +139,11 @@ def sweep(seconds: float = 70) -> None:
     print("as it is, one stream, other parts of the rows, chunks of at most that many MB (2^20)")
     line("as it is")
     line("one stream", TWO_STREAMS=False)
-    for size in (24, 36, 48, 72, 100, 144):
+    for size in (32, 48, 72, 100):
         line(f"{size}", CHUNK_BYTES=size << 20, **everything)
-    for splits in (2, 3):
-        line(f"{splits} parts", WEIGHT_SPLITS=splits)
-        line(f"{splits} parts, 72", WEIGHT_SPLITS=splits, CHUNK_BYTES=72 << 20, **everything)
+        line(f"{size}, 2 buffers", CHUNK_BYTES=size << 20, BUFFERS=2, **everything)
+    line("72, 3 buffers", CHUNK_BYTES=72 << 20, BUFFERS=3, **everything)
+    line("2 parts", WEIGHT_SPLITS=2)
     print("kernels of the forward and of the backward pass: n v k warps stages per_sm")
     small = ((128, 256, 32, 8, 5, 1), (256, 128, 32, 8, 5, 1), (128, 128, 32, 4, 5, 2))
     for numbers in (*small, (256, 128, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2)):

@@ -60,6 +60,7 @@ SCRATCH_BYTES = 88_000_000  # of P and all else, where P need not be below LEAST
 LEAST_CHUNK = 32 << 20
 CHUNK_SHARE = 1.75
 TWO_STREAMS = True  # for the products of the backward pass
+BUFFERS = 1  # chunks of P that there are at once, so that one can be made while others are read
 WEIGHT_SPLITS = 1  # parts of the rows that are summed apart in the weight's gradient, where its tiles alone are few
 SUMMED, COLUMNS = 16, 64  # rows at a time and columns of a program of `_sum_rows`
 
@@ -242,13 +243,13 @@ def _for_weight(p_CN: Tensor, h_NH: Tensor, out: Tensor) -> None:
     out.copy_(sums)
 
 
-def chunk_size(rows: int, vocab: int, depth: int, itemsize: int) -> int:
+def chunk_size(rows: int, vocab: int, depth: int, itemsize: int, buffers: int = 1) -> int:
     """Columns of P at once: near-equal chunks, multiples of 128, within the allowed bytes unless 128 are more."""
     padded = (rows + vocab) * (depth + 8) * itemsize if depth * itemsize % 16 else 0
     others = padded + 4 * rows * depth + 4 * vocab * triton.cdiv(rows, BACKWARD.n)
     most = min(CHUNK_BYTES, max(SCRATCH_BYTES - others, LEAST_CHUNK))
     most = max(most, int(CHUNK_SHARE * vocab * depth * itemsize))
-    most = max(1, most // (itemsize * rows) // 128) * 128
+    most = max(1, most // (itemsize * rows * buffers) // 128) * 128
     return triton.cdiv(triton.cdiv(vocab, triton.cdiv(vocab, most)), 128) * 128
 
 
@@ -291,18 +292,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (N, H), V = h_NH.shape, w_VH.shape[0]
         tiles = _tiles(h_NH, V, False)[1]
         for_hidden, for_weight, *_ = ctx.needs_input_grad
-        chunk = chunk_size(N, V, H, h_NH.element_size())
         row_tiles, slots = triton.cdiv(N, tiles.n), _slots(h_NH, tiles)
         # Both products read them too, and are several times slower with rows whose number is no multiple of 8.
         h, w, upstream_N = _matrix(h_NH, 8), _matrix(w_VH), upstream_N.contiguous()
-        p_CN = h.new_empty(min(chunk, V), len(h))
+        side = _side(h.device) if TWO_STREAMS and h.is_cuda and for_hidden and for_weight else None
+        buffers = BUFFERS if side is not None else 1
+        chunk = chunk_size(N, V, H, h_NH.element_size(), buffers)
+        p_BCN = h.new_empty(buffers, min(chunk, V), len(h))
         dbias_RV = torch.empty(row_tiles, V, device=h.device)
         dh = torch.empty_like(h, dtype=h.dtype if chunk >= V else torch.float32) if for_hidden else None
         dw = torch.empty_like(w, dtype=ctx.weight_dtype) if for_weight else None
-        side = _side(h.device) if TWO_STREAMS and h.is_cuda and dh is not None and dw is not None else None
-        for first in range(0, V, chunk):
+        done: list[torch.cuda.Event] = []
+        for number, first in enumerate(range(0, V, chunk)):
             last = min(first + chunk, V)
-            p = p_CN[: last - first]
+            p = p_BCN[number % buffers, : last - first]
+            if number >= buffers and side is not None:
+                done[number - buffers].wait(torch.cuda.current_stream(h.device))
             grid = (min(slots, row_tiles * triton.cdiv(last - first, tiles.v)),)
             with torch.cuda.device_of(h_NH):
                 _backward[grid](
@@ -313,10 +318,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dw is not None:
                 with _beside(side):
                     _for_weight(p, h, dw[first:last])
+                    if side is not None:
+                        done.append(side.record_event())
             if dh is not None:
                 _product(p.t(), w[first:last], dh, add=first > 0)
-            if side is not None:
-                torch.cuda.current_stream(h.device).wait_stream(side)
+        if side is not None:
+            torch.cuda.current_stream(h.device).wait_stream(side)
         dh_NH = None if dh is None else dh[:N, :H].to(h_NH.dtype)
         return dh_NH, None if dw is None else dw[:, :H], _summed(dbias_RV, bias_V), None, None
 
