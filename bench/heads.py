@@ -48,7 +48,7 @@ HEADS = {
     "mixture of 5, tied-adaptive": ("model.head=mixture", "model.experts=5", "model.base=tied-adaptive"),
     "mixture of 15, tied": ("model.head=mixture", "model.experts=15", "dropout.latent=0.29"),
 }
-POINTS = 6  # validations in a run, the last at its end; their time is not counted
+POINTS = 5  # validations in a run, the last at its end; their time is not counted
 VALID = 20_000  # tokens of valid, its first; with a recipe all
 
 

@@ -33,6 +33,7 @@ from recurlm.model.heads.cuts import zipf
 
 PUBLISHED_CUTS = (2_800, 20_000, 76_000)  # of AWD-QRNN on WikiText-103
 BEST = 10
+ADAPTIVE = ("adaptive", "tied-adaptive")
 
 
 class Size(NamedTuple):
@@ -207,9 +208,7 @@ def rows(report: Callable[[dict[str, Any]], None] = lambda row: None, only: Sequ
                 lambda size=size: torchs_adaptive(size, device, dtype, PUBLISHED_CUTS),
                 device,
             )
-            for name in [
-                name for name in ("adaptive", "tied-adaptive") if not only or f"{name}, published cuts" in only
-            ]:
+            for name in [name for name in ADAPTIVE if not only or f"{name}, published cuts" in only]:
                 compare(f"{name}, published cuts", size,
                         lambda name=name, size=size: subject(name, size, device, dtype, cutoffs=PUBLISHED_CUTS), torchs,
                         "2 x torch's, 5 x full" if name == "adaptive" else "")  # fmt: skip
@@ -284,40 +283,43 @@ def picture(found: list[dict[str, Any]], path: str) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def sweep(seconds: float = 80) -> None:
+def sweep(seconds: float = 28) -> None:
     """Prints the times of other tiles in the kernels of `cluster_triton`, at the tails of the published cut points."""
     from recurlm.kernels import cluster_triton as fused
+    from recurlm.kernels import cross_entropy_triton as whole
 
     start, size = time.perf_counter(), SIZES["cuda"][-1]
-    for head in ("adaptive", "tied-adaptive"):
-        it = subject(head, size, "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
+    subjects = {name: subject(name, size, "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS) for name in ADAPTIVE}
 
-        def train(it: Subject = it) -> list[Tensor]:
-            return list(torch.autograd.grad(it.nll().mean(), it.leaves, materialize_grads=True))
+    def line(label: str, module: Any = fused, **changed: Any) -> None:
+        cells = []
+        for name, it in subjects.items():
+            if time.perf_counter() - start > seconds:
+                cells.append(f"{name} out of time")
+                continue
+            try:
+                with mock.patch.multiple(module, **changed):
+                    train, score, _ = _works(it)
+                    cells.append(
+                        f"{name} {gpu_time(train, repeats=5):7.0f} us, scoring {gpu_time(score, repeats=5):5.0f}"
+                    )
+            except Exception as error:  # such as too little shared memory
+                cells.append(f"{name} {type(error).__name__}: {str(error)[:90]}")
+        print(f"  {label:32} {'   '.join(cells)}", flush=True)
 
-        print(f"{head}: rows that stay and that stream, stages, programs a multiprocessor")
-        for shape in (None, (128, 128), (128, 64), (64, 128), (64, 64), (64, 32)):
-            for stages in (2, 3):
-                for per_sm in (1, 2):
-                    if time.perf_counter() - start > seconds:
-                        print("out of time")
-                        return
-                    try:
-                        with mock.patch.multiple(
-                            fused,
-                            STAGES=stages,
-                            PER_SM=per_sm,
-                            SHAPES=fused.SHAPES if shape is None else (shape, *fused.SHAPES),
-                        ):
-                            print(f"  {shape} {stages} {per_sm} {gpu_time(train, repeats=5):9.1f} us", flush=True)
-                    except Exception as error:  # such as too little shared memory
-                        print(f"  {shape} {stages} {per_sm} {type(error).__name__}: {str(error)[:90]}", flush=True)
-    return
+    line("as it is")
+    line("one stream", SIDE_STREAMS=False)
+    line("2 programs a multiprocessor", PER_SM=2)
+    line("shortlist's exponentials kept", module=whole, KEPT_BYTES=80 << 20)
+    for shape in ((64, 128), (64, 64), (128, 64)):
+        for per_sm in (1, 2):
+            line(f"{shape}, {per_sm}", SHAPES=(shape, *fused.SHAPES), PER_SM=per_sm)
+    line("3 stages", STAGES=3)
 
 
 def profile() -> None:
     """Prints the GPU time of every kernel of one training call, published cut points."""
-    for head in ("adaptive", "tied-adaptive"):
+    for head in ADAPTIVE:
         it = subject(head, SIZES["cuda"][-1], "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
         torch.autograd.grad(it.nll().mean(), it.leaves)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
@@ -337,7 +339,7 @@ def once(names: list[str], device: str = "cuda") -> None:
             makers[name, size] = lambda size=size: full(size, device, dtype, compiled=True)
             continue
         makers[name, size] = lambda name=name, size=size: subject(name, size, device, dtype)
-        if VARIANTS[name]["head"] in ("adaptive", "tied-adaptive") and size.words > PUBLISHED_CUTS[-1]:
+        if VARIANTS[name]["head"] in ADAPTIVE and size.words > PUBLISHED_CUTS[-1]:
             makers[f"{name}, published cuts", size] = lambda name=name, size=size: subject(
                 name, size, device, dtype, cutoffs=PUBLISHED_CUTS
             )
@@ -348,7 +350,7 @@ def once(names: list[str], device: str = "cuda") -> None:
             found = [score(), *train()]  # type: ignore[misc]
             best()
             if "adaptive" in name and "mixture" not in name:
-                with mock.patch.object(kernels, "cluster_cross_entropy", reference.cluster_cross_entropy):
+                with mock.patch.object(kernels, "cluster_cross_entropies", reference.cluster_cross_entropies):
                     truth = [score(), *train()]  # type: ignore[misc]
                 off = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, truth, strict=True))
                 print(

@@ -114,7 +114,7 @@ def _measure(function: Callable[..., Tensor], given: Inputs) -> tuple[float, flo
     return elapsed, memory
 
 
-def sweep(seconds: float = 70) -> None:
+def sweep(seconds: float = 40) -> None:
     """Prints times and memory with other chunks and tiles of the linear cross-entropy; stops after about `seconds`."""
     from recurlm.kernels import cross_entropy_triton as fused
 
