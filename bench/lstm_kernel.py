@@ -39,9 +39,9 @@ KEPT = Path(tempfile.gettempdir()) / "lstm-kernel"  # the fastest layouts of eac
 
 
 def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]:
-    """Two layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising."""
+    """Four layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising."""
     counts: Counter[tuple[int, ...]] = Counter()
-    found = lstm_cuda.LAYOUTS[name](H, B, card)[:2]
+    found = lstm_cuda.LAYOUTS[name](H, B, card)[:4]
     layouts = lstm_cuda.cluster_layouts(name, H, B, card)
     for layout in layouts:
         of = dict(layout.macros)
@@ -294,8 +294,8 @@ def steps() -> None:
     lstm_cuda.best = best  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as scratch:
         for recipe, words, types, limits in (
-            ("awd-lstm-ptb", 100_000, 10_000, (128,)),
-            ("awd-lstm-wt2", 500_000, 33_278, (128, lstm_cuda.MOST_BATCH)),
+            ("awd-lstm-ptb", 300_000, 10_000, (128,)),
+            ("awd-lstm-wt2", 900_000, 33_278, (128, lstm_cuda.MOST_BATCH)),
         ):
             folder = Path(scratch) / recipe
             folder.mkdir()

@@ -74,9 +74,9 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _groupings(batch: int) -> Iterator[tuple[int, int, int]]:
+def _groupings(batch: int, most: int = 4) -> Iterator[tuple[int, int, int]]:
     """(groups, batch rows of each, tiles of 8 rows) of ways to take a batch in groups."""
-    for tiles in (1, 2, 3, 4):
+    for tiles in range(1, most + 1):
         groups = _up(batch, 8 * tiles)
         for more in (0, 1):  # a second group, for one's exchange to hide behind
             rows = _up(batch, groups + more)
@@ -198,7 +198,7 @@ def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
         for (warps_m, tiles_m), (warps_k, blocks_k), groups, cells, polls, short in itertools.product(
-            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch)), (0, 4), (1, 3), (0, 1)
+            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch, 5)), (0, 4), (1, 3), (0, 1)
         ):
             if warps_m * warps_k + cells > 16 or (polls > 1 and groups[0] > 1):
                 continue
