@@ -263,6 +263,9 @@ DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
 DEVICE unsigned marked(unsigned v, unsigned bit) { return (v & ~1u) | bit; }
 DEVICE unsigned marked(float x, unsigned bit) { return marked(__float_as_uint(x), bit); }
 
-// Chunk k of 8 gate gradients of a block's rows: 16 units of a gate, then the same of the next gate.
-DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
-DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
+#ifdef ROW_UNITS
+// Chunk k of 8 gate gradients of a block's rows: all units of a gate, then those of the next, so that the 4 chunks of a row
+// that a warp loads at once are neighbours.
+DEVICE int chunk_gate(int k) { return k / (ROW_UNITS / 8); }
+DEVICE int chunk_unit(int k) { return k % (ROW_UNITS / 8) * 8; }
+#endif

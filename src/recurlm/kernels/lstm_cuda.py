@@ -218,9 +218,11 @@ def _clustered(
     """The layout with these shares of a warp; None where it does not fit."""
     (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
     forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
-    k = ((cluster - 1) * warps_k + warps_k - 1) * blocks_k * 4  # the last warp's first chunk of 8 k
-    if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
-        return None  # a warp with nothing to wait for would run ahead
+    # a warp with nothing to wait for would run ahead: every warp of the last block has some of the vectors' chunks of 8
+    each, chunks = blocks_k * 4, warps_k * blocks_k * (4 if forward else 1)  # of a warp; of a block, for each gate
+    there = _up(H, 8) - (cluster - 1) * chunks
+    if any(all(k % chunks >= there for k in range(w * each, (w + 1) * each)) for w in range(warps_k)):
+        return None
     strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
     share = _up(rows // width * batch_rows, 2 * cluster) * 2
     rounds, loads = _up(share, 32 * (cells or warps)), _up(blocks_k * tiles_n, warps_m)
