@@ -315,7 +315,7 @@ def ring_of(layout: Layout, batch: int, device: torch.device) -> Tensor:
 
 
 class _Layer(torch.autograd.Function):
-    """(y_TBH, last h_BH, last c_BH fp32) of a layer whose units are a multiple of MULTIPLE."""
+    """(y_TBH, last h_BH, last c_BH) of a layer whose units are a multiple of MULTIPLE."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -342,7 +342,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c, first)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         ctx.set_materialize_grads(False)
-        return y[1:], y[T].clone(), c[-1].clone()
+        return y[1:], y[T].clone(), c[-1].to(c_BH.dtype, copy=True)
 
     @staticmethod
     def backward(ctx, d_y: Tensor | None, d_h: Tensor | None, d_c: Tensor | None):  # type: ignore[override]
@@ -395,5 +395,4 @@ def lstm(
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
     y_TBH, h, c = _Layer.apply(x_TBI, w_ih, w_hh, b_ih + b_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
-    c = c.to(c_BH.dtype)
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)
