@@ -17,7 +17,7 @@
 // the gates' gradients, by ROW_UNITS units for each block.
 //
 // Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
-// REGISTERS_K, CELL_WARPS, POLLS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+// REGISTERS_K, CELL_WARPS, POLLS, SHORT_SUMS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
@@ -31,9 +31,16 @@
 #define LAG (GROUPS > 1 && !CELL_WARPS)  // turns between a group's product and its new values, for the sums to travel
 
 // An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group.
+// With SHORT_SUMS those of the forward kernel travel in fp16 where the type is bf16: they are of moderate size, and added to
+// what was rounded to bf16.
 #ifdef UNITS
 #define WIDTH 4
+#if SHORT_SUMS && !HALF
+#define IN_FP16 1
+typedef uint2 Sums;
+#else
 typedef uint4 Sums;
+#endif
 #else
 #define WIDTH 2
 typedef uint2 Sums;
@@ -56,6 +63,7 @@ struct Places {
     int item;                // the first of the thread that does new values, among its block's
     bool multiplies, values;  // what this warp does
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
+    Sums* here[SENDS];  // the same where that is this block, else nothing
 
     DEVICE Places(uint4* shared) {
         thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
@@ -71,12 +79,13 @@ struct Places {
     }
 
     DEVICE void begin() {  // before anything arrives
-        for (int i = thread; i < INBOX * WIDTH; i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
+        for (int i = thread; i < INBOX * (int)(sizeof(Sums) / 4); i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < SENDS && multiplies; i++) {
             const int quad = thread + i * THREADS, item = quad * (4 / WIDTH);
             Sums* place = inbox + rank * SHARE + item % SHARE;
             to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
+            here[i] = item / SHARE == rank ? place : 0;
         }
         for (int i = 0; i < (POLLS > 1 ? POLLS : 0) * LOADS && multiplies; i++) place_of(i / LOADS, i % LOADS) = make_uint4(0, 0, 0, 0);
         cluster_barrier();
@@ -179,7 +188,7 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask 
         for (int n = 0; n < TILES_N; n++) vectors[n] = stage[(k * TILES_N + n) * 32];
         product<WARP_TILES>(acc, kept, at.more, vectors, k);
     }
-    const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
+    const unsigned bit = (use / RING + 1) & 1;
     // one barrier of all a turn: a warp may be a turn ahead of another
     const int odd = (use * GROUPS + g) & 1;
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
@@ -190,7 +199,13 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask 
         const int item = at.thread + i * THREADS;
         if (item < ROWS / 4 * batch_rows) {
             const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
-            send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
+#if IN_FP16
+            const uint2 v = make_uint2(marked(halves(x.x, x.y), bit), marked(halves(x.z, x.w), bit));
+#else
+            const uint4 v = make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit));
+#endif
+            if (at.here[i]) send_here(at.here[i] + at.turn_of(use, g), v);
+            else send(at.to[i] + at.turn_of(use, g) * sizeof(Sums), v);
         }
     }
 }
@@ -295,8 +310,13 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
                 receive(parts, at, mine, t, g, patience);
 #pragma unroll
                 for (int p = 0; p < CLUSTER; p++) {
+#if IN_FP16
+                    const float2 low = from_halves(parts[p].x), high = from_halves(parts[p].y);
+                    x[0] += low.x, x[1] += low.y, x[2] += high.x, x[3] += high.y;
+#else
                     x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
                     x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
+#endif
                 }
             }
             const float in = sigmoid(x[0]), forget = sigmoid(x[1]), value = tangent(x[2]), out = sigmoid(x[3]);
