@@ -4,15 +4,16 @@
     python bench/averaging.py run DATA OUT.jsonl --group fast --epochs 100 --seconds 500 --workers 4
     python bench/averaging.py report PICTURE.svg FILE.jsonl ...
 
-`means`: one run, and all of MEANS on its way. The mean of iterates changes no update, so every mean sees the same weights:
-what differs between them is the mean alone. `run`: the variants of a group, each a run of its own, so many side by side on
-one GPU (whose times then say little); a run that is not through when the seconds are over ends there. Nothing is measured
-on test.
+`means`: one run, and all of MEANS on its way. A mean of iterates changes no update, so every mean sees the same weights:
+what differs between them is the mean alone. It sees one iterate of ten, so that fourteen means cost little time.
+`run`: the variants of a group, each a run of its own, so many side by side on one GPU (whose times then say little); a run
+that is not through when the seconds are over ends there. Nothing is measured on test.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -87,7 +88,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "awd-lstm-ptb",
         {
             "nothing removed": (),
-            "no nt-asgd": (NONE,),
+            "no averaging": (NONE,),
             "fixed windows": ("data.bptt_spread=0", "data.bptt_full_share=1"),
             "no embedding dropout": ("dropout.embedding=0",),
             "no weight decay": ("optimizer.weight_decay=0",),
@@ -108,82 +109,75 @@ def settings_of(recipe: str, data: str, epochs: int, *more: str):
 
 
 def means(
-    data: str, out: Path, recipe: str, epochs: int, seconds: float, only: str, more: list[str], every: int
-) -> None:
+    data: str, out: Path, recipe: str, epochs: int, seconds: float, only: str, more: list[str], every: int, stride: int,
+    folder: Path,
+) -> None:  # fmt: skip
     from recurlm.config import apply_assignments
-    from recurlm.errors import RunError
     from recurlm.evaluation.perplexity import mean_loss
-    from recurlm.model import precision
     from recurlm.text.store import open_store, prepare
-    from recurlm.training.averaging import AVERAGING, applied
+    from recurlm.training.averaging import AVERAGING, Averaging, applied
     from recurlm.training.trainer import Trainer
 
-    started, config = time.monotonic(), settings_of(recipe, data, epochs, NONE, *more)
-    averages, curves, losses = {}, {"raw": []}, {"raw": []}
+    config = settings_of(recipe, data, epochs, *more)
+    averages: dict[str, Averaging] = {}
+    losses: dict[str, list[float]] = {"raw": []}
+    curves: dict[str, list[dict]] = {"raw": []}
     for name, settings in MEANS.items():
         if re.search(only, name):
             chosen = apply_assignments(config, settings).averaging
-            averages[name], curves[name], losses[name] = AVERAGING[chosen.name](chosen), [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        is_store = (Path(data) / "store.json").is_file()
-        store = open_store(data) if is_store else prepare(data, config.tokenizer, Path(scratch) / "store")
-        trainer = Trainer(config, store, Path(scratch), quiet=True)
-        ids, rule = trainer.ids("valid"), (config.data.counting, config.data.batching)
+            wider = 1 - stride * (1 - chosen.decay)  # it sees one iterate of `stride`
+            averages[name] = AVERAGING[chosen.name](dataclasses.replace(chosen, decay=wider))
+            losses[name], curves[name] = [], []
 
-        def measured() -> float:
-            return mean_loss(trainer.model, ids, trainer.boundary, config.data.eval_batch_size, *rule)
+    class Watched(Trainer):
+        """The run as it would be, and what each mean of its iterates is worth on the way."""
 
-        def read() -> None:
-            if failure := trainer.read()[1]:
-                raise RunError(failure)
+        aside = 0.0  # seconds that the means took
 
-        with precision.applied(trainer.precision):
-            while not trainer.spent() and time.monotonic() - started < seconds:
-                trainer.advance()
-                share = trainer.progress().share
+        def advance(self) -> None:
+            super().advance()
+            if self.cursor.step % stride == 0:
                 for average in averages.values():
-                    average.move(trainer.parameters, average.enters(trainer.cursor.step, share))
-                if len(trainer.waiting) >= trainer.stepper.lag or trainer.epoch_ended():
-                    read()
-                if not trainer.epoch_ended():
+                    average.move(self.parameters, average.enters(self.cursor.step, self.progress().share))
+
+        def measured(self) -> float:
+            rule = self.config.data.counting, self.config.data.batching
+            return mean_loss(self.model, self.ids("valid"), self.boundary, self.config.data.eval_batch_size, *rule)
+
+        def validate(self, *given, **how) -> None:
+            super().validate(*given, **how)
+            begun, epoch, raw, notes = time.monotonic(), self.cursor.epoch + 1, self.measured(), []
+            due, seen = epoch % every == 0 or epoch == epochs, {"raw"}
+            losses["raw"].append(raw)
+            for name, average in averages.items():
+                if average.count <= 0:
+                    losses[name].append(raw)
+                elif due or average.config.restart:
+                    with applied(average, self.parameters):
+                        losses[name].append(self.measured())
+                else:
                     continue
-                epoch, raw, notes = trainer.cursor.epoch + 1, measured(), []
-                losses["raw"].append(raw)
-                for name, average in averages.items():
-                    due = epoch % every == 0 or epoch == epochs or average.config.restart
-                    if average.count <= 0:
-                        losses[name].append(raw)
-                    elif due:
-                        with applied(average, trainer.parameters):
-                            losses[name].append(measured())
-                    else:
-                        continue
-                    if average.observe(losses[name]):
-                        notes.append(f"{name}: starts")
-                for name, curve in curves.items():
-                    if name == "raw" or averages[name].count <= 0 or epoch % every == 0 or epoch == epochs:
-                        row = {
-                            "epoch": epoch,
-                            "seconds": round(time.monotonic() - started, 1),
-                            "valid": losses[name][-1],
-                        }
-                        curve.append(row)
-                if epoch % every == 0 or notes:
-                    shown = "  ".join(f"{math.exp(values[-1]):.2f}" for values in losses.values())
-                    print(
-                        f"{time.monotonic() - started:6.0f} s  epoch {epoch}  {shown}  {'; '.join(notes)}", flush=True
-                    )
+                seen.add(name)
+                if average.observe(losses[name]):
+                    notes.append(f"{name}: starts")
+            self.aside += time.monotonic() - begun
+            took = round(time.monotonic() - started - self.aside, 1)
+            for name in seen:
+                curves[name].append({"epoch": epoch, "seconds": took, "valid": losses[name][-1]})
+            if due or notes:
+                shown = "  ".join(f"{math.exp(values[-1]):.2f}" for values in losses.values())
+                print(f"{took:6.0f} s  epoch {epoch}  {shown}  {'; '.join(notes)}", flush=True)
+
+    folder.mkdir(parents=True)
+    is_store = (Path(data) / "store.json").is_file()
+    store = open_store(data) if is_store else prepare(data, config.tokenizer, folder / "store")
+    started = time.monotonic()
+    Watched(config, store, folder, quiet=True).run(seconds)
     with out.open("w", encoding="utf-8") as file:
         file.write(json.dumps(head(f"means of {recipe}", epochs, more)) + "\n")
         for name, curve in curves.items():
-            record = {
-                "group": f"means, {recipe}",
-                "name": name,
-                "settings": MEANS.get(name, ()),
-                "curve": curve,
-                "failed": "",
-            }
-            file.write(json.dumps(record) + "\n")
+            rest = {"settings": MEANS.get(name, ()), "curve": curve, "failed": ""}
+            file.write(json.dumps({"group": f"means, {recipe}", "name": name, **rest}) + "\n")
 
 
 def head(what: str, epochs: int, more: list[str]) -> dict:
@@ -219,7 +213,7 @@ def run(
 ) -> None:
     own, variants = GROUPS[group]
     recipe, begun = recipe or own, time.monotonic()
-    todo = {name: (*settings, *more) for name, settings in variants.items() if re.search(only, name)}
+    todo = {name: (*more, *settings) for name, settings in variants.items() if re.search(only, name)}
     rounds = math.ceil(len(todo) / workers)
     with out.open("w", encoding="utf-8") as file:
         file.write(json.dumps(head(f"{group}, {recipe}", epochs, more)) + "\n")
@@ -293,6 +287,8 @@ def main() -> None:
         p.add_argument("--set", action="append", default=[], dest="more", help="section.key=value for all")
         if verb == "means":
             p.add_argument("--every", type=int, default=5, help="epochs from one validation of a mean to the next")
+            p.add_argument("--stride", type=int, default=10, help="the means see every so-manieth iterate")
+            p.add_argument("-o", "--run", type=Path, help="keep the run here")
         else:
             p.add_argument("--group", choices=GROUPS, required=True)
             p.add_argument("--workers", type=int, default=3)
@@ -301,7 +297,9 @@ def main() -> None:
     p.add_argument("files", type=Path, nargs="+")
     a = parser.parse_args()
     if a.verb == "means":
-        means(a.data, a.out, a.recipe, a.epochs, a.seconds, a.only, a.more, a.every)
+        with tempfile.TemporaryDirectory() as scratch:
+            run_at = a.run or Path(scratch) / "run"
+            means(a.data, a.out, a.recipe, a.epochs, a.seconds, a.only, a.more, a.every, a.stride, run_at)
     elif a.verb == "run":
         run(a.data, a.out, a.group, a.recipe, a.epochs, a.seconds, a.workers, a.only, a.more)
     else:

@@ -3,6 +3,7 @@
 Usage: python bench/ngram.py speed PTB_FOLDER        estimation; scoring beside kenlm where that is installed
        python bench/ngram.py large WT2_FOLDER [COPIES [memory|disk [LIMIT]]]
        python bench/ngram.py quality PTB_FOLDER      first guesses, keystrokes, the cache, smoothings, orders
+       python bench/ngram.py predictions STORE RUN.. first guesses and keystrokes of any models of words on all of test
 
 `large` makes a text of COPIES (13) shuffled copies of the train text in which a tenth of the words is drawn anew from their
 frequencies (seed 0): 13 have 27 million tokens. LIMIT is what the database may take.
@@ -20,6 +21,7 @@ import numba
 import numpy as np
 import torch
 
+from recurlm import api
 from recurlm.config import TokenizerConfig
 from recurlm.inference.mixture import Mixture, UnigramCache, fit_weights, losses
 from recurlm.ngram import arpa, directory, run
@@ -27,7 +29,7 @@ from recurlm.ngram.counts import IN_MEMORY, count, in_files
 from recurlm.ngram.model import NgramModel
 from recurlm.ngram.smoothing import SMOOTHINGS, Settings, estimate
 from recurlm.text.batches import measured_batches
-from recurlm.text.store import prepare
+from recurlm.text.store import open_store, prepare
 
 COPIED = Settings(fallback=(0.5, 1, 1.5))  # no word of a text of copies is rare enough for discounts of its own
 
@@ -204,6 +206,16 @@ def quality(folder: str) -> None:
         predictions(model, test, tokenizer)
 
 
+def predictions_of(folder: str, *runs: str) -> None:
+    store = open_store(folder)
+    for name in runs:
+        start, loaded = time.perf_counter(), api.load(name)
+        print(f"{name}, {loaded.parameters:,} parameters, on {loaded.model.device}", flush=True)
+        predictions(loaded.model, np.asarray(store.ids("test")), store.tokenizer())
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+@torch.inference_mode()
 def predictions(model, test: np.ndarray, tokenizer) -> None:
     """Prints how often a word is among the first guesses, and the share of keys that lists of guesses save.
 
@@ -216,11 +228,16 @@ def predictions(model, test: np.ndarray, tokenizer) -> None:
         letters[w, : len(piece)] = np.frombuffer(piece, np.uint8)
     lengths[[tokenizer.boundary_id, tokenizer.unk_id]] = 0
     hits, keys, typed, sizes = np.zeros(3), 0, np.zeros(3, int), (1, 3, 5)
-    inputs, state, out = np.concatenate(([tokenizer.boundary_id], test[:-1])), model.initial_state(1), np.zeros(64, int)
+    inputs, state, out = (
+        np.concatenate(([tokenizer.boundary_id], test[:-1])),
+        model.initial_state(1),
+        np.zeros(lengths.max() + 1, int),
+    )
     for start in range(0, len(test), 256):
-        part = torch.from_numpy(inputs[start : start + 256].astype(np.int64))
+        part = torch.from_numpy(inputs[start : start + 256].astype(np.int64)).to(model.device)
         log_probs_TBV, state = model.advance(part[:, None], state)
-        for log_probs_V, target in zip(log_probs_TBV[:, 0].numpy(), test[start : start + 256].tolist(), strict=True):
+        log_probs_TV = log_probs_TBV[:, 0].float().cpu().numpy()
+        for log_probs_V, target in zip(log_probs_TV, test[start : start + 256].tolist(), strict=True):
             ranks_by_prefix(log_probs_V, target, letters, lengths, out)
             hits += [out[0] <= k for k in sizes]
             if size := int(lengths[target]):
@@ -235,10 +252,10 @@ def predictions(model, test: np.ndarray, tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    verbs = {"speed": speed, "large": large, "quality": quality}
+    verbs = {"speed": speed, "large": large, "quality": quality, "predictions": predictions_of}
     if len(sys.argv) < 3 or sys.argv[1] not in verbs:
         sys.exit(__doc__)
     if sys.argv[1] == "large":
         large(sys.argv[2], *map(int, sys.argv[3:4]), *sys.argv[4:])
     else:
-        verbs[sys.argv[1]](sys.argv[2])
+        verbs[sys.argv[1]](*sys.argv[2:])

@@ -46,6 +46,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     (f"{TRAIN} --resume yes", 2, "--resume"),
     (f"{TRAIN} --stages 2", 2, "the number of stages"),
     ("ngram train text.txt -o new --memory-limit 1kg", 2, "'1kg' is none"),
+    ("ngram train text.txt -o new --tokenizer-of new --tokenizer bpe", 2, "leave out what would make another one"),
+    ("ngram train text.txt -o new --tokenizer-of absent", 2, "cannot read this tokenizer"),
     ("train --data text.txt -o run", 2, "already holds a run"),
     ("train --data text.txt -o mine", 2, "README.md"),
     ("train --data text.txt -o modelonly --resume auto", 2, "no checkpoints folder"),

@@ -90,6 +90,31 @@ def test_context_is_what_it_says():
         assert found == pytest.approx(total / (probes.CHUNKS * probes.TARGETS), rel=1e-5)
 
 
+def test_documents_begin_at_titles_or_after_empty_lines():
+    titled = Text("\n = A = \n\n b c .\n\n = = D = = \n\n e\n = F g = \n h\n")
+    assert [titled.words[n + 1] for n in titled.document_starts] == ["A", "F"]
+    parted = Text("a b\nc\n\n\nd e\n\nf = g\n")
+    assert [parted.words[n] for n in parted.document_starts] == ["d", "f"]
+    assert Text("a\nb\n").document_starts.tolist() == [] == Text("= a =\nb\n").document_starts.tolist()
+
+
+def test_a_border_of_documents_costs_what_the_state_before_it_does():
+    lines = small_text(600, seed=1).splitlines(keepends=True)
+    text = "".join(f"= {line.strip()} =\n" if n % 40 == 0 else line for n, line in enumerate(lines))
+    reader = Reader(subject("word"), Text(text))
+    found = probes.at_borders(reader)
+    starts = [n for n in reader.text.document_starts if n >= probes.WHOLE and n + probes.AFTER <= len(reader.ids_N)]
+    model, boundary = reader.subject.model, reader.subject.tokenizer.boundary_id
+    for kind, before in (("the document before", probes.WHOLE), ("nothing", 0)):
+        total = np.zeros(probes.AFTER)
+        for place in starts:
+            ids = torch.from_numpy(np.append([boundary], reader.ids_N[place - before : place + probes.AFTER]))
+            nll, _ = model.score(ids[:-1, None], ids[1:, None], model.initial_state(1))
+            total += nll[before:, 0].detach().double().numpy() / math.log(2)
+        assert found[kind] == pytest.approx(total / len(starts), rel=1e-5)
+    assert probes.at_borders(Reader(subject("word"), Text(small_text(600)))) == {}
+
+
 class LastSeen(StatefulModel):
     """Half on the last id, the rest over all: it copies nothing but the word before, and needs one word of context."""
 

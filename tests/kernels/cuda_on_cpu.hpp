@@ -31,7 +31,16 @@ static unsigned __float_as_uint(float x) { unsigned v; memcpy(&v, &x, 4); return
 
 struct Meeting { int there = 0, round = 0; };
 struct Warp { Meeting meeting; unsigned a[32][4], b[32][2], v[32]; };
-struct Block { Index index; std::vector<uint4> shared; Meeting meeting; std::vector<Warp> warps; int threads; };
+struct Block {
+    Index index;
+    std::vector<uint4> shared;
+    Meeting meeting, groups[16];
+    std::vector<Warp> warps;
+    int threads;
+    Block* cluster;  // its first block
+    Meeting cluster_meeting;
+    bool ended;
+};
 struct Fibre { Block* block; Index thread; ucontext_t context; std::vector<char> stack; bool done; };
 
 static Fibre* fibre;
@@ -48,6 +57,7 @@ static void meet(Meeting& meeting, int all) {
 
 static Warp& warp_here() { return fibre->block->warps[fibre->thread.x / 32]; }
 static void barrier() { meet(fibre->block->meeting, fibre->block->threads); }
+static void barrier(int group, int warps) { meet(fibre->block->groups[group], 32 * warps); }
 
 static uint4 load_shared_words(const void* p) { give_way(); uint4 v; memcpy(&v, p, 16); return v; }
 static uint2 load_shared_pair(const void* p) { give_way(); uint2 v; memcpy(&v, p, 8); return v; }
@@ -56,6 +66,37 @@ static void reload_shared_words(uint4& v, const void* p, bool wanted) { if (want
 static uint4 load_words(const void* p, bool wanted) { uint4 v = {0, 0, 0, 0}; if (wanted) memcpy(&v, p, 16); return v; }
 static unsigned load_word(const void* p, bool wanted) { unsigned v = 0; if (wanted) memcpy(&v, p, 4); return v; }
 static void store_shared_words(void* p, uint4 v) { memcpy(p, &v, 8); give_way(); memcpy((char*)p + 8, &v.z, 8); }
+static void copy_async(void* to, const void* p, bool wanted) { if (wanted) *(uint4*)to = load_shared_words(p); }
+static void end_copies() {}
+template <int LEFT> void await_copies() { give_way(); }
+static void pause(unsigned) { give_way(); }
+
+#ifdef CLUSTER
+static void cluster_barrier() { meet(fibre->block->cluster->cluster_meeting, fibre->block->threads * CLUSTER); }
+typedef char* Place;
+static Place place_in(void* p, unsigned rank) {
+    Block& here = *fibre->block;
+    size_t offset = (char*)p - (char*)here.shared.data();
+    if (rank >= CLUSTER || offset >= here.shared.size() * 16) abort();
+    return (char*)here.cluster[rank].shared.data() + offset;
+}
+static void send_word(Place to, unsigned v) {
+    Block* first = fibre->block->cluster;
+    for (int i = 0; i < CLUSTER; i++) {
+        char* begin = (char*)first[i].shared.data();
+        if (to < begin || to + 4 > begin + first[i].shared.size() * 16) continue;
+        if (first[i].ended) abort();
+        memcpy(to, &v, 4);
+        return give_way();
+    }
+    abort();
+}
+static void send(Place to, uint4 v) { send_word(to, v.x), send_word(to + 4, v.y), send_word(to + 8, v.z), send_word(to + 12, v.w); }
+static uint4 load_arriving(const uint4* p) { give_way(); return *p; }
+static uint2 load_arriving(const uint2* p) { give_way(); return *p; }
+#else
+#define CLUSTER 1
+#endif
 static unsigned long long nanoseconds() { return rounds + 1; }
 static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
@@ -114,7 +155,7 @@ static void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 }
 
 static void (*body)();
-static void enter() { body(); fibre->done = true; give_way(); }
+static void enter() { body(); fibre->done = fibre->block->ended = true; give_way(); }
 
 // Runs `body` in every thread of `blocks` blocks; false when nothing but waiting went on for too long.
 static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, unsigned seed) {
@@ -122,7 +163,8 @@ static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, un
     std::vector<Block> all(blocks);
     std::vector<std::unique_ptr<Fibre>> fibres;
     for (int b = 0; b < blocks; b++) {
-        all[b].index = {b}, all[b].threads = warps * 32, all[b].warps.resize(warps), all[b].shared.resize(shared_bytes / 16 + 1);
+        all[b].cluster = &all[b / CLUSTER * CLUSTER], all[b].ended = false;
+        all[b].index = {b}, all[b].threads = warps * 32, all[b].warps.resize(warps), all[b].shared.resize(shared_bytes / 16);
         memset(all[b].shared.data(), 0xff, all[b].shared.size() * 16);
         for (int i = 0; i < warps * 32; i++) {
             auto made = std::make_unique<Fibre>();

@@ -1,6 +1,7 @@
 """The LSTM with resident weights: its kernels run by fibres on the CPU, and compiled on a GPU."""
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,11 @@ from recurlm.kernels import lstm_cuda, nvrtc, reference
 from recurlm.kernels.lstm_cuda import Card, Layout
 
 CUDA = torch.cuda.is_available()
-H200, SMALL = Card(132, 232448, (9, 0)), Card(8, 60000, (8, 0))
+H200, SMALL, SMALL_HOPPER = (
+    Card(132, 232448, (9, 0), ((2, 66), (3, 40), (4, 31), (8, 15))),
+    Card(8, 60000, (8, 0)),
+    Card(36, 60000, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2))),
+)
 TYPES = (torch.bfloat16, torch.float16)
 
 # ---- layouts ------------------------------------------------------------------------------------------------
@@ -40,6 +45,34 @@ def test_every_layout_covers_the_layer_within_the_cards_limits(card, H, batch):
                 assert layout.warps * of["BLOCKS_K"] * 8 >= of["ROW_UNITS"]
 
 
+@pytest.mark.parametrize("H, batch", [(400, 20), (1152, 20), (1152, 80), (1856, 128)])
+def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, batch):
+    for name in lstm_cuda.LAYOUTS:
+        found = lstm_cuda.cluster_layouts(name, H, batch, H200)
+        assert found
+        for layout in found:
+            of = dict(layout.macros)
+            assert (
+                layout.blocks <= layout.cluster * dict(H200.clusters)[layout.cluster] and layout.shared <= H200.shared
+            )
+            assert of["GROUPS"] * of["GROUP_BATCH"] >= batch > (of["GROUPS"] - 1) * of["GROUP_BATCH"]
+            assert (
+                of["WARPS"] == of["WARPS_M"] * of["WARPS_K"]
+                and layout.warps == of["WARPS"] + of["CELL_WARPS"] <= 16
+                and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            )
+            strips, rows, k = (
+                layout.blocks // layout.cluster,
+                of["WARPS_M"] * of["WARP_TILES"],
+                of["WARPS_K"] * of["BLOCKS_K"],
+            )
+            if name == "forward":
+                assert of["UNITS"] == 4 * rows and strips * of["UNITS"] >= H and layout.cluster * k * 32 >= H
+            else:
+                assert of["COLUMNS"] == 16 * rows and strips * of["COLUMNS"] >= H
+                assert of["ROW_UNITS"] == 8 * k and layout.cluster * of["ROW_UNITS"] >= H and of["ROW_UNITS"] % 16 == 0
+
+
 def test_a_layer_too_large_for_the_card_has_no_layout():
     assert not lstm_cuda.forward_layouts(4096, 20, H200) and not lstm_cuda.backward_layouts(1152, 20, SMALL)
 
@@ -50,7 +83,7 @@ PARAMETERS = {
     "forward": "const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble, "
     "unsigned long long limit",
     "backward": "const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT, "
-    "const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble, "
+    "const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* scratch, int T, int* trouble, "
     "unsigned long long limit",
 }
 
@@ -64,7 +97,7 @@ def on_cpu(layout: Layout, half: bool, folder: Path, seed: int):
     globals_ = "".join(f"static {p}_;\n" for p in parameters)
     assign = "".join(f"{n}_ = {n}; " for n in names)
     (folder / "kernel.cpp").write_text(
-        f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n#include "{Path(nvrtc.__file__).with_name("lstm.cu")}"\n'
+        f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n{lstm_cuda.source(layout)}'
         f"{globals_}static void go() {{ {layout.name}({', '.join(n + '_' for n in names)}); }}\n"
         f'extern "C" int run(int blocks, int warps, int bytes, unsigned seed, {signature}) '
         f"{{ {assign}return launch(go, blocks, warps, bytes, seed); }}\n"
@@ -93,19 +126,41 @@ def truth(x_TBG, weight_GH, h_BH, c_BH):
     return torch.stack(hs), torch.stack(cs)
 
 
-CASES = (  # units, batch, steps, index of the forward and of the backward layout, fp16
-    (48, 5, 6, 0, 0, False),
-    (80, 11, 3, 5, 3, False),
-    (32, 3, 11, 2, 1, True),
-    (16, 1, 1, 0, 0, False),
-    (64, 17, 2, -1, -1, True),
+def picked(name: str, H: int, B: int, cluster: int, choice: int | dict[str, int]) -> Layout:
+    """The layout of this number; or with clusters the first with these macros, its weights in shared memory if they say so."""
+    if isinstance(choice, int):
+        return lstm_cuda.LAYOUTS[name](H, B, SMALL)[choice]
+    layouts = lstm_cuda.cluster_layouts(name, H, B, SMALL_HOPPER)
+    wanted = {"CLUSTER": cluster, **choice}
+    kept = wanted.pop("REGISTERS_K", None)
+    layout = next(layout for layout in layouts if wanted.items() <= dict(layout.macros).items())
+    if kept is None:
+        return layout
+    of = dict(layout.macros)
+    moved = of["WARPS"] * (of["REGISTERS_K"] - kept) * 2 * of["WARP_TILES"] * 512
+    return layout._replace(macros=tuple((of | {"REGISTERS_K": kept}).items()), shared=layout.shared + moved)
+
+
+CASES = (  # units, batch, steps, what is picked of the forward and of the backward layouts, fp16, blocks of a cluster
+    (48, 5, 6, 0, 0, False, 1),
+    (80, 11, 3, 5, 3, False, 1),
+    (32, 3, 11, 2, 1, True, 1),
+    (16, 1, 1, 0, 0, False, 1),
+    (64, 17, 2, -1, -1, True, 1),
+    (48, 5, 9, {"CELL_WARPS": 0, "POLLS": 1}, {"CELL_WARPS": 4, "POLLS": 3}, False, 2),
+    (128, 9, 9, {"WARPS_K": 2, "CELL_WARPS": 0, "POLLS": 3}, {"WARPS_K": 2, "CELL_WARPS": 0, "POLLS": 1}, False, 2),
+    (128, 5, 5, {"WARPS_K": 2, "CELL_WARPS": 4, "POLLS": 5}, {"WARPS_K": 4, "REGISTERS_K": 0, "POLLS": 3}, True, 2),
+    (112, 25, 4, {"GROUPS": 3, "CELL_WARPS": 0}, {"GROUPS": 3, "CELL_WARPS": 4}, False, 4),
+    (80, 17, 5, {"GROUPS": 2, "REGISTERS_K": 0, "CELL_WARPS": 4}, {"GROUPS": 3, "CELL_WARPS": 0}, True, 3),
+    (240, 3, 3, {"CELL_WARPS": 0}, {"CELL_WARPS": 0, "POLLS": 5}, True, 8),
+    (80, 1, 1, {"CELL_WARPS": 4, "POLLS": 3}, {"CELL_WARPS": 4, "POLLS": 1}, False, 3),
 )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @pytest.mark.skipif(CUDA, reason="a GPU is here: the compiled kernel is tested instead")
-@pytest.mark.parametrize("H, B, T, fore, back, half", CASES)
-def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, tmp_path):
+@pytest.mark.parametrize("H, B, T, fore, back, half, cluster", CASES)
+def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster, tmp_path):
     dtype, unit = (torch.float16, 2**-11) if half else (torch.bfloat16, 2**-8)
     draw = torch.Generator().manual_seed(H + B)
 
@@ -118,7 +173,7 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, tmp_pat
     h_TBH, c_TBH = truth(*leaves)
     trouble, limit = torch.zeros(1, dtype=torch.int32), 10**9
 
-    layout = lstm_cuda.forward_layouts(H, B, SMALL)[fore]
+    layout = picked("forward", H, B, cluster, fore)
     gates, y = x_TBG.clone(), torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
     c = torch.full((T, B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "forward", 1)
@@ -134,15 +189,15 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, tmp_pat
     d_h, d_hT, d_cT = values(T, B, H), values(B, H, of=torch.float32), values(B, H, of=torch.float32)
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
-    layout = lstm_cuda.backward_layouts(H, B, SMALL)[back]
-    rows, strips = -(-H // layout.get("ROW_UNITS")), -(-H // layout.get("COLUMNS"))
-    ring = torch.zeros(lstm_cuda.RING, rows, B, strips * layout.get("COLUMNS"))
+    layout = picked("backward", H, B, cluster, back)
+    scratch = torch.full((B, 4 * H), float("nan")) if cluster > 1 else lstm_cuda.ring_of(layout, B, torch.device("cpu"))
     d_gates = torch.full((T, B, 4 * H), -1, dtype=torch.int16).view(dtype)
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "backward", 3)
-    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, ring, T, trouble, limit
+    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, scratch, T, trouble, limit
     assert run(arguments) and not trouble
-    for found, exact in zip((d_gates, d_h0, d_c0), expected, strict=True):
+    results = d_gates, d_h0, d_c0, *([scratch] if cluster > 1 else [])
+    for found, exact in zip(results, (*expected, expected[0].sum(0)), strict=False):
         scale = exact.abs().max().item()
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * T**0.5 * unit * scale)
 
@@ -160,6 +215,30 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     run = on_cpu(lonely, False, tmp_path / "forward", 1)
     assert run((zeros, gates, h, torch.zeros(B, H), y, c, T, trouble, 2000))
     assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.skipif(CUDA, reason="a GPU is here")
+@pytest.mark.parametrize("H, cluster", [(48, 1), (46, 2)])
+def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tmp_path, monkeypatch):
+    T, B, E, dtype = 4, 5, 12, torch.bfloat16
+
+    @functools.cache
+    def kernel(layout: Layout, half: bool, index: int | None):
+        run = on_cpu(layout, half, tmp_path / layout.name, 1)
+        return lambda blocks, threads, arguments: run(arguments)
+
+    monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
+    monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
+    choice = {} if cluster > 1 else 0
+    layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)
+    given = random_case(T, B, E, H, dtype, 1, "cpu")
+    found = outcome(lambda x, h, c, w: lstm_cuda.lstm(x, h, c, w, layouts), given, dtype)
+    for ours, exact in zip(found, outcome(reference.lstm, given, torch.float64), strict=True):
+        assert (ours.double() - exact).norm() <= 0.02 * exact.norm()
+    x, h, c, *weights = (t.requires_grad_() for t in given[:7])
+    y = lstm_cuda.lstm(x, h, c, weights, layouts)[0]  # the last state unused
+    assert all(g is not None for g in torch.autograd.grad(y.sum(), (x, h, c, *weights)))
 
 
 # ---- compiling ----------------------------------------------------------------------------------------------
@@ -186,11 +265,11 @@ def outcome(function, given, dtype) -> list[Tensor]:
     return [*results, *torch.autograd.grad(results, leaves, upstream)]
 
 
-def random_case(T, B, E, H, dtype, seed):
-    draw = torch.Generator("cuda").manual_seed(seed)
+def random_case(T, B, E, H, dtype, seed, device="cuda"):
+    draw = torch.Generator(device).manual_seed(seed)
 
     def values(*shape: int) -> Tensor:
-        return 2 * torch.rand(*shape, device="cuda", generator=draw) - 1
+        return 2 * torch.rand(*shape, device=device, generator=draw) - 1
 
     weights = [values(*shape) * H**-0.5 for shape in ((4 * H, E), (4 * H, H), (4 * H,), (4 * H,))]
     given = values(T, B, E), values(B, H), values(B, H), *weights, values(T, B, H), values(B, H), values(B, H)

@@ -54,6 +54,29 @@ def test_every_tokenizer(kind, tmp_path, text_file):
     assert model.generate("the ", tokens=5, seed=2).startswith("the ")
 
 
+def test_models_of_two_domains_mix_by_their_share_of_the_held_out_text(trained, tmp_path, store):
+    (tmp_path / "other.txt").write_text("the river of stone sees the zebra\n" * 200)
+    run.train(tmp_path / "other.txt", tmp_path / "other", order=3, settings=SETTINGS, tokenizer_of=trained)
+    mixed = recurlm.evaluate(trained, mixed_with=[tmp_path / "other"], with_ranks=False)
+    own, other = mixed["weights"].values()
+    assert own + other == pytest.approx(1) and own > 0.9
+    (tmp_path / "both").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "both" / f"{split}.txt").write_text(
+            small_text(100, seed=len(split)) + "the river of stone sees the zebra\n" * 100
+        )
+    runs = [trained, tmp_path / "other"]
+    values = [recurlm.evaluate(r, data=tmp_path / "both", split="test", with_ranks=False)["ppl"] for r in runs]
+    mixed = recurlm.evaluate(
+        trained, data=tmp_path / "both", split="test", mixed_with=runs[1:], with_ranks=False, tune_on="valid"
+    )
+    assert mixed["ppl"] < min(values) and min(mixed["weights"].values()) > 0.1
+    run.train(tmp_path / "other.txt", tmp_path / "apart", order=2, settings=SETTINGS)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        run.train(tmp_path / "other/store", tmp_path / "third", tokenizer_of=tmp_path / "apart")
+    assert run.train(store.path, tmp_path / "third", order=2, settings=SETTINGS, tokenizer_of=trained)["order"] == 2
+
+
 @pytest.mark.parametrize("smoothing", SMOOTHINGS)
 def test_every_smoothing_is_told_in_the_files(smoothing, tmp_path, store):
     facts = run.train(store.path, tmp_path / "run", order=2, settings=Settings(smoothing=smoothing, fallback=FALLBACK))

@@ -19,31 +19,48 @@ from support import in_the_interpreter, tiny_config
 CUDA = torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_units_padded_with_zeros_change_nothing(layer, generator):
-    """What `parts` promises, for sizes of which none is padded alone."""
-    sizes = {"embedding_size": 6, "hidden_sizes": (5, 7, 6), "windows": (2, 3)}
-    model = NeuralModel(ModelConfig(layer=layer, **sizes), 11, generator).double()
-    padded = NeuralModel(ModelConfig(layer=layer, **sizes | {"hidden_sizes": (8, 8, 6)}), 11, generator).double()
-    assert captured.padded_sizes(model, 8) == (8, 8, 6)
-    for n, (small, large) in enumerate(zip(model.layers, padded.layers, strict=True)):
+@pytest.mark.parametrize(
+    ("layer", "head"), [(layer, "mixture") for layer in LAYERS] + [("lstm", head) for head in HEADS]
+)
+def test_units_padded_with_zeros_change_nothing(layer, head, generator):
+    """What `parts` promises, for sizes of which none is padded alone; heads that promise nothing keep their sizes."""
+    sizes = {"embedding_size": 6, "hidden_sizes": (5, 7, 9 if head == "mixture" else 6), "windows": (2, 3)}
+    config = ModelConfig(layer=layer, head=head, experts=3, cutoffs=(4, 8), **sizes)
+    model = NeuralModel(config, 11, generator).double()
+    larger = captured.padded(model, 8, 8)
+    promises = head in ("softmax", "tied", "mixture")
+    assert bool(model.head.blocks()) == promises
+    last = 16 if head == "mixture" else 8 if promises else 6
+    assert larger.hidden_sizes == (8, 8, last) and larger.embedding_size == (8 if promises else 6)
+    padded = NeuralModel(larger, 11, generator).double()
+    assert captured.padded(padded, 8, 8) == larger
+    counts = {"embedding": (1, 1)} | {f"head.{name}": parts for name, parts in model.head.blocks().items()}
+    for n, small in enumerate(model.layers):
         assert small.parts().keys() == dict(small.named_parameters()).keys(), n
-        for name, counts in small.parts().items():
-            raw, out = getattr(small, name).data, torch.zeros_like(getattr(large, name))
-            places = [
-                torch.cat([torch.arange(r // c) + i * (p // c) for i in range(c)])
-                for r, p, c in zip(raw.shape, out.shape, counts, strict=True)
-            ]
-            out[torch.meshgrid(*places, indexing="ij")] = raw
-            getattr(large, name).data = out
-    padded.embedding.data, padded.head.bias.data = model.embedding.data, model.head.bias.data
-    ids = torch.randint(11, (9, 3), generator=generator)
+        counts |= {f"layers.{n}.{name}": parts for name, parts in small.parts().items()}
+    raws = dict(model.named_parameters())
+    for name, large in padded.named_parameters():
+        raw, out = raws[name].data, torch.zeros_like(large)
+        if name not in counts:
+            counts[name] = (1,) * raw.dim()
+            assert raw.shape == large.shape, name
+        places = [
+            torch.cat([torch.arange(r // c) + i * (p // c) for i in range(c)])
+            for r, p, c in zip(raw.shape, out.shape, counts[name], strict=True)
+        ]
+        out[torch.meshgrid(*places, indexing="ij")] = raw
+        large.data = out
+    ids, targets = (torch.randint(11, (9, 3), generator=generator) for _ in range(2))
     state, wide = model.initial_state(3), padded.initial_state(3)
     for _ in range(2):
         out, same = model(ids, state), padded(ids, wide)
         state, wide = out.state, same.state
-        torch.testing.assert_close(same.raw_TBH, out.raw_TBH, rtol=0, atol=1e-14)
-    for layer_state, layer_wide in zip(state[:-1], wide[:-1], strict=True):
+        units = out.raw_TBH.shape[2]
+        torch.testing.assert_close(same.raw_TBH[..., :units], out.raw_TBH, rtol=0, atol=1e-14)
+        assert (same.raw_TBH[..., units:] == 0).all()
+        losses = (m.nll(x.raw_TBH, targets) for m, x in ((padded, same), (model, out)))
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-13)
+    for layer_state, layer_wide in zip(state, wide, strict=True):
         assert (layer_wide[0][:, layer_state[0].shape[1] :] == 0).all()
 
 

@@ -2,26 +2,29 @@
 
     recurlm bench heads                                   the rows of this machine
     python -m recurlm.bench.heads PICTURE.svg             the same, and a picture of the times over the vocabulary
+    python -m recurlm.bench.heads --only NAME ...         some rows of it
     python -m recurlm.bench.heads --tiles                 (GPU) times of other tiles in the kernels of an adaptive softmax
+    python -m recurlm.bench.heads --profile               (GPU) times of the kernels of an adaptive softmax
+    python -m recurlm.bench.heads --once NAME ...         (GPU) these heads, or torch, once at every size: compiled, and checked
 
-Words are drawn by Zipf's law. The peer is torch's full softmax, and for the adaptive ones nn.AdaptiveLogSoftmaxWithLoss with
-the same cut points; on a GPU everything is in bfloat16, on the CPU in fp32. On the CPU also the hierarchical
-softmax alone over more and more words. Perplexities: bench/heads.py.
+Words are drawn by Zipf's law. The peer is torch's full softmax (on a GPU compiled, too), and for the adaptive ones
+nn.AdaptiveLogSoftmaxWithLoss with the same cut points; on a GPU everything is in bfloat16, on the CPU in fp32. On the CPU
+also the hierarchical softmax alone over more and more words. Perplexities: bench/heads.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Generator, Tensor, nn
 
-from recurlm.bench.timing import Row, cpu_time, gpu_memory, gpu_time
+from recurlm import kernels
+from recurlm.bench.timing import Row, cpu_time, duration, gpu_memory, gpu_time
 from recurlm.config import ModelConfig
 from recurlm.kernels import reference
 from recurlm.model.heads import HEADS
@@ -30,6 +33,7 @@ from recurlm.model.heads.cuts import zipf
 
 PUBLISHED_CUTS = (2_800, 20_000, 76_000)  # of AWD-QRNN on WikiText-103
 BEST = 10
+ADAPTIVE = ("adaptive", "tied-adaptive")
 
 
 class Size(NamedTuple):
@@ -88,7 +92,7 @@ def subject(name: str, size: Size, device: str, dtype: torch.dtype, **more: Any)
     return Subject(lambda: made.nll(hidden, y, embedding), leaves, best)
 
 
-def full(size: Size, device: str, dtype: torch.dtype) -> Subject:
+def full(size: Size, device: str, dtype: torch.dtype, compiled: bool = False) -> Subject:
     """Torch's formula of the full softmax."""
     (hidden, weight), y = _given(size, device, dtype), targets(size, device)
     bias = torch.zeros(size.words, device=device, dtype=dtype, requires_grad=True)
@@ -97,7 +101,9 @@ def full(size: Size, device: str, dtype: torch.dtype) -> Subject:
         with torch.inference_mode():
             return reference.logits(hidden[:1], weight, bias).log_softmax(-1).topk(BEST)
 
-    return Subject(lambda: reference.linear_cross_entropy(hidden, weight, bias, y), [hidden, weight, bias], best)
+    formula = reference.linear_cross_entropy
+    formula = torch.compile(formula, dynamic=False) if compiled else formula
+    return Subject(lambda: formula(hidden, weight, bias, y), [hidden, weight, bias], best)
 
 
 def torchs_adaptive(size: Size, device: str, dtype: torch.dtype, cutoffs: tuple[int, ...]) -> Subject:
@@ -128,15 +134,12 @@ class Cost(NamedTuple):
     memory: float | None
 
 
-def costs(ours: Subject, theirs: Subject, device: str) -> tuple[Cost, Cost]:
-    """What ours and the peer take; on the CPU they take turns, so that whatever else it does meets both."""
-    works = [_works(ours), _works(theirs)]
-    if device == "cpu":
-        named = {f"{n} {m}": work for n, three in enumerate(works) for m, work in enumerate(three)}
-        times = cpu_time(named, seconds=0.3, rounds=3)
-        best = {name: found.best for name, found in times.items()}
-        return Cost(best["0 0"], best["0 1"], best["0 2"], None), Cost(best["1 0"], best["1 1"], best["1 2"], None)
-    return _on_gpu(ours, works[0]), _on_gpu(theirs, works[1])
+def in_turn(ours: Subject, theirs: Subject) -> tuple[Cost, Cost]:
+    """What ours and the peer take on the CPU, where they take turns, so that whatever else it does meets both."""
+    works = {f"{n} {m}": work for n, it in enumerate((ours, theirs)) for m, work in enumerate(_works(it))}
+    best = {name: found.best for name, found in cpu_time(works, seconds=0.3, rounds=3).items()}
+    one, two = (Cost(best[f"{n} 0"], best[f"{n} 1"], best[f"{n} 2"], None) for n in range(2))
+    return one, two
 
 
 def _works(it: Subject) -> tuple[Callable[[], object], ...]:
@@ -152,51 +155,87 @@ def _works(it: Subject) -> tuple[Callable[[], object], ...]:
     return train, score, it.best
 
 
-def _on_gpu(it: Subject, works: tuple[Callable[[], object], ...]) -> Cost:
+def on_gpu(it: Subject) -> Cost:
+    """What it takes alone."""
+    works = _works(it)
     memory = gpu_memory(works[0]) - sum(leaf.nbytes for leaf in it.leaves) / 1e6
     graphs = it.captured, it.captured, False
     times = [gpu_time(work, graph=graph, repeats=5) for work, graph in zip(works, graphs, strict=True)]
     return Cost(times[0], times[1], times[2], memory)
 
 
-def rows() -> list[dict[str, Any]]:
-    """A row for each head, size and what is done with it; adaptive ones with the published cut points beside torch's."""
+def rows(report: Callable[[dict[str, Any]], None] = lambda row: None, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """A row for each head, size and what is done with it; adaptive ones with the published cut points beside torch's.
+
+    `report` gets each row when it is there; `only` these heads, as the rows name them (none: all).
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     out: list[dict[str, Any]] = []
 
-    def add(name: str, size: Size, ours: Cost, theirs: Cost, peer: str, target: str = "") -> None:
-        shape = f"{size.rows:,} x {size.units} x {size.words:,} {str(dtype).removeprefix('torch.')}"
-        for what, a, b in zip(("training", "scoring"), ours[:2], theirs[:2], strict=True):
+    def add(**columns: Any) -> None:
+        out.append(Row(**columns).as_dict())
+        report(out[-1])
+
+    def compare(name: str, size: Size, ours: Callable[[], Subject], theirs: Peer, target: str = "") -> None:
+        """The three rows of a head beside a peer; what fails is said and costs no other row."""
+        try:
+            mine, other = in_turn(ours(), theirs.subject) if theirs.subject else (on_gpu(ours()), theirs.times)
+        except Exception as error:  # such as too little memory
+            print(f"{name}, {size}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+            return
+        finally:
+            _empty(device)
+        kind = str(dtype).removeprefix("torch.")
+        for what, rows_there, a, b in zip(
+            ("training", "scoring", f"best {BEST}"), (size.rows, size.rows, 1), mine[:3], other[:3], strict=True
+        ):
             training = what == "training"
-            more = "" if theirs.memory is None or not training else f", {theirs.memory:,.0f} MB"
-            out.append(Row(measure=f"{name}, {what}", shape=shape, ours_us=a, peer_us=b, peer=peer + more,
-                           memory_mb=ours.memory if training else None, target=target if training else "").as_dict())  # fmt: skip
-        best = f"1 x {size.units} x {size.words:,} {str(dtype).removeprefix('torch.')}"
-        out.append(
-            Row(
-                measure=f"{name}, best {BEST}", shape=best, ours_us=ours.searching, peer_us=theirs.searching, peer=peer
-            ).as_dict()
-        )
+            add(measure=f"{name}, {what}", shape=f"{rows_there:,} x {size.units} x {size.words:,} {kind}", ours_us=a, peer_us=b,
+                peer=", ".join(filter(None, (theirs.name, theirs.more * training))), memory_mb=mine.memory if training else None,
+                target=target if training else "")  # fmt: skip
 
     for size in SIZES[device]:
-        peer = full(size, device, dtype)
-        for name in VARIANTS:
-            try:
-                add(name, size, *costs(subject(name, size, device, dtype), peer, device), "torch, full softmax")
-            except Exception as error:  # such as too little memory: the others are worth having
-                print(f"{name}, {size}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
-            _empty(device)
+        peer = _peer("torch, full softmax", lambda size=size: full(size, device, dtype), device)
+        if device == "cuda" and not only:
+            compiled = _peer("", lambda size=size: full(size, device, dtype, compiled=True), device)
+            peer = peer._replace(more=f"{peer.more}; compiled {duration(compiled.times[0])}, {compiled.more}")
+        for name in [name for name in VARIANTS if not only or name in only]:
+            compare(name, size, lambda name=name, size=size: subject(name, size, device, dtype), peer)
         if size.words > PUBLISHED_CUTS[-1]:
-            peer = torchs_adaptive(size, device, dtype, PUBLISHED_CUTS)
-            for name in ("adaptive", "tied-adaptive"):
-                ours = subject(name, size, device, dtype, cutoffs=PUBLISHED_CUTS)
-                target = "2 x torch's, 5 x full" if name == "adaptive" else ""
-                add(
-                    f"{name}, published cuts", size, *costs(ours, peer, device), "nn.AdaptiveLogSoftmaxWithLoss", target
-                )
-        _empty(device)
+            torchs = _peer(
+                "nn.AdaptiveLogSoftmaxWithLoss",
+                lambda size=size: torchs_adaptive(size, device, dtype, PUBLISHED_CUTS),
+                device,
+            )
+            for name in [name for name in ADAPTIVE if not only or f"{name}, published cuts" in only]:
+                compare(f"{name}, published cuts", size,
+                        lambda name=name, size=size: subject(name, size, device, dtype, cutoffs=PUBLISHED_CUTS), torchs,
+                        "2 x torch's, 5 x full" if name == "adaptive" else "")  # fmt: skip
+        del peer
     return out + (trees() if device == "cpu" else [])
+
+
+class Peer(NamedTuple):
+    """A peer, and what to measure in turn with ours (CPU), or what it took (GPU; None where it failed)."""
+
+    name: str
+    subject: Subject | None
+    times: tuple[float | None, ...] = ()
+    more: str = ""
+
+
+def _peer(name: str, make: Callable[[], Subject], device: str) -> Peer:
+    """A peer, on a GPU measured once for all heads; `more` says what it took besides its time."""
+    if device == "cpu":
+        return Peer(name, make())
+    try:
+        cost = on_gpu(make())
+        return Peer(name, None, cost[:3], f"{cost.memory:,.0f} MB")
+    except Exception as error:  # such as no C compiler: ours are worth having alone
+        return Peer(name, None, (None, None, None), f"failed: {type(error).__name__}: {str(error)[:80]}")
+    finally:
+        _empty(device)
 
 
 def _empty(device: str) -> None:
@@ -244,40 +283,43 @@ def picture(found: list[dict[str, Any]], path: str) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def sweep(seconds: float = 80) -> None:
+def sweep(seconds: float = 28) -> None:
     """Prints the times of other tiles in the kernels of `cluster_triton`, at the tails of the published cut points."""
     from recurlm.kernels import cluster_triton as fused
+    from recurlm.kernels import cross_entropy_triton as whole
 
     start, size = time.perf_counter(), SIZES["cuda"][-1]
-    for head in ("adaptive", "tied-adaptive"):
-        it = subject(head, size, "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
+    subjects = {name: subject(name, size, "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS) for name in ADAPTIVE}
 
-        def train(it: Subject = it) -> list[Tensor]:
-            return list(torch.autograd.grad(it.nll().mean(), it.leaves, materialize_grads=True))
+    def line(label: str, module: Any = fused, **changed: Any) -> None:
+        cells = []
+        for name, it in subjects.items():
+            if time.perf_counter() - start > seconds:
+                cells.append(f"{name} out of time")
+                continue
+            try:
+                with mock.patch.multiple(module, **changed):
+                    train, score, _ = _works(it)
+                    cells.append(
+                        f"{name} {gpu_time(train, repeats=5):7.0f} us, scoring {gpu_time(score, repeats=5):5.0f}"
+                    )
+            except Exception as error:  # such as too little shared memory
+                cells.append(f"{name} {type(error).__name__}: {str(error)[:90]}")
+        print(f"  {label:32} {'   '.join(cells)}", flush=True)
 
-        print(f"{head}: rows that stay and that stream, stages, programs a multiprocessor")
-        for shape in (None, (128, 128), (128, 64), (64, 128), (64, 64), (64, 32)):
-            for stages in (2, 3):
-                for per_sm in (1, 2):
-                    if time.perf_counter() - start > seconds:
-                        print("out of time")
-                        return
-                    try:
-                        with mock.patch.multiple(
-                            fused,
-                            STAGES=stages,
-                            PER_SM=per_sm,
-                            SHAPES=fused.SHAPES if shape is None else (shape, *fused.SHAPES),
-                        ):
-                            print(f"  {shape} {stages} {per_sm} {gpu_time(train, repeats=5):9.1f} us", flush=True)
-                    except Exception as error:  # such as too little shared memory
-                        print(f"  {shape} {stages} {per_sm} {type(error).__name__}: {str(error)[:90]}", flush=True)
-    return
+    line("as it is")
+    line("one stream", SIDE_STREAMS=False)
+    line("2 programs a multiprocessor", PER_SM=2)
+    line("shortlist's exponentials kept", module=whole, KEPT_BYTES=80 << 20)
+    for shape in ((64, 128), (64, 64), (128, 64)):
+        for per_sm in (1, 2):
+            line(f"{shape}, {per_sm}", SHAPES=(shape, *fused.SHAPES), PER_SM=per_sm)
+    line("3 stages", STAGES=3)
 
 
 def profile() -> None:
     """Prints the GPU time of every kernel of one training call, published cut points."""
-    for head in ("adaptive", "tied-adaptive"):
+    for head in ADAPTIVE:
         it = subject(head, SIZES["cuda"][-1], "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
         torch.autograd.grad(it.nll().mean(), it.leaves)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
@@ -288,14 +330,53 @@ def profile() -> None:
             print(f"{event.self_device_time_total:9.1f} us {event.count:4d} x {event.key[:70]}")
 
 
+def once(names: list[str], device: str = "cuda") -> None:
+    """Calls what `rows` measures of these heads (or of 'torch') once; says what fails, and whether adaptive losses are right."""
+    dtype = torch.bfloat16
+    makers: dict[tuple[str, Size], Callable[[], Subject]] = {}
+    for name, size in ((name, size) for size in reversed(SIZES[device]) for name in names):
+        if name == "torch":
+            makers[name, size] = lambda size=size: full(size, device, dtype, compiled=True)
+            continue
+        makers[name, size] = lambda name=name, size=size: subject(name, size, device, dtype)
+        if VARIANTS[name]["head"] in ADAPTIVE and size.words > PUBLISHED_CUTS[-1]:
+            makers[f"{name}, published cuts", size] = lambda name=name, size=size: subject(
+                name, size, device, dtype, cutoffs=PUBLISHED_CUTS
+            )
+    for (name, size), make in makers.items():
+        try:
+            it = make()
+            train, score, best = _works(it)
+            found = [score(), *train()]  # type: ignore[misc]
+            best()
+            if "adaptive" in name and "mixture" not in name:
+                with mock.patch.object(kernels, "cluster_cross_entropies", reference.cluster_cross_entropies):
+                    truth = [score(), *train()]  # type: ignore[misc]
+                off = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, truth, strict=True))
+                print(
+                    f"{name}, {size}: {off:.4f} of the norm from the plain formula{' TOO FAR' * (off > 0.03)}",
+                    flush=True,
+                )
+        except Exception as error:
+            print(f"{name}, {size}: {type(error).__name__}: {str(error)[:600]}", flush=True)
+        _empty(device)
+
+
+def _show(row: dict[str, Any]) -> None:
+    print(f"{row['measure']:40} {row['shape']:32} {duration(row['ours_us']):>9} {row['memory_mb'] or 0:7.0f} MB beside "
+          f"{duration(row['peer_us'])} {row['peer']}", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
     if "--tiles" in sys.argv:
-        profile()
         sweep()
+    elif "--profile" in sys.argv:
+        profile()
+    elif "--once" in sys.argv:
+        once(sys.argv[2:])
+    elif "--only" in sys.argv:
+        rows(_show, sys.argv[2:])
     else:
-        measured = rows()
-        for row in measured:
-            kept = {field.name: row[field.name] for field in dataclasses.fields(Row)}
-            print(Row(**kept))
+        measured = rows(_show)
         if len(sys.argv) > 1:
             picture(measured, sys.argv[1])

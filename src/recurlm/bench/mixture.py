@@ -2,7 +2,7 @@
 
 The limit is three products of tokens x experts x depth x vocabulary at the rate of a large square one; memory is what the
 peak takes beyond the inputs and their gradients. `python -m recurlm.bench.mixture` prints the rows alone, with --sweep the
-times of other chunks and tiles of the linear cross-entropy at these sizes.
+times of other chunks and tiles of the linear cross-entropy at these sizes, with --profile those of every kernel.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def rows() -> list[dict[str, Any]]:
         check(given)
         size = sum(x.nbytes for x in given[0]) / 1e6  # as large as the gradients
         elapsed, memory = _measure(ours, given)
-        for peer, function in (("torch", formula), ("torch.compile", torch.compile(formula))):
+        for peer, function in (("torch", formula), ("torch.compile", torch.compile(formula, dynamic=False))):
             theirs, beside = None, peer
             try:
                 theirs, needed = _measure(function, given)
@@ -114,7 +114,7 @@ def _measure(function: Callable[..., Tensor], given: Inputs) -> tuple[float, flo
     return elapsed, memory
 
 
-def sweep(seconds: float = 70) -> None:
+def sweep(seconds: float = 40) -> None:
     """Prints times and memory with other chunks and tiles of the linear cross-entropy; stops after about `seconds`."""
     from recurlm.kernels import cross_entropy_triton as fused
 
@@ -135,21 +135,47 @@ def sweep(seconds: float = 70) -> None:
                 cells.append(f"{name} {type(error).__name__}: {str(error)[:80]}")
         print(f"  {label:36} {'  '.join(cells)}", flush=True)
 
-    print("as it is, then chunks of at most that many MB (2^20)")
+    everything = {"SCRATCH_BYTES": 1 << 40, "CHUNK_SHARE": 0}
+    print("as it is, one stream, other parts of the rows, chunks of at most that many MB (2^20)")
     line("as it is")
-    for size in (16, 24, 32, 48, 72, 128, 256):
-        line(str(size), CHUNK_BYTES=size << 20, SCRATCH_BYTES=1 << 40, CHUNK_SHARE=0)
+    line("one stream", TWO_STREAMS=False)
+    for size in (32, 48, 72, 100):
+        line(f"{size}", CHUNK_BYTES=size << 20, **everything)
+        line(f"{size}, 2 buffers", CHUNK_BYTES=size << 20, BUFFERS=2, **everything)
+    line("72, 3 buffers", CHUNK_BYTES=72 << 20, BUFFERS=3, **everything)
+    line("2 parts", WEIGHT_SPLITS=2)
     print("kernels of the forward and of the backward pass: n v k warps stages per_sm")
-    for numbers in ((128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 3, 1)):
+    small = ((128, 256, 32, 8, 5, 1), (256, 128, 32, 8, 5, 1), (128, 128, 32, 4, 5, 2))
+    for numbers in (*small, (256, 128, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2)):
         it = fused.Tiles(*numbers, flatten=True)
         line(f"forward {numbers}", FORWARD=it, FORWARD_LARGE=it)
-    for numbers in ((128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 4, 1), (128, 128, 64, 8, 4, 1)):
+    for numbers in (*small, (256, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1), (128, 128, 64, 4, 3, 2)):
         line(f"backward {numbers}", BACKWARD=fused.Tiles(*numbers, flatten=True))
+
+
+def profile() -> None:
+    """Prints the GPU time of every kernel of one call."""
+    for name, (shape, _) in SHAPES.items():
+        given = inputs(shape)
+        both(ours, given)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
+            both(ours, given)
+            torch.cuda.synchronize()
+        print(f"-- {name}")
+        for event in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:25]:
+            print(f"{event.self_device_time_total:9.1f} us {event.count:4d} x {event.key[:90]}")
 
 
 if __name__ == "__main__":
     if "--sweep" in sys.argv:
         sweep()
+    elif "--profile" in sys.argv:
+        profile()
+    elif "--once" in sys.argv:  # compiles
+        for shape, _ in SHAPES.values():
+            check(inputs(shape))
+            both(ours, inputs(shape))
+            both(torch.compile(formula, dynamic=False), inputs(shape))
     else:
         from recurlm.bench import timing
 

@@ -66,6 +66,10 @@ def train(
     tokenizer: Annotated[str, typer.Option(help="word, char, byte, bpe or unigram.", rich_help_panel=TOKENS)] = "word",
     vocab_size: Annotated[int, typer.Option(help="Largest vocabulary; 0 = default.", rich_help_panel=TOKENS)] = 0,
     min_count: Annotated[int, typer.Option(help="word, char: rarer types become unknown.", rich_help_panel=TOKENS)] = 1,
+    tokenizer_of: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="The tokenizer of this run or store, to mix both.", rich_help_panel=TOKENS),
+    ] = None,
     out_of_core: Annotated[
         bool | None,
         typer.Option(
@@ -95,9 +99,11 @@ def train(
         fallback=fallback or None,  # type: ignore[arg-type]
         interpolate_unigrams=interpolate_unigrams,
     )
+    if tokenizer_of is not None and (tokenizer, vocab_size, min_count) != ("word", 0, 1):
+        raise ConfigError("--tokenizer-of names a tokenizer that is there; leave out what would make another one.")
     words = from_dict({"tokenizer": {"kind": tokenizer, "vocab_size": vocab_size, "min_count": min_count}}).tokenizer
     facts = run.train(
-        data, out, order=order, settings=settings, tokenizer=words,
+        data, out, order=order, settings=settings, tokenizer=words, tokenizer_of=tokenizer_of,
         out_of_core=out_of_core, memory_limit=f"{parse_size(memory_limit)}B", arpa_file=arpa,
     )  # fmt: skip
     _print_facts(out, facts, as_json)

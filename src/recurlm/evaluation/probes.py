@@ -20,7 +20,7 @@ LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 WHOLE = 200  # words of context of which the farther ones are shuffled
 NEAR = (10, 20, 50, 100)
 AFTER = 50
-SPLICES = 64
+SPLICES, LEAST_BORDERS = 64, 8
 
 
 def _places(reader: Reader, count: int, before: int, after: int) -> np.ndarray:
@@ -70,17 +70,31 @@ def after_a_switch(reader: Reader) -> dict[str, np.ndarray]:
         return {}
     places = usable[np.linspace(0, len(usable) - 1, SPLICES).astype(int)]
     elsewhere = usable[(np.searchsorted(usable, places) + len(usable) // 2) % len(usable)]
+    own, other = ([reader.span(place - WHOLE, place) for place in where] for where in (places, elsewhere))
+    return _after(reader, places, {"the text itself": own, "another place": other, "nothing": []})
+
+
+def at_borders(reader: Reader) -> dict[str, np.ndarray]:
+    """The same at borders of documents that the text itself has: after the WHOLE words before the border, and after none.
+
+    {} for a text with fewer than LEAST_BORDERS, or one that is read backward.
+    """
+    starts = reader.text.document_starts
+    usable = starts[(starts >= WHOLE) & (starts <= len(reader.text.words) - AFTER)]
+    if len(usable) < LEAST_BORDERS or reader.subject.model.backward:
+        return {}
+    places = usable[np.linspace(0, len(usable) - 1, min(SPLICES, len(usable))).astype(int)]
+    before = [reader.span(place - WHOLE, place) for place in places]
+    return _after(reader, places, {"the document before": before, "nothing": []})
+
+
+def _after(reader: Reader, places: np.ndarray, kinds: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """The mean over the places of the bits of each of the AFTER words from there on, after each kind of context."""
     targets = [reader.span(place, place + AFTER) for place in places]
     lengths = [np.diff(reader.starts[place : place + AFTER + 1]) for place in places]
-    none = [np.zeros(0, np.int64)] * len(places)
-    kinds = {
-        "the text itself": [reader.span(place - WHOLE, place) for place in places],
-        "another place": [reader.span(place - WHOLE, place) for place in elsewhere],
-        "nothing": none,
-    }
     out = {}
     for kind, contexts in kinds.items():
-        bits = reader.bits_after(contexts, targets)
+        bits = reader.bits_after(contexts or [np.zeros(0, np.int64)] * len(places), targets)
         words = [np.add.reduceat(b, np.cumsum(n) - n) for b, n in zip(bits, lengths, strict=True)]
         out[kind] = np.mean(words, 0)
     return out

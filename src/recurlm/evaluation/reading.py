@@ -64,6 +64,19 @@ class Text:
         return np.concatenate(([0], np.flatnonzero(self.line_ends)[:-1] + 1))
 
     @cached_property
+    def document_starts(self) -> np.ndarray:
+        """The first word of each document but the first: at titles as WikiText writes them (= Title =), or after empty lines."""
+        words, starts = self.words, self.line_starts
+        ends = np.array([*starts[1:], len(words)]) - 1  # the line ends themselves
+        titles = [
+            a for a, b in zip(starts, ends, strict=True)
+            if b - a > 2 and words[a] == words[b - 1] == "=" and words[a + 1] != "="
+        ]  # fmt: skip
+        empty = starts == ends
+        after = starts[1:][empty[:-1] & ~empty[1:]]
+        return np.array([place for place in (titles or after) if place], np.int64)
+
+    @cached_property
     def word_ends(self) -> np.ndarray:
         """The byte after each word."""
         ends = np.array([found.end() for found in re.finditer(r"\S+|\n", self.text)], np.int64)

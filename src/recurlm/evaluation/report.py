@@ -363,13 +363,18 @@ def _switch(m: Measured, able: Sequence[int]) -> Section:
             means = [float(bits[a - 1 : b].mean()) for a, b in SINCE]
             lines.append(Series(kind, range(len(SINCE)), means, k))
             rows.append([kind if len(able) == 1 else f"{m.names[n]}: {kind}", *means])
+        for kind, bits in probes.at_borders(m.readers[n]).items():
+            label = f"a border of documents: {kind}"
+            means = [float(bits[a - 1 : b].mean()) for a, b in SINCE]
+            rows.append([label if len(able) == 1 else f"{m.names[n]}, {label}", *means])
         if lines:
             charts.append(Chart(f"words since the line's start ({m.names[n]})", "bits per word", lines, names))
     says = (
         f"Bits per word from a line's start on, at {probes.SPLICES} places, when the {probes.WHOLE} words before it "
         "are its own, are of another place of the "
         "text, as at the border of two documents, or are none. The gap to its own is what the change of subject "
-        "costs, and how soon it is made good."
+        "costs, and how soon it is made good. Where the text itself has titles or empty lines between documents, the last "
+        "rows begin at these."
     )
     return Section("switch", "When the subject changes", says, charts, [Table(["after", *names], rows)])
 

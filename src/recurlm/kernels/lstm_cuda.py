@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,16 +19,21 @@ MULTIPLE = 16  # of units, as the kernels compute them
 PATIENCE = 4_000_000_000  # nanoseconds that a block waits for another
 LEAST_CAPABILITY = (8, 0)
 RING = 4  # uses of the ring of partial sums before a place is used again
+CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
+CLUSTER_CAPABILITY = (9, 0)
+CLUSTER_RING = 2  # the same within clusters
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
 MOST_BATCH = 48  # for more, cuDNN is as fast (docs/log.md)
 
 
 class Card(NamedTuple):
-    """What a GPU offers: multiprocessors, bytes of shared memory a block, compute capability."""
+    """What a GPU offers: multiprocessors, bytes of shared memory a block, compute capability; and how many clusters of so many
+    blocks, each with a multiprocessor of its own, run at once."""
 
     processors: int
     shared: int
     capability: tuple[int, int]
+    clusters: tuple[tuple[int, int], ...] = ()
 
 
 class Layout(NamedTuple):
@@ -42,12 +49,25 @@ class Layout(NamedTuple):
     def get(self, macro: str) -> int:
         return dict(self.macros)[macro]
 
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster; 1 for the kernels that have none."""
+        return dict(self.macros).get("CLUSTER", 1)
+
 
 @functools.cache
 def card(index: int) -> Card:
     """The Card of torch's GPU of this number."""
     known = torch.cuda.get_device_properties(index)
-    return Card(known.multi_processor_count, known.shared_memory_per_block_optin, (known.major, known.minor))
+    shared, capability = known.shared_memory_per_block_optin, (known.major, known.minor)
+    clusters = []
+    if capability >= CLUSTER_CAPABILITY:
+        code = nvrtc.compiled('extern "C" __global__ void nothing() {}', {}, capability)
+        for size in CLUSTERS:
+            kernel = nvrtc.Kernel(code, "nothing", shared, size)
+            with contextlib.suppress(RuntimeError):  # a size that this GPU does not take
+                clusters.append((size, kernel.resident_blocks(32) // size))
+    return Card(known.multi_processor_count, shared, capability, tuple(clusters))
 
 
 def _up(a: int, b: int) -> int:
@@ -158,11 +178,88 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
 LAYOUTS = {"forward": forward_layouts, "backward": backward_layouts}
 
 
+def _splits(count: int) -> Iterator[tuple[int, int]]:
+    """(warps, tiles or blocks of k for each) of ways to share so many among at most 8 warps."""
+    for warps in range(1, 9):
+        each = _up(count, warps)
+        if warps == 1 or _up(count, warps - 1) > each:
+            yield warps, each
+
+
+def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
+    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first."""
+    found, forward = [], name == "forward"
+    for cluster, most in here.clusters:
+        if not most:
+            continue
+        tiles = _up(_up(H, most), 4 if forward else 16)
+        blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
+        for (warps_m, tiles_m), (warps_k, blocks_k), groups, cells, polls in itertools.product(
+            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch)), (0, 4, 8), (1, 3, 5)
+        ):
+            if (
+                warps_m * warps_k + cells > 16
+                or (not forward and warps_k * blocks_k % 2)
+                or (polls > 1 and groups[0] > 1)
+            ):
+                continue
+            shares = warps_m, tiles_m, warps_k, blocks_k
+            layout = _clustered(name, H, batch, here, cluster, shares, groups, cells, polls)
+            if layout is not None:
+                found.append(layout)
+    return sorted(found, key=lambda layout: layout.cost)
+
+
+def _clustered(
+    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int], cells: int,
+    polls: int,
+) -> Layout | None:  # fmt: skip
+    """The layout with these shares of a warp; None where it does not fit."""
+    (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
+    forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
+    k = ((cluster - 1) * warps_k + warps_k - 1) * blocks_k * 4  # the last warp's first chunk of 8 k
+    if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
+        return None  # a warp with nothing to wait for would run ahead
+    strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
+    share = _up(rows // width * batch_rows, 2 * cluster) * 2
+    rounds, loads = _up(share, 32 * (cells or warps)), _up(blocks_k * tiles_n, warps_m)
+    sends = _up(rows // 4 * batch_rows, 32 * warps)
+    registers = min(255, 16384 // (32 * _up(warps + cells, 4)) // 8 * 8)
+    other = (0 if cells else 6 * rounds if forward else 22 * rounds) + 40 + loads + sends + 4 * loads * (groups > 1)
+    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, 0 if cells else width * cluster)
+    if cells and registers < (48 + 6 * rounds if forward else 52 + 22 * rounds) + width * cluster:
+        return None
+    kept = max(0, min(blocks_k, free // (8 * tiles_m)))
+    shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + warps_k * blocks_k * tiles_n * 512
+    shared += groups * share * 32 * (not forward)
+    shared += CLUSTER_RING * groups * cluster * share * width * 4 + warps_k * tiles_n * 8 * (rows + 4) * 8
+    shared += polls * warps * loads * 512 * (polls > 1)
+    if free < 0 or shared > here.shared - 1024:
+        return None
+    products, reads = _work(groups, warps, blocks_k, kept, tiles_m, tiles_n)
+    moved = batch * H * (2 if forward else 8) * strips / 5.5e6
+    sums = 2 * warps_k / 128 + (cluster - 1) / cluster / 16
+    sums = groups * rows * tiles_n * 8 * 4 * sums / 1900 + groups * warps * blocks_k * tiles_n * 4 / 3800
+    cost = (1.2 if forward else 1.5) + 0.4 * groups + 0.8 * products + 0.7 * reads + moved + sums
+    macros = {
+        "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
+        "CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k,
+        "REGISTERS_K": kept, "CELL_WARPS": cells, "POLLS": polls,
+    }  # fmt: skip
+    macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
+    return Layout(name, tuple(macros.items()), strips * cluster, warps + cells, shared, cost)
+
+
+def source(layout: Layout) -> str:
+    """The CUDA C++ of a layout's kernel."""
+    return nvrtc.source("lstm_common.cu") + nvrtc.source("lstm_cluster.cu" if layout.cluster > 1 else "lstm.cu")
+
+
 @functools.cache
 def _kernel(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
     macros = {**dict(layout.macros), "HALF": int(half)}
-    code = nvrtc.compiled(nvrtc.source("lstm.cu"), macros, card(index).capability)
-    return nvrtc.Kernel(code, layout.name, layout.shared)
+    code = nvrtc.compiled(source(layout), macros, card(index).capability)
+    return nvrtc.Kernel(code, layout.name, layout.shared, layout.cluster)
 
 
 @functools.cache
@@ -203,43 +300,62 @@ def ring_of(layout: Layout, batch: int, device: torch.device) -> Tensor:
     return torch.zeros(RING, rows, batch, strips * layout.get("COLUMNS"), device=device)
 
 
-class _Recurrence(torch.autograd.Function):
-    """(y_TBH, last h_BH, last c_BH fp32) from pre-activations without the product with h; they are overwritten."""
+class _Layer(torch.autograd.Function):
+    """(y_TBH, last h_BH, last c_BH fp32) of a layer whose units are a multiple of MULTIPLE."""
 
     @staticmethod
-    def forward(ctx, gates_TBG: Tensor, weight_GH: Tensor, h_BH: Tensor, c_BH: Tensor, fore: Layout, back: Layout):  # type: ignore[override]
-        T, B, G = gates_TBG.shape
-        H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
+    def forward(  # type: ignore[override]
+        ctx,
+        x_TBI: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        bias_G: Tensor,
+        h_BH: Tensor,
+        c_BH: Tensor,
+        fore: Layout,
+        back: Layout,
+    ):
+        T, B, _ = x_TBI.shape
+        H, index, half = h_BH.shape[-1], x_TBI.device.index, x_TBI.dtype == torch.float16
+        gates_TBG = linear(x_TBI, w_ih, bias_G)
         y = gates_TBG.new_empty(T + 1, B, H)
         y[1:].view(torch.int16).fill_(-1)
         y[0].copy_(h_BH)
         c = torch.empty(T, B, H, dtype=torch.float32, device=y.device)
-        first = c_BH.float().contiguous()
-        weight_GH = weight_GH.contiguous()
-        arguments = weight_GH, gates_TBG, y[0], first, y[1:], c, T, _trouble(index), PATIENCE
+        first, w_hh = c_BH.float().contiguous(), w_hh.contiguous()
+        arguments = w_hh, gates_TBG, y[0], first, y[1:], c, T, _trouble(index), PATIENCE
         _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, arguments)
-        ctx.save_for_backward(weight_GH, gates_TBG, y, c, first)
+        ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c, first)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
+        ctx.set_materialize_grads(False)
         return y[1:], y[T].clone(), c[-1].clone()
 
     @staticmethod
     def backward(ctx, d_y: Tensor | None, d_h: Tensor | None, d_c: Tensor | None):  # type: ignore[override]
-        weight_GH, gates_TBG, y, c, first = ctx.saved_tensors
+        x_TBI, w_ih, w_hh, gates_TBG, y, c, first = ctx.saved_tensors
         T, B, G = gates_TBG.shape
         H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
         back: Layout = ctx.back
-        zeros = torch.zeros_like(first)
+        zeros = torch.zeros_like(first) if d_h is None or d_c is None else first
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
         d_hT = zeros if d_h is None else d_h.float().contiguous()
         d_cT = zeros if d_c is None else d_c.float().contiguous()
         d_gates = torch.empty_like(gates_TBG)
         d_gates.view(torch.int16).fill_(-1)
         d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
-        given = weight_GH, gates_TBG, c, first, d_y, d_hT, d_cT
-        arguments = *given, d_gates, d_h0, d_c0, ring_of(back, B, y.device), T, _trouble(index), PATIENCE
-        _kernel(back, half, index)(back.blocks, 32 * back.warps, arguments)
-        d_weight = d_gates.view(T * B, G).t() @ y[:T].reshape(T * B, H)
-        return d_gates, d_weight, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None
+        # with clusters the kernel adds up the bias's gradient too
+        scratch = first.new_empty(B, G) if back.cluster > 1 else ring_of(back, B, y.device)
+        given = w_hh, gates_TBG, c, first, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, scratch
+        _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
+        d_NG = d_gates.view(T * B, G)
+        needed = ctx.needs_input_grad
+        d_x = (d_NG @ w_ih).view_as(x_TBI) if needed[0] else None
+        d_ih = d_NG.t() @ x_TBI.reshape(T * B, -1) if needed[1] else None
+        d_hh = d_NG.t() @ y[:T].view(T * B, H) if needed[2] else None
+        d_bias = None
+        if needed[3]:
+            d_bias = scratch.sum(0).to(d_gates.dtype) if back.cluster > 1 else d_NG.sum(0)
+        return d_x, d_ih, d_hh, d_bias, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None
 
 
 def lstm(
@@ -265,7 +381,6 @@ def lstm(
         w_hh = pad(w_hh.unflatten(0, (4, H)), (0, more, 0, more)).flatten(0, 1)
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
-    gates_TBG = linear(x_TBI, w_ih, b_ih + b_hh)
-    y_TBH, h, c = _Recurrence.apply(gates_TBG, w_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
+    y_TBH, h, c = _Layer.apply(x_TBI, w_ih, w_hh, b_ih + b_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
     c = c.to(c_BH.dtype)
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)

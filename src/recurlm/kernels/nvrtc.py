@@ -78,32 +78,60 @@ def compiled(source: str, macros: Mapping[str, int], capability: tuple[int, int]
 
 
 class Kernel:
-    """A function of compiled code on the current device, with `shared` bytes of shared memory for each block."""
+    """A function of compiled code on the current device, with `shared` bytes of shared memory for each block, which are
+    launched in clusters of `cluster`."""
 
-    def __init__(self, code: bytes, name: str, shared: int):
+    def __init__(self, code: bytes, name: str, shared: int, cluster: int = 1):
         from cuda.bindings import driver  # type: ignore[attr-defined]
 
         torch.cuda.current_stream()  # torch makes the context
         torch.zeros(1, device="cuda")
-        self.driver, self.shared = driver, shared
+        self.driver, self.shared, self.cluster = driver, shared, cluster
+        self.configs: dict[tuple[int, int], Any] = {}
         self.module = _checked(driver.cuModuleLoadData(code), "CUDA")
         self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()), "CUDA")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self.function, attribute, shared), "CUDA")
 
+    def _configured(self, blocks: int, threads: int, launched: bool = True) -> Any:
+        """How so many blocks are launched, all at once or not at all; or are asked after."""
+        driver, config = self.driver, self.driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self.shared
+        together, cluster = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        together.value.cooperative = 1
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = cluster.value.clusterDim
+        size.x, size.y, size.z = self.cluster, 1, 1
+        attributes = ([together] if launched else []) + ([cluster] if self.cluster > 1 else [])
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        return config
+
     def resident_blocks(self, threads: int) -> int:
         """How many blocks of so many threads the whole GPU holds at once."""
+        if self.cluster > 1:
+            config = self._configured(self.cluster, threads, launched=False)
+            clusters = self.driver.cuOccupancyMaxActiveClusters(self.function, config)
+            return _checked(clusters, "CUDA") * self.cluster
         occupancy = self.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared)
         return _checked(occupancy, "CUDA") * torch.cuda.get_device_properties().multi_processor_count
 
     def __call__(self, blocks: int, threads: int, arguments: Sequence[Tensor | int]) -> None:
         """Launches it on torch's current stream; RuntimeError, before anything runs, when not all blocks fit at once."""
+        if (blocks, threads) not in self.configs:
+            config = self._configured(blocks, threads)
+            if self.cluster > 1 and blocks > self.resident_blocks(threads):
+                raise RuntimeError(
+                    f"A kernel of {blocks} blocks cannot be launched: clusters of {self.cluster} do not fit at once."
+                )
+            self.configs[blocks, threads] = config
+        config = self.configs[blocks, threads]
+        config.hStream = torch.cuda.current_stream().cuda_stream
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         types = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_longlong for a in arguments)
-        stream = torch.cuda.current_stream().cuda_stream
-        launch = self.driver.cuLaunchCooperativeKernel(
-            self.function, blocks, 1, 1, threads, 1, 1, self.shared, stream, (values, types)
-        )
+        launch = self.driver.cuLaunchKernelEx(config, self.function, (values, types), 0)
         _checked(launch, f"A kernel of {blocks} blocks cannot be launched")
 
 

@@ -39,19 +39,24 @@ def train(
     order: int = 5,
     settings: Settings = Settings(),
     tokenizer: TokenizerConfig = TokenizerConfig(kind="word"),
+    tokenizer_of: str | Path | None = None,
     out_of_core: bool | None = None,
     memory_limit: str = "1500MB",
     arpa_file: str | Path | None = None,
 ) -> dict[str, Any]:
     """Facts of the n-gram model that was estimated on the train split of a text or store and written to the run directory.
 
-    `tokenizer` makes the ids unless `data` is a store. Texts of more than 30 million tokens, or with `out_of_core`, are
+    `tokenizer` makes the ids unless `data` is a store; with `tokenizer_of` they are those of another run or store, so that the
+    models of several domains can be mixed. Texts of more than 30 million tokens, or with `out_of_core`, are
     counted by DuckDB in about `memory_limit`; what grows with the text then lies in files of the run directory. With
     `arpa_file` the model is written there too.
     """
+    given = None if tokenizer_of is None else load_tokenizer(Path(tokenizer_of) / directory.TOKENIZER)
     with _new_run(run) as folder:
-        store = open_store(data) if is_store(data) else prepare(data, tokenizer, folder / OWN_STORE)
+        store = open_store(data) if is_store(data) else prepare(data, tokenizer, folder / OWN_STORE, given)
         store.verify()
+        if given is not None and store.tokenizer_hash != given.hash:
+            raise ConfigError(f"{data}: this store has another tokenizer than {tokenizer_of}; give the text itself.")
         ids = store.ids("train")
         known = store.tokenizer()
         out_of_core = len(ids) > IN_MEMORY if out_of_core is None else out_of_core

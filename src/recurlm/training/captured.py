@@ -30,6 +30,9 @@ from recurlm.training.cursor import seed_for_step
 from recurlm.training.step import Order
 
 MULTIPLE = 16  # of units, for layers computed in bf16 or TF32
+FEATURES = (
+    8  # of which a word's vector has a multiple: 16 bytes in bf16, without which products take several times as long
+)
 MOST_GRAPHS = 64
 MOMENTS = {"sgd": (), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -67,12 +70,22 @@ def _fault_of_triton(device: torch.device) -> str:
         return " ".join(str(error).split())[:200]
 
 
-def padded_sizes(model: NeuralModel, multiple: int) -> tuple[int, ...]:
-    """Units of each layer but the last as multiples of `multiple`, where every layer says how its weights are padded."""
-    sizes = layer_sizes(model.config)
-    if not all(layer.parts() for layer in model.layers):  # type: ignore[operator]
-        return sizes
-    return (*(-(-size // multiple) * multiple for size in sizes[:-1]), sizes[-1])
+def padded(model: NeuralModel, multiple: int, features: int) -> ModelConfig:
+    """The model's settings with units of each layer as multiples of `multiple`, where every layer says how it is padded.
+
+    The last layer and the words' vectors, these to multiples of `features`, where the head says so too.
+    """
+    config, head = model.config, model.head
+    sizes, E = layer_sizes(config), config.embedding_size
+    if all(layer.parts() for layer in model.layers):  # type: ignore[operator]
+        *sizes, last = (-(-size // multiple) * multiple for size in sizes)
+        if head.blocks() and not config.adaptive_inputs:  # type: ignore[operator]
+            E = -(-E // features) * features
+            last = E if head.tied else last
+        else:
+            last = layer_sizes(config)[-1]
+        sizes = (*sizes, last)
+    return dataclasses.replace(config, hidden_sizes=sizes, embedding_size=E)
 
 
 class CapturedStep:
@@ -96,6 +109,10 @@ class CapturedStep:
         self.ring_lengths = (batches.length, len(batches.ids)) if batches.offset or batches.partial else None
         self.dropout = dataclasses.replace(config.dropout, weight=0.0)
         self._build_twin(model, device)
+        # means over all elements of the last layer: those that are padded hold zeros
+        wider = self.twin.layers[-1].hidden_size / model.layers[-1].hidden_size  # type: ignore[operator]
+        penalties = config.objective
+        self.objective = dataclasses.replace(penalties, ar=wider * penalties.ar, tar=wider * penalties.tar)
         self.state = state
         terms = 1 + bool(config.objective.ar) + bool(config.objective.tar)
         self.controls = torch.zeros(update_triton.CONTROLS, dtype=torch.float64, device=device)
@@ -110,9 +127,7 @@ class CapturedStep:
     # ---- the twin -------------------------------------------------------------------------------------------
 
     def _build_twin(self, model: NeuralModel, device: torch.device) -> None:
-        multiple = 1 if model.precision.name == "fp32" else MULTIPLE
-        sizes = padded_sizes(model, multiple)
-        config: ModelConfig = dataclasses.replace(model.config, hidden_sizes=sizes)
+        config = padded(model, *((1, 1) if model.precision.name == "fp32" else (MULTIPLE, FEATURES)))
         with torch.device("meta"):
             twin = NeuralModel(config, model.vocab_size, torch.Generator("cpu"), model.precision)
         shapes = {name: tuple(p.shape) for name, p in twin.named_parameters()}
@@ -122,6 +137,7 @@ class CapturedStep:
             for n, layer in enumerate(model.layers)
             for name, counts in layer.parts().items()  # type: ignore[operator]
         }
+        parts |= {f"head.{name}": counts for name, counts in model.head.blocks().items()}  # type: ignore[operator]
         own = {id(p) for layer in model.layers for p in layer.parameters()}  # packed, so never the model's own
         working = {}
         for name, p in model.named_parameters():
@@ -257,7 +273,7 @@ class CapturedStep:
         lanes = self.lanes if length >= PARTS * LEAST_PART else []
         out = self.twin(inputs_TB, self.carried, self.dropout, noise, lanes)
         mask = None if counted is None else torch.from_numpy(counted).to(self.ids.device)
-        terms = objective.terms(self.twin, out, targets_TB, self.config.objective, mask)
+        terms = objective.terms(self.twin, out, targets_TB, self.objective, mask)
         stacked = torch.stack([term.float() for term in terms.values()])
         gradients = torch.autograd.grad(stacked.sum(), self.leaves)
         for lane in lanes:

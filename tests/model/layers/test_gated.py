@@ -31,6 +31,18 @@ def test_the_loop_equals_the_library(kind, generator):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_the_fused_cell_of_a_gpu_equals_the_formula(generator):
+    parts = [torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (20, 20, 5, 5, 5)]
+    found = []
+    for device in ("cpu", "cuda"):
+        x, r, c, up_h, up_c = (p.to(device, copy=True).requires_grad_() for p in parts)
+        h, new_c = lstm.cell(x, r, (c, c))
+        found.append([t.cpu() for t in (h, new_c, *torch.autograd.grad((h * up_h + new_c * up_c).sum(), (x, r, c)))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_variational_dropout_uses_one_mask_for_all_steps(generator):
     """With W_ih = 0 and U = I a simple network keeps h: units that the mask drops are 0 after one step, for good."""
     size = 200

@@ -52,6 +52,14 @@ class Head(nn.Module, ABC):
         """(the settings with whatever the head chooses for this use written out, what it chose, as a sentence or '')."""
         return config, ""
 
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        """Of each weight by name, how many equal blocks its axes hold (see `RecurrentLayer.parts`); {}: unknown.
+
+        Who names them promises that zeros at the end of the rows of `hidden_NH` and of the embedding, with weights padded
+        to match, change nothing.
+        """
+        return {}
+
     @abstractmethod
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None

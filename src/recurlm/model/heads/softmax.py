@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 
 from recurlm.config import ModelConfig
 from recurlm.kernels import linear_cross_entropy
-from recurlm.kernels.reference import logits
+from recurlm.kernels.reference import linear_log_softmax
 from recurlm.model.heads.base import Head, HeadDropout, check_tied
 from recurlm.model.layers.base import uniform
 
@@ -26,13 +26,16 @@ class SoftmaxHead(Head):
     def build(cls, vocab_size: int, hidden_size: int, config: ModelConfig, generator: Generator) -> SoftmaxHead:
         return cls(vocab_size, hidden_size, config.init_range, generator)
 
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (1, 1), "bias": (1,)}
+
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
         return linear_cross_entropy(hidden_NH, self.weight, self.bias, targets_N)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
-        return logits(hidden_NH, self.weight, self.bias).log_softmax(-1)
+        return linear_log_softmax(hidden_NH, self.weight, self.bias)
 
 
 class TiedHead(Head):
@@ -49,10 +52,13 @@ class TiedHead(Head):
         check_tied("tied", hidden_size, config)
         return cls(vocab_size)
 
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        return {"bias": (1,)}
+
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
         return linear_cross_entropy(hidden_NH, embedding_VE, self.bias, targets_N)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
-        return logits(hidden_NH, embedding_VE, self.bias).log_softmax(-1)
+        return linear_log_softmax(hidden_NH, embedding_VE, self.bias)

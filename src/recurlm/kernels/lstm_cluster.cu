@@ -1,0 +1,481 @@
+// The recurrence of an LSTM layer with its weights on the chip, by clusters of blocks that add their sums through shared
+// memory (compute capability 9.0). As lstm.cu, of which this differs in who does what:
+//
+// Both kernels: a cluster owns ROWS rows of the product; its block `rank` multiplies part `rank` of the vector by them,
+// and sends each sum to the block that turns it into new values. So every block loads only a part of the vectors from the
+// L2 cache, whose bandwidth bounds a step where every block loads all of them. Of what arrives, every word's last bit tells
+// one use of its place from the next: a warp that sends sums of step t + RING has vectors that depend on every block's
+// having read the sums of step t. So every warp must have some part of the vectors.
+//
+// A block's warps are WARPS_M by WARPS_K: each has WARP_TILES tiles of rows and BLOCKS_K blocks of 32 k. Vectors pass through
+// shared memory, where the WARPS_M warps of a share of k find them; the sums of the WARPS_K warps are added before they are
+// sent. With CELL_WARPS so many more warps turn sums into new values, and the others do nothing else than products; without,
+// every warp does both in turn. With POLLS > 1 a warp that waits has so many loads of all its words on their way, one every
+// POLL_CYCLES, so that it need not wait for one that came too early before it can ask again.
+//
+// forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
+// the gates' gradients, by ROW_UNITS units for each block.
+//
+// Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
+// REGISTERS_K, CELL_WARPS, POLLS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+
+#define ROWS (16 * WARPS_M * WARP_TILES)
+#define STRIDE (ROWS + 4)
+#define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors, of a warp
+#define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
+#ifndef POLL_CYCLES
+#define POLL_CYCLES 150
+#endif
+#define RING 2
+#define PREFETCH (GROUPS > 1)  // a turn's vectors are loaded during the turn before
+#define LAG (GROUPS > 1 && !CELL_WARPS)  // turns between a group's product and its new values, for the sums to travel
+
+// An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group.
+#ifdef UNITS
+#define WIDTH 4
+typedef uint4 Sums;
+#else
+#define WIDTH 2
+typedef uint2 Sums;
+#endif
+#define A_ROW (ROWS / WIDTH)
+#define SHARE ((A_ROW * GROUP_BATCH + 2 * CLUSTER - 1) / (2 * CLUSTER) * 2)
+#define CELL_THREADS (CELL_WARPS ? CELL_WARPS * 32 : THREADS)
+#define ROUNDS ((SHARE + CELL_THREADS - 1) / CELL_THREADS)
+#define INBOX (RING * GROUPS * CLUSTER * SHARE)
+#define SENDS ((ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
+
+// What a block has of shared memory, and where its warp stands in it.
+struct Places {
+    uint4 *more, *stage;
+    float* sums;
+    Sums* inbox;
+    float4* totals;  // backward: of each item of this block, the sum over steps of its gates' gradients
+    uint4* polled;   // POLLS places for what this lane asks for
+    int thread, warp, lane, r, q, m, k, rank;
+    int item;                // the first of the thread that does new values, among its block's
+    bool multiplies, values;  // what this warp does
+    Place to[SENDS];  // where this thread's sums go at the first use of the inbox
+
+    DEVICE Places(uint4* shared) {
+        thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
+        m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
+        multiplies = warp < WARPS, values = !CELL_WARPS || !multiplies;
+        item = CELL_WARPS ? thread - THREADS : thread;
+        more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
+        stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
+        sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);  // two, used in turn
+        inbox = (Sums*)(sums + 2 * WARPS_K * TILES_N * 8 * STRIDE);
+        totals = (float4*)(inbox + INBOX);
+        polled = (uint4*)(totals + (WIDTH == 2 ? GROUPS * SHARE * 2 : 0)) + warp * LOADS * 32 + lane;
+    }
+
+    DEVICE void begin() {  // before anything arrives
+        for (int i = thread; i < INBOX * WIDTH; i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SENDS && multiplies; i++) {
+            const int quad = thread + i * THREADS, item = quad * (4 / WIDTH);
+            Sums* place = inbox + rank * SHARE + item % SHARE;
+            to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
+        }
+        for (int i = 0; i < (POLLS > 1 ? POLLS : 0) * LOADS && multiplies; i++) place_of(i / LOADS, i % LOADS) = make_uint4(0, 0, 0, 0);
+        cluster_barrier();
+    }
+
+    DEVICE uint4& place_of(int poll, int i) const { return polled[(poll * WARPS * LOADS + i) * 32]; }
+
+    DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * CLUSTER * SHARE; }
+};
+
+typedef uint4 Kept[REGISTERS_K ? REGISTERS_K : 1][2][WARP_TILES];
+
+DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 second) {
+    if (k < REGISTERS_K) {
+        kept[k < REGISTERS_K ? k : 0][0][m] = first, kept[k < REGISTERS_K ? k : 0][1][m] = second;
+    } else {
+        at.more[((k - REGISTERS_K) * 2 * WARP_TILES + m) * 32] = first;
+        at.more[(((k - REGISTERS_K) * 2 + 1) * WARP_TILES + m) * 32] = second;
+    }
+}
+
+// What this lane loads of a group's vectors: the first batch row's begins at `from`, the next after `length`; a word of it is at
+// `offsets`, or nowhere where that is negative.
+struct Vectors {
+    const T16* from;
+    uint4 words[LOADS];
+
+    DEVICE bool wanted(const Places& at, int i, int offset, int g) const {
+        return offset >= 0 && row(at, i) < min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+    }
+
+    DEVICE int row(const Places& at, int i) const { return (at.m + i * WARPS_M) % TILES_N * 8 + at.r; }
+
+    DEVICE void ask(const Places& at, const T16* begin, int length, const int (&offsets)[LOADS], int g) {
+        from = begin;
+        if (POLLS > 1) {
+            await_copies<0>();  // none of the turn before may arrive after one of this turn
+            for (int poll = 0; poll < POLLS; poll++) {
+                if (poll) pause(POLL_CYCLES);
+                copy(at, length, offsets, g, poll);
+            }
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            words[i] = make_uint4(0, 0, 0, 0);
+            reload_shared_words(words[i], from + row(at, i) * length + offsets[i], wanted(at, i, offsets[i], g));
+        }
+    }
+
+    DEVICE void copy(const Places& at, int length, const int (&offsets)[LOADS], int g, int poll) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            copy_async(&at.place_of(poll, i), from + row(at, i) * length + offsets[i], wanted(at, i, offsets[i], g));
+        end_copies();
+    }
+
+    DEVICE void await(const Places& at, int length, const int (&offsets)[LOADS], int g, Patience& patience) {
+        patience.renew();
+        for (int poll = 0;; poll = poll + 1 < POLLS ? poll + 1 : 0) {
+            if (POLLS > 1) {
+                await_copies<POLLS - 1>();
+#pragma unroll
+                for (int i = 0; i < LOADS; i++) words[i] = at.place_of(poll, i);
+            }
+            bool waits = false;
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
+            if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+            if (POLLS > 1) {
+                copy(at, length, offsets, g, poll);
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS; i++)
+                reload_shared_words(words[i], from + row(at, i) * length + offsets[i], is_empty(words[i]));
+        }
+    }
+};
+
+// The turn of group g: this block's part of the sums, sent to their blocks; `vectors` are asked for, and those of the next turn
+// when `ask` is called.
+template <typename Ask>
+DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask ask, int length, const int (&offsets)[LOADS],
+                              int use, int g, Patience& patience) {
+    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+    asked.await(at, length, offsets, g, patience);
+    uint4* stage = at.stage + at.k * FRAGMENTS * 32 + at.lane;
+#pragma unroll
+    for (int i = 0; i < LOADS; i++)
+        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = asked.words[i];
+    if (PREFETCH) ask();
+    barrier(at.k, WARPS_M);
+
+    float acc[WARP_TILES][TILES_N][4] = {};
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) {
+        uint4 vectors[TILES_N];
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++) vectors[n] = stage[(k * TILES_N + n) * 32];
+        product<WARP_TILES>(acc, kept, at.more, vectors, k);
+    }
+    const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
+    // one barrier of all a turn: a warp may be a turn ahead of another
+    const int odd = (use * GROUPS + g) & 1;
+    float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
+    put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
+    barrier(14, WARPS);
+#pragma unroll
+    for (int i = 0; i < SENDS; i++) {
+        const int item = at.thread + i * THREADS;
+        if (item < ROWS / 4 * batch_rows) {
+            const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
+            send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
+        }
+    }
+}
+
+DEVICE bool arrived(uint2 v, unsigned bit) { return (v.x & 1) == bit && (v.y & 1) == bit; }
+DEVICE bool arrived(uint4 v, unsigned bit) { return (v.x & v.y & v.z & v.w & 1) == bit && ((v.x | v.y | v.z | v.w) & 1) == bit; }
+
+// The blocks' parts of item `mine` of this block.
+DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g, Patience& patience) {
+    const unsigned bit = (use / RING + 1) & 1;
+    const Sums* from = at.inbox + at.turn_of(use, g) + mine;
+#pragma unroll
+    for (int p = 0; p < CLUSTER; p++) parts[p] = load_arriving(from + p * SHARE);
+    patience.renew();
+    for (bool waits = true; waits;) {
+        waits = false;
+#pragma unroll
+        for (int p = 0; p < CLUSTER; p++)
+            if (!arrived(parts[p], bit)) parts[p] = load_arriving(from + p * SHARE), waits = true;
+        if (waits && !patience.lasts()) {
+            parts[0].x = parts[0].y = EMPTY;
+            waits = false;
+        }
+    }
+}
+
+#ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
+
+KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble,
+               unsigned long long limit) {
+    SHARED(shared);
+    Places at(shared);
+    const int unit0 = blockIdx.x / CLUSTER * UNITS, column0 = at.rank * WARPS_K * BLOCKS_K * 32;
+    Patience patience = {limit, 0, trouble, 0};
+    at.begin();
+
+    Kept kept;
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K && at.multiplies; k++) {
+        const int column = column0 + (at.k * BLOCKS_K + k) * 32 + at.q * 8;
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++) {
+            uint4 rows[2];  // units, of each its gates
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                const int row = (at.m * WARP_TILES + m) * 16 + 2 * at.r + s, unit = unit0 + row / 4;
+                rows[s] = load_words(weights + ((long long)(row % 4) * H + unit) * H + column, column < H && unit < H);
+            }
+            keep(kept, at, k, m, make_uint4(rows[0].x, rows[1].x, rows[0].y, rows[1].y),
+                 make_uint4(rows[0].z, rows[1].z, rows[0].w, rows[1].w));
+        }
+    }
+    int offsets[LOADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        const int fragment = at.m + i * WARPS_M, column = column0 + (at.k * BLOCKS_K + fragment / TILES_N) * 32 + at.q * 8;
+        offsets[i] = fragment < FRAGMENTS && column < H ? column : -1;
+    }
+
+    unsigned input[ROUNDS][4];
+    float cell[ROUNDS] = {};
+    auto fetch = [&](int t, int g) {  // what the new values of group g at step t need of memory
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
+            const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) input[i][gate] = there ? place[gate * H] : 0;
+            if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
+        }
+    };
+    Vectors vectors;
+    auto ask = [&](int turn) {
+        const int t = turn / GROUPS, g = turn % GROUPS;
+        const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
+        if (turn < T * GROUPS) vectors.ask(at, before + g * GROUP_BATCH * H, H, offsets, g);
+    };
+    if (at.values) fetch(0, 0);
+    if (at.multiplies && PREFETCH) ask(0);
+
+#pragma unroll 1
+    for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
+        if (at.multiplies && turn < T * GROUPS) {
+            if (!PREFETCH) ask(turn);
+            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, H, offsets, turn / GROUPS, turn % GROUPS, patience);
+        }
+        if (!at.values || turn < LAG) continue;
+        const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;
+        float gate_of[ROUNDS][4];
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
+            float x[4];
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) x[gate] = widened(input[i][gate]);
+            if (there) {
+                Sums parts[CLUSTER];
+                receive(parts, at, mine, t, g, patience);
+#pragma unroll
+                for (int p = 0; p < CLUSTER; p++) {
+                    x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
+                    x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
+                }
+            }
+            const float in = sigmoid(x[0]), forget = sigmoid(x[1]), value = tangent(x[2]), out = sigmoid(x[3]);
+            cell[i] = forget * cell[i] + in * value;
+            const float now = out * tangent(cell[i]), next = from_neighbour(now);
+            const long long place = ((long long)t * BATCH + b) * H + unit;
+            if (there && !(item & 1)) store_shared_word(h + place, packed(now, next));
+            gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
+        }
+        // others wait for h alone: the rest is written after it
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
+                const long long place = ((long long)t * BATCH + b) * H + unit;
+                c[place] = cell[i];
+#pragma unroll
+                for (int gate = 0; gate < 4; gate++)
+                    gates[(place - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
+            }
+        }
+        if (turn + 1 - LAG < T * GROUPS) fetch((turn + 1 - LAG) / GROUPS, (turn + 1 - LAG) % GROUPS);
+    }
+    cluster_barrier();  // a block that has ended has no shared memory to write to
+}
+
+#else  // ---- backward --------------------------------------------------------------------------------------------------
+
+// d_bias (BATCH, 4H): the gradients of the gates, added over the steps.
+KERNEL backward(const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT,
+                const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* d_bias, int T, int* trouble,
+                unsigned long long limit) {
+    SHARED(shared);
+    Places at(shared);
+    const int column0 = blockIdx.x / CLUSTER * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
+    Patience patience = {limit, 0, trouble, 0};
+    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS + CELL_WARPS * 32) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    at.begin();
+
+    Kept kept;
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K && at.multiplies; k++) {
+        const int chunk = (at.k * BLOCKS_K + k) * 4 + at.q, unit = row_unit0 + chunk_unit(chunk);
+        const T16* from = weights + ((long long)chunk_gate(chunk) * H + unit) * H;
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++) {
+            unsigned words[2][4];
+            const int column = column0 + (at.m * WARP_TILES + m) * 16 + 2 * at.r;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {  // two neighbouring units by two neighbouring columns
+                const unsigned even = load_word(from + (2 * e) * H + column, unit < H && column < H);
+                const unsigned odd = load_word(from + (2 * e + 1) * H + column, unit < H && column < H);
+                words[0][e] = (even & 0xffff) | odd << 16, words[1][e] = even >> 16 | (odd & 0xffff0000u);
+            }
+            keep(kept, at, k, m, make_uint4(words[0][0], words[1][0], words[0][1], words[1][1]),
+                 make_uint4(words[0][2], words[1][2], words[0][3], words[1][3]));
+        }
+    }
+    int offsets[LOADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        const int fragment = at.m + i * WARPS_M;
+        const int chunk = (at.k * BLOCKS_K + fragment / TILES_N) * 4 + at.q;
+        const int unit = row_unit0 + chunk_unit(chunk);
+        offsets[i] = fragment < FRAGMENTS && unit < H ? chunk_gate(chunk) * H + unit : -1;
+    }
+
+    // With d the gradient of h, the gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of
+    // i, f, g that of c times by_c.
+    float2 by_h[ROUNDS], by_o[ROUNDS], by_c[ROUNDS][3], forget[ROUNDS], d_above[ROUNDS], d_cell[ROUNDS];
+    unsigned gates_of[ROUNDS][4], d_h_of[ROUNDS];
+    float2 cell[ROUNDS], cell_before[ROUNDS];
+    auto fetch = [&](int t, int g) {  // what the gradients of group g's gates at step t need of memory
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
+            if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
+            const long long place = ((long long)t * BATCH + b) * H + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++)
+                gates_of[i][gate] = *(const unsigned*)(gates + (place - unit) * 4 + gate * H + unit);
+            d_h_of[i] = *(const unsigned*)(d_h + place);
+            cell[i] = *(const float2*)(c + place);
+            cell_before[i] = *(const float2*)(t ? c + place - BATCH * H : c0 + b * H + unit);
+            if (t == T - 1) d_cell[i] = *(const float2*)(d_cT + b * H + unit);
+            else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
+        }
+    };
+    auto prepare = [&](int i) {
+        float2 of[4];
+#pragma unroll
+        for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[i][gate]);
+        d_above[i] = unpacked(d_h_of[i]);
+#define EACH(x)                                                           \
+    {                                                                     \
+        const float tanh_c = tangent(cell[i].x);                          \
+        by_h[i].x = of[3].x * (1.0f - tanh_c * tanh_c);                   \
+        by_o[i].x = tanh_c * of[3].x * (1.0f - of[3].x);                  \
+        by_c[i][0].x = of[2].x * of[0].x * (1.0f - of[0].x);              \
+        by_c[i][1].x = cell_before[i].x * of[1].x * (1.0f - of[1].x);     \
+        by_c[i][2].x = of[0].x * (1.0f - of[2].x * of[2].x);              \
+        forget[i].x = of[1].x;                                            \
+    }
+        EACH(x)
+        EACH(y)
+#undef EACH
+    };
+    // The gradients of the gates of group g at step t, from what has arrived of step t + 1; for t < 0 those of the first state.
+    auto differentiate = [&](int t, int g) {
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
+            if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
+            if (t >= 0) prepare(i);
+            float2 d = make_float2(0.0f, 0.0f);
+            if (t == T - 1) {
+                d = *(const float2*)(d_hT + b * H + unit);
+            } else {
+                Sums parts[CLUSTER];
+                receive(parts, at, mine, T - 2 - t, g, patience);
+#pragma unroll
+                for (int p = 0; p < CLUSTER; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
+            }
+            float4* total = at.totals + (g * SHARE + mine) * 2;
+            if (t < 0) {
+                *(float2*)(d_h0 + b * H + unit) = d;
+                if (GROUPS == 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
+                for (int gate = 0; gate < 4; gate++) *(float2*)(d_bias + (b * 4 + gate) * H + unit) = ((float2*)total)[gate];
+                continue;
+            }
+            d.x += d_above[i].x, d.y += d_above[i].y;
+            const float2 d_c = make_float2(d_cell[i].x + d.x * by_h[i].x, d_cell[i].y + d.y * by_h[i].y);
+            T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
+            float2 d_gate[4];
+#pragma unroll
+            for (int gate = 0; gate < 3; gate++)
+                d_gate[gate] = make_float2(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
+            d_gate[3] = make_float2(d.x * by_o[i].x, d.y * by_o[i].y);
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) store_shared_word(place + gate * H, packed(d_gate[gate].x, d_gate[gate].y));
+            // others wait for these alone
+#pragma unroll
+            for (int two = 0; two < 2; two++) {
+                const float2 x = d_gate[2 * two], y = d_gate[2 * two + 1];
+                const float4 before = total[two];
+                total[two] = make_float4(before.x + x.x, before.y + x.y, before.z + y.x, before.w + y.y);
+            }
+            d_cell[i] = make_float2(d_c.x * forget[i].x, d_c.y * forget[i].y);
+            if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
+        }
+    };
+    Vectors vectors;
+    auto ask = [&](int turn) {
+        const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
+        const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
+        if (turn < T * GROUPS) vectors.ask(at, from, 4 * H, offsets, g);
+    };
+    if (at.values) {
+#pragma unroll 1
+        for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
+        if (T > 1) fetch(T - 2, 0);
+    }
+    if (at.multiplies && PREFETCH) ask(0);
+
+#pragma unroll 1
+    for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
+        if (at.multiplies && turn < T * GROUPS) {
+            if (!PREFETCH) ask(turn);
+            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, 4 * H, offsets, turn / GROUPS, turn % GROUPS, patience);
+        }
+        if (!at.values || turn < LAG) continue;
+        const int t = T - 2 - (turn - LAG) / GROUPS;
+        differentiate(t, (turn - LAG) % GROUPS);
+        const int next = T - 2 - (turn + 1 - LAG) / GROUPS;
+        if (next >= 0) fetch(next, (turn + 1 - LAG) % GROUPS);
+    }
+    cluster_barrier();  // a block that has ended has no shared memory to write to
+}
+#endif

@@ -1,0 +1,247 @@
+// What the LSTM kernels share; compiled in front of each of them.
+
+typedef unsigned short T16;
+
+#ifndef CELL_WARPS
+#define CELL_WARPS 0  // that do nothing else than the new values
+#endif
+
+#ifndef ON_CPU  // the tests bring these for a CPU
+#define KERNEL extern "C" __global__ void __launch_bounds__((WARPS + CELL_WARPS) * 32, 1)
+#define DEVICE __device__ __forceinline__
+
+#define SHARED(name) extern __shared__ uint4 name[]
+
+DEVICE void barrier() { __syncthreads(); }
+
+// Of `warps` warps that meet as number `group`.
+DEVICE void barrier(int group, int warps) { asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(32 * warps) : "memory"); }
+
+// 16 bytes that other blocks may be writing: past the L1 cache, each 4-byte word whole
+DEVICE uint4 load_shared_words(const void* p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
+// The same where `wanted`, without a branch.
+DEVICE void reload_shared_words(uint4& v, const void* p, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((unsigned)wanted) : "memory");
+}
+
+// Words that nobody is writing, or 0 where they are not `wanted`, without a branch.
+DEVICE uint4 load_words(const void* p, bool wanted) {
+    uint4 v;
+    asm("{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
+        "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((unsigned)wanted));
+    return v;
+}
+
+DEVICE unsigned load_word(const void* p, bool wanted) {
+    unsigned v;
+    asm("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.nc.u32 %0, [%1];}"
+        : "=&r"(v) : "l"(p), "r"((unsigned)wanted));
+    return v;
+}
+
+DEVICE uint2 load_shared_pair(const void* p) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
+
+DEVICE void store_shared_word(void* p, unsigned v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+DEVICE void store_shared_words(void* p, uint4 v) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// Copies 16 bytes to shared memory past the L1 cache where `wanted`, and goes on; those up to `end_copies` are a group.
+DEVICE void copy_async(void* to, const void* from, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
+                 ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"((unsigned)wanted) : "memory");
+}
+
+DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most so many groups of this thread's copies, the newest, are on their way.
+template <int GROUPS_LEFT>
+DEVICE void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_LEFT) : "memory");
+}
+
+DEVICE void pause(unsigned cycles) {
+    const unsigned start = clock();
+    while ((unsigned)clock() - start < cycles);
+}
+
+#ifdef CLUSTER
+// All threads of the cluster's blocks.
+DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// A place in the shared memory of a block of this cluster.
+typedef unsigned Place;
+
+// Where `p` is in that of block `rank`.
+DEVICE Place place_in(void* p, unsigned rank) {
+    Place there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((unsigned)__cvta_generic_to_shared(p)), "r"(rank));
+    return there;
+}
+
+// Each 4-byte word whole.
+DEVICE void send(Place to, uint4 v) {
+    asm volatile("st.relaxed.cluster.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Words of this block's shared memory that the cluster's blocks may be writing.
+DEVICE uint4 load_arriving(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.relaxed.cluster.shared::cta.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"((unsigned)__cvta_generic_to_shared(p)) : "memory");
+    return v;
+}
+
+DEVICE uint2 load_arriving(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.relaxed.cluster.shared::cta.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y) : "r"((unsigned)__cvta_generic_to_shared(p)) : "memory");
+    return v;
+}
+#endif
+
+DEVICE float from_neighbour(float v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
+DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
+
+DEVICE unsigned long long nanoseconds() {
+    unsigned long long t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+
+DEVICE float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); the hardware's 2^x and 1/x, of which 22 bits are right
+    float e, y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.4426950408889634f * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + e));
+    return y;
+}
+
+#if HALF
+#define KIND "f16"
+DEVICE unsigned packed(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+DEVICE float2 unpacked(unsigned v) {
+    float2 x;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
+    return x;
+}
+#else
+#define KIND "bf16"
+DEVICE unsigned packed(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+DEVICE float2 unpacked(unsigned v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
+#endif
+
+DEVICE float widened(T16 v) { return unpacked(v).x; }
+DEVICE T16 narrowed(float x) { return (T16)packed(x, x); }
+
+// d += a b, of a 16 x 16 and a 16 x 8 tile
+DEVICE void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#endif
+
+#define EMPTY 0xffffffffu
+#define THREADS (WARPS * 32)
+#define SHARED_K (BLOCKS_K - REGISTERS_K)
+DEVICE bool is_empty(uint4 v) { return v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY; }
+
+// Whether to go on waiting. A reader that has waited for too long goes on with what is there: NaN, which then spreads to
+// every block, so that all of them end, and the loss says it.
+struct Patience {
+    unsigned long long limit, start;
+    int* trouble;
+    unsigned rounds;
+
+    DEVICE bool lasts() {
+        if (++rounds & 255) return true;
+        unsigned long long now = nanoseconds();
+        if (!start) start = now;
+        if (*(volatile int*)trouble) return false;
+        if (now - start < limit) return true;
+        *(volatile int*)trouble = 1;
+        return false;
+    }
+    DEVICE void renew() { rounds = 0, start = 0; }
+};
+
+DEVICE float tangent(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+
+// acc += weights * vectors for block k of this warp's share. `weights` are the fragments kept in registers, `more` those in
+// shared memory, 16 bytes a lane.
+template <int TILES_M>
+DEVICE void product(float (&acc)[TILES_M][TILES_N][4], const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M],
+                    const uint4* more, const uint4 (&vectors)[TILES_N], int k) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int m = 0; m < TILES_M; m++) {
+            uint4 a = k < REGISTERS_K ? weights[k < REGISTERS_K ? k : 0][half][m]
+                                      : more[(((k - REGISTERS_K) * 2 + half) * TILES_M + m) * 32];
+#pragma unroll
+            for (int n = 0; n < TILES_N; n++) {
+                uint4 b = vectors[n];
+                multiply(acc[m][n], a.x, a.y, a.z, a.w, half ? b.z : b.x, half ? b.w : b.y);
+            }
+        }
+    }
+}
+
+// The warp's sums to shared memory, as [column n][row m] with rows of LENGTH floats.
+template <int TILES_M, int LENGTH>
+DEVICE void put_sums(float* sums, const float (&acc)[TILES_M][TILES_N][4], int lane) {
+    const int r = lane >> 2, q = lane & 3;
+#pragma unroll
+    for (int m = 0; m < TILES_M; m++)
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                *(float2*)(sums + (n * 8 + 2 * q + e) * LENGTH + m * 16 + 2 * r) = make_float2(acc[m][n][e], acc[m][n][e + 2]);
+}
+
+// The sum over PARTS warps' sums of four neighbouring rows m of column n.
+template <int PARTS, int LENGTH>
+DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < PARTS; w++) {
+        float4 part = *(const float4*)(sums + (w * TILES_N * 8 + n) * LENGTH + m);
+        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+    }
+    return total;
+}
+
+// A partial sum on its way, its last bit the one that tells this use of a place from the next.
+DEVICE unsigned marked(float x, unsigned bit) { return (__float_as_uint(x) & ~1u) | bit; }
+
+// Chunk k of 8 gate gradients of a block's rows: 16 units of a gate, then the same of the next gate.
+DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
+DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
