@@ -45,7 +45,7 @@ def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]
     layouts = lstm_cuda.cluster_layouts(name, H, B, card)
     for layout in layouts:
         of = dict(layout.macros)
-        kind = layout.cluster, of["CELL_WARPS"], of["POLLS"], of["SHORT_SUMS"], of["WARPS"] // 4
+        kind = layout.cluster, of["CELL_WARPS"], of["POLLS"], of["WIDE_ROWS"], of["WARPS"] // 4
         counts[kind] += 1
         if counts[kind] <= each and of["WARPS"] >= (6 if H > 512 else 3) and layout.cost < 1.8 * layouts[0].cost:
             found.append(layout)
