@@ -88,7 +88,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "awd-lstm-ptb",
         {
             "nothing removed": (),
-            "no nt-asgd": (NONE,),
+            "no averaging": (NONE,),
             "fixed windows": ("data.bptt_spread=0", "data.bptt_full_share=1"),
             "no embedding dropout": ("dropout.embedding=0",),
             "no weight decay": ("optimizer.weight_decay=0",),
@@ -213,7 +213,7 @@ def run(
 ) -> None:
     own, variants = GROUPS[group]
     recipe, begun = recipe or own, time.monotonic()
-    todo = {name: (*settings, *more) for name, settings in variants.items() if re.search(only, name)}
+    todo = {name: (*more, *settings) for name, settings in variants.items() if re.search(only, name)}
     rounds = math.ceil(len(todo) / workers)
     with out.open("w", encoding="utf-8") as file:
         file.write(json.dumps(head(f"{group}, {recipe}", epochs, more)) + "\n")

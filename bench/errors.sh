@@ -52,6 +52,10 @@ for text in ptb wikitext-2; do
 done
 part predictions "$python" bench/ngram.py predictions "$work/ptb/AWD-LSTM/store" \
     "$work/ptb/AWD-LSTM" "$work/ptb/KN5"
+for model in AWD-LSTM KN5; do
+    part "contexts-$model" "$python" -m recurlm ngram query "$work/ptb/$model" --next 5 \
+        'amazing because' 'awesome because' 'the problem is serious because' 'the company said'
+done
 part alone-wikitext-2 "$python" -m recurlm eval "$work/wikitext-2/AWD-LSTM" --no-ranks
 part mixture-cache-ptb "$python" -m recurlm eval "$work/ptb/AWD-LSTM" --with "$work/ptb/KN5" \
     --cache 100 --cache 200 --cache 500

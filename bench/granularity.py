@@ -147,7 +147,7 @@ def measured(unit: str, folder: Path, known: dict[str, Any], seconds: float) -> 
     from recurlm import api
     from recurlm.training.monitor import read_metrics
 
-    rate = min(known["tried"], key=known["tried"].get)
+    rate = min(known["tried"], key=known["tried"].get, default="SGD 10")  # that, should every try have failed
     settings = [*known["settings"], *RATES[rate]]
     trained(unit, folder, settings, "warm-up", steps=4)
     result = trained(unit, folder, settings, "run", seconds)
@@ -179,7 +179,7 @@ def run(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch, given.out.open("w", encoding="utf-8") as file:
         folder = Path(scratch)
         units = race(given.data, folder, given)
-        units = {unit: units[unit] for unit in KINDS if unit in units and units[unit]["tried"]}
+        units = {unit: units[unit] for unit in KINDS if unit in units}
         raced = time.monotonic() - began
         seconds = max(1.0, (given.limit - raced) / max(1, len(units)) - AROUND)
         head = {

@@ -1,10 +1,11 @@
-"""What the output layers do on a GPU, in some 150 seconds: correct steps, then every measurement of heads and of the mixture.
+"""What the output layers do on a GPU, in some minutes: correct steps, then every measurement of heads and of the mixture.
 
-    python bench/heads_on_gpu.py all OUT [--ptb DATA] [--wt2 DATA]      everything, a log for each part in OUT
+    python bench/heads_on_gpu.py all OUT [--ptb DATA] [--wt2 DATA] [--only PART ...]      everything, a log for each part in OUT
+    python bench/heads_on_gpu.py train OUT DATA KIND                    every head trained, tied and not; KIND ptb or wt2
     python bench/heads_on_gpu.py smoke HEAD DATA                        30 steps of one head, captured and not
     python bench/heads_on_gpu.py steps DATA RECIPE [--quick]            the time of a step of a recipe
 
-First all parts run at once and quickly, so that what they need is compiled by as many processes; then those that measure run
+First parts run side by side and quickly, so that what they need is compiled by several processes; then those that measure run
 alone, one after the other. A part that fails or takes too long costs no other part.
 """
 
@@ -111,7 +112,7 @@ def steps(data: str, recipe: str, quick: bool) -> None:
 
 
 def _begin(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with log.open("wb") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
@@ -127,35 +128,86 @@ def _end(process: subprocess.Popen[bytes], name: str, until: float) -> None:
         print(f"-- {name}: {code}", flush=True)
 
 
-def everything(out: Path, ptb: str, wt2: str, seconds: float) -> None:
+def everything(out: Path, ptb: str, wt2: str, seconds: float, only: list[str]) -> None:
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     this, module = [sys.executable, __file__], [sys.executable, "-m"]
     recipes = {"ptb": [ptb, "awd-lstm-mos-ptb"], "wt2": [wt2, "awd-lstm-mos-wt2"]}
-    at_once = {f"smoke-{head}": [*this, "smoke", head, ptb] for head in HEADS}
-    at_once |= {f"quick-{name}": [*this, "steps", *given, "--quick"] for name, given in recipes.items()}
-    at_once |= {f"quick-heads-{n}": [*module, "recurlm.bench.heads", "--once", str(n)] for n in range(3)}
-    at_once["quick-mixture"] = [*module, "recurlm.bench.mixture", "--once"]
-    running = {name: _begin(command, out / f"{name}.txt") for name, command in at_once.items()}
-    for name, process in running.items():
-        _end(process, name, start + 75)
-    print(f"compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
-    for name in at_once:
-        if name.startswith("smoke"):
+    once = [*module, "recurlm.bench.heads", "--once"]
+    first = {  # what compiles most, no kernel twice
+        "smoke-tied": [*this, "smoke", "tied", ptb],
+        **{f"quick-{name}": [*this, "steps", *given, "--quick"] for name, given in recipes.items()},
+        "quick-mixture": [*module, "recurlm.bench.mixture", "--once"],
+        "quick-adaptive": [*once, "adaptive"],
+        "quick-tied-adaptive": [*once, "tied-adaptive"],
+        "quick-full": [*once, "tied", "torch"],
+    }
+    then = {f"smoke-{head}": [*this, "smoke", head, ptb] for head in HEADS if head != "tied"}
+    if only:
+        first, then = {name: command for name, command in first.items() if name.startswith("quick")}, {}
+        first |= {f"smoke-{head}": [*this, "smoke", head, ptb] for head in ("mixture", "adaptive")}
+    for commands, most in ((first, 50), (then, 35)):
+        begun = time.perf_counter()
+        running = {name: _begin(command, out / f"{name}.txt") for name, command in commands.items()}
+        for name, process in running.items():
+            _end(process, name, begun + most)
+        print(f"compiled and checked until {time.perf_counter() - start:.0f} s", flush=True)
+        for name in commands:
             print(_last_line(out / f"{name}.txt"), flush=True)
+    again = [
+        "hierarchical",
+        "hierarchical, balanced",
+        "adaptive",
+        "adaptive, published cuts",
+        "tied-adaptive, published cuts",
+    ]
     alone = {
         "mixture": ([*module, "recurlm.bench.mixture"], 30),
+        "heads": ([*module, "recurlm.bench.heads", str(out / "heads.svg")], 90),
+        "heads-again": ([*module, "recurlm.bench.heads", "--only", *again], 30),
+        "cross-entropy": ([*module, "recurlm.bench.cross_entropy"], 20),
         "steps-ptb": ([*this, "steps", *recipes["ptb"]], 25),
-        "heads": ([*module, "recurlm.bench.heads", str(out / "heads.svg")], 60),
-        "mixture-profile": ([*module, "recurlm.bench.mixture", "--profile"], 15),
         "steps-wt2": ([*this, "steps", *recipes["wt2"]], 25),
+        "mixture-sweep": ([*module, "recurlm.bench.mixture", "--sweep"], 60),
+        "mixture-profile": ([*module, "recurlm.bench.mixture", "--profile"], 15),
+        "heads-tiles": ([*module, "recurlm.bench.heads", "--tiles"], 40),
         "heads-profile": ([*module, "recurlm.bench.heads", "--profile"], 15),
-        "mixture-sweep": ([*module, "recurlm.bench.mixture", "--sweep"], 45),
     }
-    for name, (command, most) in alone.items():
+    for name in only or alone:
+        command, most = alone[name]
         begun = time.perf_counter()
         _end(_begin(command, out / f"{name}.txt"), name, min(begun + most, start + seconds))
         print(f"== {name}, {time.perf_counter() - begun:.0f} s\n{(out / f'{name}.txt').read_text()}", flush=True)
+
+
+TRAINED = {
+    "ptb": ("tied", "softmax", "hierarchical, huffman", "mixture of 15, tied"),  # adaptive ones have no tails there
+    "wt2": ("tied", "softmax", "adaptive", "hierarchical, huffman"),
+}
+
+
+def trained(out: Path, data: str, kind: str, seconds: float) -> None:
+    """The published QRNN with some heads and the published LSTM tied and not, all for the same time, in about `seconds`."""
+    start, out, heads = time.perf_counter(), out / f"heads-{kind}", TRAINED[kind]
+    out.mkdir(parents=True, exist_ok=True)
+    this = [sys.executable, str(Path(__file__).with_name("heads.py")), "run", data]
+    qrnn, lstm = ["--recipe", f"awd-qrnn-{kind}", "--only"], ["--recipe", f"awd-lstm-{kind}", "--only"]
+    quick = {
+        f"quick-{n}": [*this, str(out / "quick.jsonl"), "--seconds", "0", *qrnn, head] for n, head in enumerate(heads)
+    }
+    quick["quick-lstm"] = [*this, str(out / "quick.jsonl"), "--seconds", "0", *lstm, "tied"]
+    running = {name: _begin(command, out / f"{name}.txt") for name, command in quick.items()}
+    for name, process in running.items():
+        _end(process, name, start + 45)
+    left = seconds - (time.perf_counter() - start)
+    print(f"compiled in {seconds - left:.0f} s", flush=True)
+    each = (left - 2 * 10 - 3 * (len(heads) + 2)) / (len(heads) + 2)  # two processes; beginnings and validations
+    for name, chosen in (("qrnn", [*qrnn, *heads]), ("lstm", [*lstm, "tied", "softmax"])):
+        command = [*this, str(out / f"{name}.jsonl"), "--seconds", f"{each:.1f}", *chosen]
+        _end(_begin(command, out / f"{name}.txt"), name, start + 1.15 * seconds)
+        print((out / f"{name}.txt").read_text(), flush=True)
+    files = [str(file) for file in (out / "qrnn.jsonl", out / "lstm.jsonl") if file.exists()]
+    subprocess.run([*this[:2], "report", str(out / "quality.svg"), *files], check=False)
 
 
 def _last_line(log: Path) -> str:
@@ -171,6 +223,12 @@ def main() -> None:
     one.add_argument("--ptb", default=".carry/ptb")
     one.add_argument("--wt2", default=".carry/wikitext-2")
     one.add_argument("--seconds", type=float, default=170)
+    one.add_argument("--only", nargs="*", default=[])
+    four = verbs.add_parser("train")
+    four.add_argument("out", type=Path)
+    four.add_argument("data")
+    four.add_argument("kind", choices=["ptb", "wt2"])
+    four.add_argument("--seconds", type=float, default=200)
     two = verbs.add_parser("smoke")
     two.add_argument("head", choices=list(HEADS))
     two.add_argument("data")
@@ -180,7 +238,9 @@ def main() -> None:
     three.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     if given.verb == "all":
-        everything(given.out, given.ptb, given.wt2, given.seconds)
+        everything(given.out, given.ptb, given.wt2, given.seconds, given.only)
+    elif given.verb == "train":
+        trained(given.out, given.data, given.kind, given.seconds)
     elif given.verb == "smoke":
         smoke(given.head, given.data)
     else:

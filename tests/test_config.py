@@ -48,6 +48,13 @@ def test_recipes_have_the_published_sizes(name, vocab, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.endswith("-fast")])
+def test_a_fast_recipe_is_the_published_model_on_the_same_tokens(name):
+    fast, published = load_recipe(name), load_recipe(name.removesuffix("-fast"))
+    assert (fast.model, fast.tokenizer) == (published.model, published.tokenizer)
+    assert fast.published == published.published and fast.train.epochs < published.train.epochs
+
+
 def test_assignments_override_in_order_and_take_bare_strings():
     config = apply_assignments(
         Config(),

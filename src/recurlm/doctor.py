@@ -118,6 +118,10 @@ def _dynamic_update_outcome(
     return out
 
 
+def _of_one_cluster(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda hidden, weight, bias, targets: function([hidden], [weight], [bias], targets, [0])
+
+
 # operation -> (the function that everything calls, its slow twin, what to compare of them)
 CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
     "pool": (kernels.pool, reference.pool, _pool_outcome),
@@ -126,9 +130,9 @@ CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
         reference.linear_cross_entropy,
         _linear_cross_entropy_outcome,
     ),
-    "cluster_cross_entropy": (
-        kernels.cluster_cross_entropy,
-        reference.cluster_cross_entropy,
+    "cluster_cross_entropies": (
+        _of_one_cluster(kernels.cluster_cross_entropies),
+        _of_one_cluster(reference.cluster_cross_entropies),
         functools.partial(_linear_cross_entropy_outcome, below=300),  # half of the rows are outside of the cluster
     ),
     "penalties": (kernels.penalties, reference.penalties, _penalties_outcome),

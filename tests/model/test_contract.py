@@ -257,6 +257,18 @@ def test_heads_in_bf16_are_near_those_in_float64(head, generator):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_probabilities_of_many_words_sum_to_one_in_fp32(head, generator):
+    words, config = 200_000, ModelConfig(embedding_size=16, **HEAD | {"cutoffs": (4_000, 40_000)})
+    made = HEADS[head].build(words, 16, config, generator)
+    embedding = torch.randn(words, 16, generator=generator)
+    for p in made.parameters():
+        p.data.normal_(generator=generator)
+    with torch.no_grad():
+        log_probs = made.log_probs(torch.randn(2, 16, generator=generator), embedding)
+    assert (log_probs.double().exp().sum(-1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_a_claimed_vocabulary_costs_nothing_before_there_are_weights(head):
     """What a stranger's config.json may say: the largest vocabulary, and none of what training writes out."""
     start = time.process_time()

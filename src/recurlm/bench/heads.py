@@ -2,9 +2,10 @@
 
     recurlm bench heads                                   the rows of this machine
     python -m recurlm.bench.heads PICTURE.svg             the same, and a picture of the times over the vocabulary
+    python -m recurlm.bench.heads --only NAME ...         some rows of it
     python -m recurlm.bench.heads --tiles                 (GPU) times of other tiles in the kernels of an adaptive softmax
     python -m recurlm.bench.heads --profile               (GPU) times of the kernels of an adaptive softmax
-    python -m recurlm.bench.heads --once N                (GPU) everything of the N-th size once, so that it is compiled
+    python -m recurlm.bench.heads --once NAME ...         (GPU) these heads, or torch, once at every size: compiled, and checked
 
 Words are drawn by Zipf's law. The peer is torch's full softmax (on a GPU compiled, too), and for the adaptive ones
 nn.AdaptiveLogSoftmaxWithLoss with the same cut points; on a GPU everything is in bfloat16, on the CPU in fp32. On the CPU
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -32,6 +33,7 @@ from recurlm.model.heads.cuts import zipf
 
 PUBLISHED_CUTS = (2_800, 20_000, 76_000)  # of AWD-QRNN on WikiText-103
 BEST = 10
+ADAPTIVE = ("adaptive", "tied-adaptive")
 
 
 class Size(NamedTuple):
@@ -162,10 +164,10 @@ def on_gpu(it: Subject) -> Cost:
     return Cost(times[0], times[1], times[2], memory)
 
 
-def rows(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+def rows(report: Callable[[dict[str, Any]], None] = lambda row: None, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A row for each head, size and what is done with it; adaptive ones with the published cut points beside torch's.
 
-    `report` gets each row when it is there.
+    `report` gets each row when it is there; `only` these heads, as the rows name them (none: all).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -195,10 +197,10 @@ def rows(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[di
 
     for size in SIZES[device]:
         peer = _peer("torch, full softmax", lambda size=size: full(size, device, dtype), device)
-        if device == "cuda":
+        if device == "cuda" and not only:
             compiled = _peer("", lambda size=size: full(size, device, dtype, compiled=True), device)
             peer = peer._replace(more=f"{peer.more}; compiled {duration(compiled.times[0])}, {compiled.more}")
-        for name in VARIANTS:
+        for name in [name for name in VARIANTS if not only or name in only]:
             compare(name, size, lambda name=name, size=size: subject(name, size, device, dtype), peer)
         if size.words > PUBLISHED_CUTS[-1]:
             torchs = _peer(
@@ -206,7 +208,7 @@ def rows(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[di
                 lambda size=size: torchs_adaptive(size, device, dtype, PUBLISHED_CUTS),
                 device,
             )
-            for name in ("adaptive", "tied-adaptive"):
+            for name in [name for name in ADAPTIVE if not only or f"{name}, published cuts" in only]:
                 compare(f"{name}, published cuts", size,
                         lambda name=name, size=size: subject(name, size, device, dtype, cutoffs=PUBLISHED_CUTS), torchs,
                         "2 x torch's, 5 x full" if name == "adaptive" else "")  # fmt: skip
@@ -281,40 +283,43 @@ def picture(found: list[dict[str, Any]], path: str) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def sweep(seconds: float = 80) -> None:
+def sweep(seconds: float = 28) -> None:
     """Prints the times of other tiles in the kernels of `cluster_triton`, at the tails of the published cut points."""
     from recurlm.kernels import cluster_triton as fused
+    from recurlm.kernels import cross_entropy_triton as whole
 
     start, size = time.perf_counter(), SIZES["cuda"][-1]
-    for head in ("adaptive", "tied-adaptive"):
-        it = subject(head, size, "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
+    subjects = {name: subject(name, size, "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS) for name in ADAPTIVE}
 
-        def train(it: Subject = it) -> list[Tensor]:
-            return list(torch.autograd.grad(it.nll().mean(), it.leaves, materialize_grads=True))
+    def line(label: str, module: Any = fused, **changed: Any) -> None:
+        cells = []
+        for name, it in subjects.items():
+            if time.perf_counter() - start > seconds:
+                cells.append(f"{name} out of time")
+                continue
+            try:
+                with mock.patch.multiple(module, **changed):
+                    train, score, _ = _works(it)
+                    cells.append(
+                        f"{name} {gpu_time(train, repeats=5):7.0f} us, scoring {gpu_time(score, repeats=5):5.0f}"
+                    )
+            except Exception as error:  # such as too little shared memory
+                cells.append(f"{name} {type(error).__name__}: {str(error)[:90]}")
+        print(f"  {label:32} {'   '.join(cells)}", flush=True)
 
-        print(f"{head}: rows that stay and that stream, stages, programs a multiprocessor")
-        for shape in (None, (128, 128), (128, 64), (64, 128), (64, 64), (64, 32)):
-            for stages in (2, 3):
-                for per_sm in (1, 2):
-                    if time.perf_counter() - start > seconds:
-                        print("out of time")
-                        return
-                    try:
-                        with mock.patch.multiple(
-                            fused,
-                            STAGES=stages,
-                            PER_SM=per_sm,
-                            SHAPES=fused.SHAPES if shape is None else (shape, *fused.SHAPES),
-                        ):
-                            print(f"  {shape} {stages} {per_sm} {gpu_time(train, repeats=5):9.1f} us", flush=True)
-                    except Exception as error:  # such as too little shared memory
-                        print(f"  {shape} {stages} {per_sm} {type(error).__name__}: {str(error)[:90]}", flush=True)
-    return
+    line("as it is")
+    line("one stream", SIDE_STREAMS=False)
+    line("2 programs a multiprocessor", PER_SM=2)
+    line("shortlist's exponentials kept", module=whole, KEPT_BYTES=80 << 20)
+    for shape in ((64, 128), (64, 64), (128, 64)):
+        for per_sm in (1, 2):
+            line(f"{shape}, {per_sm}", SHAPES=(shape, *fused.SHAPES), PER_SM=per_sm)
+    line("3 stages", STAGES=3)
 
 
 def profile() -> None:
     """Prints the GPU time of every kernel of one training call, published cut points."""
-    for head in ("adaptive", "tied-adaptive"):
+    for head in ADAPTIVE:
         it = subject(head, SIZES["cuda"][-1], "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
         torch.autograd.grad(it.nll().mean(), it.leaves)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
@@ -325,29 +330,33 @@ def profile() -> None:
             print(f"{event.self_device_time_total:9.1f} us {event.count:4d} x {event.key[:70]}")
 
 
-def once(size: Size, device: str = "cuda") -> None:
-    """Calls everything that `rows` measures at a size once; says what fails, and whether adaptive losses are right."""
+def once(names: list[str], device: str = "cuda") -> None:
+    """Calls what `rows` measures of these heads (or of 'torch') once; says what fails, and whether adaptive losses are right."""
     dtype = torch.bfloat16
-    makers: dict[str, Callable[[], Subject]] = {
-        name: lambda name=name: subject(name, size, device, dtype) for name in VARIANTS
-    }
-    for name in ("adaptive", "tied-adaptive"):
-        if size.words > PUBLISHED_CUTS[-1]:
-            makers[f"{name}, published cuts"] = lambda name=name: subject(
+    makers: dict[tuple[str, Size], Callable[[], Subject]] = {}
+    for name, size in ((name, size) for size in reversed(SIZES[device]) for name in names):
+        if name == "torch":
+            makers[name, size] = lambda size=size: full(size, device, dtype, compiled=True)
+            continue
+        makers[name, size] = lambda name=name, size=size: subject(name, size, device, dtype)
+        if VARIANTS[name]["head"] in ADAPTIVE and size.words > PUBLISHED_CUTS[-1]:
+            makers[f"{name}, published cuts", size] = lambda name=name, size=size: subject(
                 name, size, device, dtype, cutoffs=PUBLISHED_CUTS
             )
-    makers["torch.compile"] = lambda: full(size, device, dtype, compiled=True)
-    for name, make in makers.items():
+    for (name, size), make in makers.items():
         try:
             it = make()
             train, score, best = _works(it)
             found = [score(), *train()]  # type: ignore[misc]
             best()
             if "adaptive" in name and "mixture" not in name:
-                with mock.patch.object(kernels, "cluster_cross_entropy", reference.cluster_cross_entropy):
+                with mock.patch.object(kernels, "cluster_cross_entropies", reference.cluster_cross_entropies):
                     truth = [score(), *train()]  # type: ignore[misc]
                 off = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, truth, strict=True))
-                print(f"{name}: {off:.4f} of the norm from the plain formula{' TOO FAR' * (off > 0.03)}", flush=True)
+                print(
+                    f"{name}, {size}: {off:.4f} of the norm from the plain formula{' TOO FAR' * (off > 0.03)}",
+                    flush=True,
+                )
         except Exception as error:
             print(f"{name}, {size}: {type(error).__name__}: {str(error)[:600]}", flush=True)
         _empty(device)
@@ -364,7 +373,9 @@ if __name__ == "__main__":
     elif "--profile" in sys.argv:
         profile()
     elif "--once" in sys.argv:
-        once(SIZES["cuda"][int(sys.argv[-1])])
+        once(sys.argv[2:])
+    elif "--only" in sys.argv:
+        rows(_show, sys.argv[2:])
     else:
         measured = rows(_show)
         if len(sys.argv) > 1:

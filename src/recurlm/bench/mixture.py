@@ -114,7 +114,7 @@ def _measure(function: Callable[..., Tensor], given: Inputs) -> tuple[float, flo
     return elapsed, memory
 
 
-def sweep(seconds: float = 70) -> None:
+def sweep(seconds: float = 40) -> None:
     """Prints times and memory with other chunks and tiles of the linear cross-entropy; stops after about `seconds`."""
     from recurlm.kernels import cross_entropy_triton as fused
 
@@ -135,19 +135,21 @@ def sweep(seconds: float = 70) -> None:
                 cells.append(f"{name} {type(error).__name__}: {str(error)[:80]}")
         print(f"  {label:36} {'  '.join(cells)}", flush=True)
 
-    print("as it is, then chunks of at most that many MB (2^20)")
+    everything = {"SCRATCH_BYTES": 1 << 40, "CHUNK_SHARE": 0}
+    print("as it is, one stream, other parts of the rows, chunks of at most that many MB (2^20)")
     line("as it is")
-    for size in (24, 48, 72, 128, 256):
-        line(str(size), CHUNK_BYTES=size << 20, SCRATCH_BYTES=1 << 40, CHUNK_SHARE=0)
-    print("parts of the rows in the weight's gradient, and with chunks of at most that many MB")
-    for splits in (2, 3, 5):
-        line(f"{splits}", WEIGHT_SPLITS=splits)
-        line(f"{splits}, 72", WEIGHT_SPLITS=splits, CHUNK_BYTES=72 << 20, SCRATCH_BYTES=1 << 40, CHUNK_SHARE=0)
+    line("one stream", TWO_STREAMS=False)
+    for size in (32, 48, 72, 100):
+        line(f"{size}", CHUNK_BYTES=size << 20, **everything)
+        line(f"{size}, 2 buffers", CHUNK_BYTES=size << 20, BUFFERS=2, **everything)
+    line("72, 3 buffers", CHUNK_BYTES=72 << 20, BUFFERS=3, **everything)
+    line("2 parts", WEIGHT_SPLITS=2)
     print("kernels of the forward and of the backward pass: n v k warps stages per_sm")
-    for numbers in ((128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 3, 1)):
+    small = ((128, 256, 32, 8, 5, 1), (256, 128, 32, 8, 5, 1), (128, 128, 32, 4, 5, 2))
+    for numbers in (*small, (256, 128, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2)):
         it = fused.Tiles(*numbers, flatten=True)
         line(f"forward {numbers}", FORWARD=it, FORWARD_LARGE=it)
-    for numbers in ((128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 4, 1), (128, 128, 64, 8, 4, 1)):
+    for numbers in (*small, (256, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1), (128, 128, 64, 4, 3, 2)):
         line(f"backward {numbers}", BACKWARD=fused.Tiles(*numbers, flatten=True))
 
 
@@ -172,6 +174,7 @@ if __name__ == "__main__":
     elif "--once" in sys.argv:  # compiles
         for shape, _ in SHAPES.values():
             check(inputs(shape))
+            both(ours, inputs(shape))
             both(torch.compile(formula, dynamic=False), inputs(shape))
     else:
         from recurlm.bench import timing

@@ -62,23 +62,23 @@ def _triton_linear_cross_entropy() -> Callable[..., Tensor]:
     return linear_cross_entropy
 
 
-def _torch_cluster_cross_entropy() -> Callable[..., Tensor]:
-    from recurlm.kernels.cross_entropy import cluster_cross_entropy
+def _torch_cluster_cross_entropies() -> Callable[..., Tensor]:
+    from recurlm.kernels.cross_entropy import cluster_cross_entropies
 
-    return cluster_cross_entropy
+    return cluster_cross_entropies
 
 
-def _triton_cluster_cross_entropy() -> Callable[..., Tensor]:
+def _triton_cluster_cross_entropies() -> Callable[..., Tensor]:
     slower = "an adaptive head computes every cluster for all rows, as a full softmax would."
     if not has_triton():
         _warn(f"triton is not installed: {slower}")
-        return reference.cluster_cross_entropy
+        return reference.cluster_cross_entropies
     if torch.cuda.get_device_capability() < (8, 0):
         _warn(f"this GPU ({torch.cuda.get_device_name()}) has no bfloat16 and TF32 matrix products: {slower}")
-        return reference.cluster_cross_entropy
-    from recurlm.kernels.cluster_triton import cluster_cross_entropy
+        return reference.cluster_cross_entropies
+    from recurlm.kernels.cluster_triton import cluster_cross_entropies
 
-    return cluster_cross_entropy
+    return cluster_cross_entropies
 
 
 def _triton_penalties() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -127,11 +127,11 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
     ("linear_cross_entropy", "cpu", torch.bfloat16): _torch_linear_cross_entropy,
     ("linear_cross_entropy", "cuda", torch.float32): _torch_linear_cross_entropy,
     ("linear_cross_entropy", "cuda", torch.bfloat16): _triton_linear_cross_entropy,
-    ("cluster_cross_entropy", "cpu", torch.float32): _torch_cluster_cross_entropy,
-    ("cluster_cross_entropy", "cpu", torch.float64): _torch_cluster_cross_entropy,
-    ("cluster_cross_entropy", "cpu", torch.bfloat16): _torch_cluster_cross_entropy,
-    ("cluster_cross_entropy", "cuda", torch.float32): _triton_cluster_cross_entropy,
-    ("cluster_cross_entropy", "cuda", torch.bfloat16): _triton_cluster_cross_entropy,
+    ("cluster_cross_entropies", "cpu", torch.float32): _torch_cluster_cross_entropies,
+    ("cluster_cross_entropies", "cpu", torch.float64): _torch_cluster_cross_entropies,
+    ("cluster_cross_entropies", "cpu", torch.bfloat16): _torch_cluster_cross_entropies,
+    ("cluster_cross_entropies", "cuda", torch.float32): _triton_cluster_cross_entropies,
+    ("cluster_cross_entropies", "cuda", torch.bfloat16): _triton_cluster_cross_entropies,
     ("penalties", "cuda", torch.float32): _triton_penalties,
     ("penalties", "cuda", torch.bfloat16): _triton_penalties,
     ("penalties", "cuda", torch.float16): _triton_penalties,
@@ -144,7 +144,7 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
 TWINS: dict[str, Callable[..., Any]] = {
     "pool": reference.pool,
     "linear_cross_entropy": reference.linear_cross_entropy,
-    "cluster_cross_entropy": reference.cluster_cross_entropy,
+    "cluster_cross_entropies": reference.cluster_cross_entropies,
     "penalties": reference.penalties,
     "lstm": reference.lstm,
     "dynamic_update": reference.dynamic_update,
@@ -172,13 +172,20 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     return _load("linear_cross_entropy", hidden_NH.device.type, hidden_NH.dtype)(*arguments)
 
 
-def cluster_cross_entropy(hidden_NF: Tensor, weight_VF: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
-    """nll_N = -log softmax(W h_n + b) where the target is from 0 to V - 1; 0, without a gradient, elsewhere.
+def cluster_cross_entropies(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    targets_N: Tensor,
+    firsts: Sequence[int],
+) -> Tensor:
+    """nll_N = -log softmax(W_k h_k + b_k), k the cluster of the target, ids from firsts[k] on; 0, without a gradient, outside.
 
-    Rows elsewhere cost next to nothing. On a GPU the host does not wait to know them, and no shape depends on them.
+    Rows cost next to nothing in clusters that are not theirs. On a GPU the host does not wait to know them, and no shape
+    depends on them.
     """
-    arguments = hidden_NF, weight_VF, bias_V, targets_N
-    return _load("cluster_cross_entropy", hidden_NF.device.type, hidden_NF.dtype)(*arguments)
+    arguments = features, weights, biases, targets_N, firsts
+    return _load("cluster_cross_entropies", features[0].device.type, features[0].dtype)(*arguments)
 
 
 def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Cross-entropy on the GPU for the rows whose target is in a cluster: the others cost nothing, and the host need not know them.
+"""Cross-entropy on the GPU for rows whose target is in one of some clusters: others cost nothing, and the host need not know them.
 
 The rows of the cluster are listed on the device. Every kernel has a grid of a fixed size and reads how many rows there
 are: programs beyond them end at once, and where they are few the vocabulary is split over more programs. Forward: tiles of
@@ -14,6 +14,7 @@ Sums are fp32 and in a fixed order throughout.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ from recurlm.kernels import reference
 from recurlm.kernels.cross_entropy import refuse_second_derivative
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LISTED = 1024  # positions that `_list` looks at together
+LISTED = 4096  # positions that `_list` looks at together
+COUNTS = tl.constexpr(4)  # places for each count, so that every count begins at a multiple of 16 bytes
+SIDE_STREAMS = True  # whether clusters are computed side by side
 ROWS = 16  # rows of a program of `_combine` and of `_add_up`
 SHAPES = ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16))  # rows that stay, rows that stream by
 STAGES = 2
@@ -42,17 +45,21 @@ class Tiles(NamedTuple):
     slots: int
 
 
-@triton.jit(do_not_specialize=["N"])
-def _list(targets, rows, count, N, V, BLOCK: tl.constexpr):
-    """The rows whose target is in the cluster, in order, and how many."""
+@triton.jit(do_not_specialize=["N", "stride"])
+def _list(targets, rows, counts, N, stride, firsts, lasts, BLOCK: tl.constexpr):
+    """The rows whose target is in the program's cluster, in order, and how many."""
+    k = tl.program_id(0)
+    first, last = firsts[0], lasts[0]
+    for j in tl.static_range(1, len(firsts)):
+        first, last = tl.where(k >= j, firsts[j], first), tl.where(k >= j, lasts[j], last)
     total = tl.zeros((), tl.int32)
     for start in range(0, N, BLOCK):
         n = start + tl.arange(0, BLOCK)
         y = tl.load(targets + n, mask=n < N, other=-1)
-        own = ((y >= 0) & (y < V)).to(tl.int32)
-        tl.store(rows + total + tl.cumsum(own, 0) - own, n, mask=own > 0)
+        own = ((y >= first) & (y < last) & (n < N)).to(tl.int32)
+        tl.store(rows + k * stride + total + tl.cumsum(own, 0) - own, n, mask=own > 0)
         total += tl.sum(own, 0)
-    tl.store(count, total)
+    tl.store(counts + k * COUNTS, total)
 
 
 @triton.jit
@@ -63,15 +70,15 @@ def _shares(count, programs, v_tiles, BN: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(x, at, keep, F: tl.constexpr, DP: tl.constexpr):
-    """x[at], with zeros where not `keep` and to the right of the last feature."""
+def _rows_of(x, at, keep, stride, F: tl.constexpr, DP: tl.constexpr):
+    """x[at], rows `stride` apart, with zeros where not `keep` and to the right of the last feature."""
     d = tl.arange(0, DP)
-    return tl.load(x + at.to(tl.int64)[:, None] * F + d[None, :], mask=keep[:, None] & (d < F)[None, :], other=0.0)
+    return tl.load(x + at.to(tl.int64)[:, None] * stride + d[None, :], mask=keep[:, None] & (d < F)[None, :], other=0.0)
 
 
 @triton.jit
 def _forward(
-    h, w, bias, rows, count, tops, sums, V,
+    h, w, bias, rows, count, tops, sums, H, V,
     F: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows' maxima and sums of exponentials over a part of the vocabulary."""
@@ -81,13 +88,13 @@ def _forward(
     if item < active * splits:
         i = tl.arange(0, BN)
         own = item % active * BN + i < tl.load(count)
-        h_ND = _rows_of(h, tl.load(rows + item % active * BN + i, mask=own, other=0), own, F, DP)
+        h_ND = _rows_of(h, tl.load(rows + item % active * BN + i, mask=own, other=0), own, H, F, DP)
         split = item // active
         top = tl.full((BN,), -1e30, tl.float32)
         total = tl.zeros((BN,), tl.float32)
         for tile in tl.range(split * v_tiles // splits, (split + 1) * v_tiles // splits, num_stages=STAGES):
             v = tile * BV + tl.arange(0, BV)
-            acc = tl.dot(h_ND, _rows_of(w, v, v < V, F, DP).T, input_precision=PRECISION)
+            acc = tl.dot(h_ND, _rows_of(w, v, v < V, F, F, DP).T, input_precision=PRECISION)
             acc += tl.load(bias + v, mask=v < V, other=float("-inf")).to(tl.float32)[None, :]
             above = tl.maximum(top, tl.max(acc, 1))
             total = total * tl.exp2((top - above) * LOG2E) + tl.sum(tl.exp2((acc - above[:, None]) * LOG2E), 1)
@@ -96,9 +103,9 @@ def _forward(
         tl.store(sums + item * BN + i, total)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["programs", "first"])
 def _combine(
-    h, w, bias, rows, count, targets, tops, sums, nll, lse2, programs, V,
+    h, w, bias, rows, count, targets, tops, sums, nll, lse2, programs, first, H, V,
     F: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """nll = log sum exp - logit of the target, in the row's own place; lse2, in powers of 2, in the list's."""
@@ -116,17 +123,17 @@ def _combine(
             total += tl.load(sums + at, mask=own, other=1.0) * tl.exp2((one - above) * LOG2E)
             top = above
         r = tl.load(rows + n, mask=own, other=0)
-        y = tl.load(targets + r, mask=own, other=0)
-        both = _rows_of(h, r, own, F, DP).to(tl.float32) * _rows_of(w, y, own, F, DP).to(tl.float32)
+        y = tl.load(targets + r, mask=own, other=first) - first
+        both = _rows_of(h, r, own, H, F, DP).to(tl.float32) * _rows_of(w, y, own, F, F, DP).to(tl.float32)
         logit = tl.sum(both, 1) + tl.load(bias + y, mask=own, other=0.0).to(tl.float32)
         loss = tl.log2(total) / LOG2E + (top - logit)
         tl.store(nll + r, tl.where(loss < 0, 0.0, loss), mask=own)  # below 0 only by rounding
         tl.store(lse2 + n, tl.log2(total) + top * LOG2E, mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _for_hidden(
-    h, w, bias, rows, count, targets, lse2, upstream, parts, V,
+    h, w, bias, rows, count, targets, lse2, upstream, parts, first, H, V,
     F: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """P W of a tile of rows and a part of the vocabulary, P = (softmax - one-hot) * upstream."""
@@ -138,15 +145,15 @@ def _for_hidden(
         n = item % active * BN + i
         own = n < tl.load(count)
         r = tl.load(rows + n, mask=own, other=0)
-        h_ND = _rows_of(h, r, own, F, DP)
-        y = tl.load(targets + r, mask=own, other=-1).to(tl.int32)
+        h_ND = _rows_of(h, r, own, H, F, DP)
+        y = (tl.load(targets + r, mask=own, other=-1) - first).to(tl.int32)
         z = tl.load(lse2 + n, mask=own, other=float("inf"))
         g = tl.load(upstream + r, mask=own, other=0.0)
         split = item // active
         out = tl.zeros((BN, DP), tl.float32)
         for tile in tl.range(split * v_tiles // splits, (split + 1) * v_tiles // splits, num_stages=STAGES):
             v = tile * BV + tl.arange(0, BV)
-            w_VD = _rows_of(w, v, v < V, F, DP)
+            w_VD = _rows_of(w, v, v < V, F, F, DP)
             acc = tl.dot(h_ND, w_VD.T, input_precision=PRECISION)
             scaled = tl.load(bias + v, mask=v < V, other=float("-inf")).to(tl.float32) * LOG2E
             acc = tl.exp2(acc * LOG2E + scaled[None, :] - z[:, None])
@@ -173,15 +180,15 @@ def _add_up(
         tl.store(dh + r[:, None] * F + d[None, :], total.to(dh.dtype.element_ty), mask=own[:, None] & (d < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _for_weight(
-    h, w, bias, rows, count, targets, lse2, upstream, dw, db, V,
+    h, w, bias, rows, count, targets, lse2, upstream, dw, db, first, H, V,
     F: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """P' h and the column sums of P for a tile of the vocabulary, over all rows of the cluster."""
     d = tl.arange(0, DP)
     v = tl.program_id(0) * BV + tl.arange(0, BV)
-    w_VD = _rows_of(w, v, v < V, F, DP)
+    w_VD = _rows_of(w, v, v < V, F, F, DP)
     scaled = tl.load(bias + v, mask=v < V, other=float("-inf")).to(tl.float32) * LOG2E
     last = tl.load(count)
     out = tl.zeros((BV, DP), tl.float32)
@@ -190,8 +197,8 @@ def _for_weight(
         n = start + tl.arange(0, BN)
         own = n < last
         r = tl.load(rows + n, mask=own, other=0)
-        h_ND = _rows_of(h, r, own, F, DP)
-        y = tl.load(targets + r, mask=own, other=-1).to(tl.int32)
+        h_ND = _rows_of(h, r, own, H, F, DP)
+        y = (tl.load(targets + r, mask=own, other=-1) - first).to(tl.int32)
         z = tl.load(lse2 + n, mask=own, other=float("inf"))
         g = tl.load(upstream + r, mask=own, other=0.0)
         acc = tl.dot(w_VD, h_ND.T, input_precision=PRECISION)
@@ -227,60 +234,114 @@ def _precision(x: Tensor) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-class _ClusterCrossEntropy(torch.autograd.Function):
+class _ClusterCrossEntropies(torch.autograd.Function):
+    """Of several clusters; the tensors are features, weights and biases, those of the first cluster, the second, ..."""
+
     @staticmethod
-    def forward(ctx, hidden_NF: Tensor, weight_VF: Tensor, bias_V: Tensor, targets_N: Tensor, it: Tiles):  # type: ignore[override]
-        h_NF, w_VF = hidden_NF.contiguous(), weight_VF.to(hidden_NF.dtype).contiguous()
-        bias_V, targets_N = bias_V.contiguous(), targets_N.contiguous()
-        (N, F), V = h_NF.shape, len(w_VF)
-        shape = F, max(16, triton.next_power_of_2(F)), it.stay, it.stream
-        programs = max(it.slots, triton.cdiv(N, it.stay))
-        rows_N, count = (torch.empty(n, dtype=torch.int32, device=h_NF.device) for n in (N, 1))
-        tops, sums = torch.empty(2, programs, it.stay, device=h_NF.device)
-        nll_N, lse2_N = torch.zeros(N, device=h_NF.device), torch.empty(N, device=h_NF.device)
-        with torch.cuda.device_of(h_NF):  # Triton launches on the current device
-            _list[(1,)](targets_N, rows_N, count, N, V, LISTED, num_warps=8)
-            _forward[(programs,)](
-                h_NF, w_VF, bias_V, rows_N, count, tops, sums, V, *shape, _precision(h_NF), STAGES, num_warps=it.warps
-            )
-            _combine[(triton.cdiv(N, ROWS),)](
-                h_NF, w_VF, bias_V, rows_N, count, targets_N, tops, sums, nll_N, lse2_N, programs, V, *shape, ROWS
-            )
-        ctx.save_for_backward(h_NF, w_VF, bias_V, targets_N, rows_N, count, lse2_N)
-        ctx.how = shape, programs, it, weight_VF.dtype
+    def forward(ctx, targets_N: Tensor, firsts: tuple[int, ...], its: list[Tiles], *tensors: Tensor):  # type: ignore[override]
+        targets_N, clusters = targets_N.contiguous(), list(zip(*(tensors[k::3] for k in range(3)), strict=True))
+        N, device, dtype = len(targets_N), targets_N.device, tensors[0].dtype
+        clusters = [
+            (h if h.stride(1) == 1 else h.contiguous(), w.to(dtype).contiguous(), b.contiguous())
+            for h, w, b in clusters
+        ]
+        stride = N + -N % 16
+        rows_KN = torch.empty(len(clusters), stride, dtype=torch.int32, device=device)
+        counts = torch.empty(len(clusters), COUNTS.value, dtype=torch.int32, device=device)
+        nll_N, lse2_KN = torch.zeros(N, device=device), torch.empty(len(clusters), stride, device=device)
+        lasts = tuple(first + len(w) for first, (_, w, _) in zip(firsts, clusters, strict=True))
+        with torch.cuda.device_of(nll_N):  # Triton launches on the current device
+            _list[(len(clusters),)](targets_N, rows_KN, counts, N, stride, firsts, lasts, LISTED, num_warps=16)
+            for k in _side_by_side(len(clusters), device):
+                (h, w, bias), it = clusters[k], its[k]
+                (F, V), programs = (h.shape[1], len(w)), _programs(N, it)
+                shape = F, max(16, triton.next_power_of_2(F)), it.stay, it.stream
+                tops, sums = torch.empty(2, programs, it.stay, device=device)
+                _forward[(programs,)](
+                    h, w, bias, rows_KN[k], counts[k], tops, sums, h.stride(0), V, *shape, _precision(h), STAGES,
+                    num_warps=it.warps,
+                )  # fmt: skip
+                _combine[(triton.cdiv(N, ROWS),)](
+                    h, w, bias, rows_KN[k], counts[k], targets_N, tops, sums, nll_N, lse2_KN[k], programs, firsts[k],
+                    h.stride(0), V, *shape, ROWS,
+                )  # fmt: skip
+        ctx.save_for_backward(targets_N, rows_KN, counts, lse2_KN, *(x for cluster in clusters for x in cluster))
+        ctx.how = firsts, its, [w.dtype for w in tensors[1::3]]
         return nll_N
 
     @staticmethod
     def backward(ctx, upstream_N: Tensor):  # type: ignore[override]
         refuse_second_derivative()
-        h_NF, w_VF, bias_V, targets_N, rows_N, count, lse2_N = ctx.saved_tensors
-        (F, DP, stay, stream), programs, it, weight_dtype = ctx.how
-        given = h_NF, w_VF, bias_V, rows_N, count, targets_N, lse2_N, upstream_N.contiguous()
-        (N, V), precision = (len(h_NF), len(w_VF)), _precision(h_NF)
-        dh_NF = dw_VF = db_V = None
-        with torch.cuda.device_of(h_NF):
-            if ctx.needs_input_grad[0]:
-                dh_NF = torch.zeros_like(h_NF)
-                parts = torch.empty(programs, stay, DP, device=h_NF.device)
-                _for_hidden[(programs,)](*given, parts, V, F, DP, stay, stream, precision, STAGES, num_warps=it.warps)
-                _add_up[(triton.cdiv(N, ROWS),)](parts, rows_N, count, dh_NF, programs, V, F, DP, stay, stream, ROWS)
-            if any(ctx.needs_input_grad[1:3]):
-                dw_VF, db_V = torch.empty_like(w_VF, dtype=weight_dtype), torch.empty_like(bias_V)
-                _for_weight[(triton.cdiv(V, stay),)](
-                    *given, dw_VF, db_V, V, F, DP, stream, stay, precision, STAGES, num_warps=it.warps
-                )
-        return dh_NF, dw_VF, db_V, None, None
+        targets_N, rows_KN, counts, lse2_KN, *tensors = ctx.saved_tensors
+        firsts, its, weight_dtypes = ctx.how
+        N, device, upstream_N = len(targets_N), targets_N.device, upstream_N.contiguous()
+        gradients: list[Tensor | None] = [None] * len(tensors)
+        with torch.cuda.device_of(upstream_N):
+            for k in _side_by_side(len(its), device):
+                (h, w, bias), it = tensors[3 * k : 3 * k + 3], its[k]
+                (F, V), programs, precision = (h.shape[1], len(w)), _programs(N, it), _precision(h)
+                DP = max(16, triton.next_power_of_2(F))
+                given = h, w, bias, rows_KN[k], counts[k], targets_N, lse2_KN[k], upstream_N
+                for_hidden, *for_weight = ctx.needs_input_grad[3 + 3 * k : 6 + 3 * k]
+                if for_hidden:
+                    dh = gradients[3 * k] = torch.zeros(N, F, dtype=h.dtype, device=device)
+                    parts = torch.empty(programs, it.stay, DP, device=device)
+                    _for_hidden[(programs,)](
+                        *given, parts, firsts[k], h.stride(0), V, F, DP, it.stay, it.stream, precision, STAGES,
+                        num_warps=it.warps,
+                    )  # fmt: skip
+                    _add_up[(triton.cdiv(N, ROWS),)](
+                        parts, rows_KN[k], counts[k], dh, programs, V, F, DP, it.stay, it.stream, ROWS
+                    )
+                if any(for_weight):
+                    dw = gradients[3 * k + 1] = torch.empty_like(w, dtype=weight_dtypes[k])
+                    db = gradients[3 * k + 2] = torch.empty_like(bias)
+                    _for_weight[(triton.cdiv(V, it.stay),)](
+                        *given, dw, db, firsts[k], h.stride(0), V, F, DP, it.stream, it.stay, precision, STAGES,
+                        num_warps=it.warps,
+                    )  # fmt: skip
+        return None, None, None, *gradients
 
 
-def cluster_cross_entropy(hidden_NF: Tensor, weight_VF: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
-    """nll_N as `reference.cluster_cross_entropy` has it, for GPU tensors; logits are fp32.
+def _programs(rows: int, it: Tiles) -> int:
+    return max(it.slots, triton.cdiv(rows, it.stay))
+
+
+@functools.cache
+def _sides(device: torch.device, number: int) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(number)]
+
+
+def _side_by_side(number: int, device: torch.device) -> Iterator[int]:
+    """0, 1, ..., `number` - 1; what is launched for each runs on a stream of its own, after all before and before all after."""
+    if not SIDE_STREAMS or number < 2 or device.type != "cuda":
+        yield from range(number)
+        return
+    main, sides = torch.cuda.current_stream(device), _sides(device, number)
+    for k, side in enumerate(sides):
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            yield k
+    for side in sides:
+        main.wait_stream(side)
+
+
+def cluster_cross_entropies(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    targets_N: Tensor,
+    firsts: Sequence[int],
+) -> Tensor:
+    """nll_N as `reference.cluster_cross_entropies` has it, for GPU tensors; logits are fp32.
 
     With more features than a program can hold (some 2,000 in bf16 on an H200) it is the slow twin, over all rows.
     """
     if len(targets_N) == 0:
-        return hidden_NF.new_empty(0, dtype=torch.float32)
-    facts = _device(hidden_NF.device.index) if hidden_NF.is_cuda else (1 << 17, 2)
-    it = tiles(hidden_NF.shape[1], hidden_NF.element_size(), *facts)
-    if it is None:
-        return reference.cluster_cross_entropy(hidden_NF, weight_VF, bias_V, targets_N)
-    return _ClusterCrossEntropy.apply(hidden_NF, weight_VF, bias_V, targets_N, it)  # type: ignore[return-value]
+        return features[0].new_empty(0, dtype=torch.float32)
+    facts = _device(targets_N.device.index) if targets_N.is_cuda else (1 << 17, 2)
+    its = [tiles(h.shape[1], h.element_size(), *facts) for h in features]
+    if any(it is None for it in its):
+        return reference.cluster_cross_entropies(features, weights, biases, targets_N, firsts)
+    tensors = (x for cluster in zip(features, weights, biases, strict=True) for x in cluster)
+    return _ClusterCrossEntropies.apply(targets_N, tuple(firsts), its, *tensors)  # type: ignore[return-value]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,8 +57,17 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     return _ByRows.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)  # type: ignore[return-value]
 
 
-def cluster_cross_entropy(hidden_NF: Tensor, weight_VF: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
-    """nll_N as `reference.cluster_cross_entropy` has it, of the rows of the cluster alone: the host knows them."""
-    rows = ((targets_N >= 0) & (targets_N < len(weight_VF))).nonzero().squeeze(1)
-    nll_R = linear_cross_entropy(hidden_NF[rows], weight_VF, bias_V, targets_N[rows])
-    return nll_R.new_zeros(len(targets_N)).index_add(0, rows, nll_R)
+def cluster_cross_entropies(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    targets_N: Tensor,
+    firsts: Sequence[int],
+) -> Tensor:
+    """nll_N as `reference.cluster_cross_entropies` has it, of the rows of each cluster alone: the host knows them."""
+    nll_N = features[0].new_zeros(len(targets_N), dtype=torch.promote_types(features[0].dtype, torch.float32))
+    for h_NF, w_VF, b_V, first in zip(features, weights, biases, firsts, strict=True):
+        rows = ((targets_N >= first) & (targets_N < first + len(w_VF))).nonzero().squeeze(1)
+        nll_R = linear_cross_entropy(h_NF[rows], w_VF, b_V, targets_N[rows] - first)
+        nll_N = nll_N.index_add(0, rows, nll_R)
+    return nll_N

@@ -3,7 +3,8 @@
 Forward: tiles of logits on tensor cores, each reduced at once to a maximum and a sum of exponentials per row; the
 vocabulary is split over programs, whose partial results a second kernel combines in a fixed order (online softmax,
 Milakov & Gimelshein 2018). Backward: for a chunk of the vocabulary after the other the logits are computed again and
-P = (softmax - one-hot) * upstream gradient is written in bfloat16; then dW = P' h and dh += P W are library products.
+P = (softmax - one-hot) * upstream gradient is written in bfloat16; then dW = P' h and dh += P W are library products, side by
+side on two streams, for neither fills the GPU alone.
 Where all of P is small enough for the L2 cache, the forward pass keeps the exponentials in bfloat16, and the backward
 pass scales them instead of computing the logits again. Sums are fp32 and in a fixed order throughout.
 """
@@ -14,7 +15,9 @@ pass scales them instead of computing the logits again. Sums are fp32 and in a f
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,10 +57,12 @@ KEPT_ROWS = 128  # of a program of `_rescale`
 KEPT_MULTIPLE = 16  # of columns that are kept: cuBLAS is six times slower where rows are not aligned
 CHUNK_BYTES = 72 << 20  # of P at once, and more for large vocabularies: CHUNK_SHARE of the weight
 SCRATCH_BYTES = 88_000_000  # of P and all else, where P need not be below LEAST_CHUNK for that
-LEAST_CHUNK = 32 << 20
+LEAST_CHUNK = 64 << 20
 CHUNK_SHARE = 1.75
+TWO_STREAMS = True  # for the products of the backward pass
+BUFFERS = 1  # chunks of P that there are at once, so that one can be made while others are read
 WEIGHT_SPLITS = 1  # parts of the rows that are summed apart in the weight's gradient, where its tiles alone are few
-COLUMNS = 256  # of a program of `_sum_rows`
+SUMMED, COLUMNS = 16, 64  # rows at a time and columns of a program of `_sum_rows`
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -162,19 +167,25 @@ def _rescale(
 
 
 @triton.jit(do_not_specialize=["R"])
-def _sum_rows(parts, out, R, V, COLUMNS: tl.constexpr):
-    """out_V: the sum of parts_RV, row after row."""
+def _sum_rows(parts, out, R, V, SUMMED: tl.constexpr, COLUMNS: tl.constexpr):
+    """out_V: the sum of parts_RV, SUMMED rows at a time."""
     v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for r in range(R):
-        total += tl.load(parts + tl.cast(r, tl.int64) * V + v, mask=v < V, other=0.0)
-    tl.store(out + v, total.to(out.dtype.element_ty), mask=v < V)
+    total = tl.zeros((SUMMED, COLUMNS), tl.float32)
+    for start in range(0, R, SUMMED):
+        r = start + tl.arange(0, SUMMED)
+        keep = (r < R)[:, None] & (v < V)[None, :]
+        total += tl.load(parts + r.to(tl.int64)[:, None] * V + v[None, :], mask=keep, other=0.0)
+    tl.store(out + v, tl.sum(total, 0).to(out.dtype.element_ty), mask=v < V)
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """`x` as the kernels read matrices: rows whole, beginning at multiples of 16 bytes, filled up with zeros."""
-    if missing := -x.shape[1] % (16 // x.element_size()):
-        return pad(x, (0, missing))
+def _matrix(x: Tensor, rows: int = 1) -> Tensor:
+    """`x` as kernels and products read matrices: whole rows that begin at multiples of 16 bytes, filled up with zeros.
+
+    So many rows that their number is a multiple of `rows`.
+    """
+    missing, more = -x.shape[1] % (16 // x.element_size()), -x.shape[0] % rows
+    if missing or more:
+        return pad(x, (0, missing, 0, more))
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -232,13 +243,13 @@ def _for_weight(p_CN: Tensor, h_NH: Tensor, out: Tensor) -> None:
     out.copy_(sums)
 
 
-def chunk_size(rows: int, vocab: int, depth: int, itemsize: int) -> int:
+def chunk_size(rows: int, vocab: int, depth: int, itemsize: int, buffers: int = 1) -> int:
     """Columns of P at once: near-equal chunks, multiples of 128, within the allowed bytes unless 128 are more."""
     padded = (rows + vocab) * (depth + 8) * itemsize if depth * itemsize % 16 else 0
     others = padded + 4 * rows * depth + 4 * vocab * triton.cdiv(rows, BACKWARD.n)
     most = min(CHUNK_BYTES, max(SCRATCH_BYTES - others, LEAST_CHUNK))
     most = max(most, int(CHUNK_SHARE * vocab * depth * itemsize))
-    most = max(1, most // (itemsize * rows) // 128) * 128
+    most = max(1, most // (itemsize * rows * buffers) // 128) * 128
     return triton.cdiv(triton.cdiv(vocab, triton.cdiv(vocab, most)), 128) * 128
 
 
@@ -281,16 +292,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (N, H), V = h_NH.shape, w_VH.shape[0]
         tiles = _tiles(h_NH, V, False)[1]
         for_hidden, for_weight, *_ = ctx.needs_input_grad
-        chunk = chunk_size(N, V, H, h_NH.element_size())
         row_tiles, slots = triton.cdiv(N, tiles.n), _slots(h_NH, tiles)
-        p_CN = h_NH.new_empty(min(chunk, V), N + -N % 8)[:, :N]
-        dbias_RV = torch.empty(row_tiles, V, device=h_NH.device)
-        h, w, upstream_N = _matrix(h_NH), _matrix(w_VH), upstream_N.contiguous()  # the products read these too
+        # Both products read them too, and are several times slower with rows whose number is no multiple of 8.
+        h, w, upstream_N = _matrix(h_NH, 8), _matrix(w_VH), upstream_N.contiguous()
+        side = _side(h.device) if TWO_STREAMS and h.is_cuda and for_hidden and for_weight else None
+        buffers = BUFFERS if side is not None else 1
+        chunk = chunk_size(N, V, H, h_NH.element_size(), buffers)
+        p_BCN = h.new_empty(buffers, min(chunk, V), len(h))
+        dbias_RV = torch.empty(row_tiles, V, device=h.device)
         dh = torch.empty_like(h, dtype=h.dtype if chunk >= V else torch.float32) if for_hidden else None
         dw = torch.empty_like(w, dtype=ctx.weight_dtype) if for_weight else None
-        for first in range(0, V, chunk):
+        done: list[torch.cuda.Event] = []
+        for number, first in enumerate(range(0, V, chunk)):
             last = min(first + chunk, V)
-            p = p_CN[: last - first]
+            p = p_BCN[number % buffers, : last - first]
+            if number >= buffers and side is not None:
+                done[number - buffers].wait(torch.cuda.current_stream(h.device))
             grid = (min(slots, row_tiles * triton.cdiv(last - first, tiles.v)),)
             with torch.cuda.device_of(h_NH):
                 _backward[grid](
@@ -299,18 +316,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
                 )  # fmt: skip
             if dw is not None:
-                _for_weight(p, h, dw[first:last])
+                with _beside(side):
+                    _for_weight(p, h, dw[first:last])
+                    if side is not None:
+                        done.append(side.record_event())
             if dh is not None:
                 _product(p.t(), w[first:last], dh, add=first > 0)
-        dh_NH = None if dh is None else dh[:, :H].to(h_NH.dtype)
+        if side is not None:
+            torch.cuda.current_stream(h.device).wait_stream(side)
+        dh_NH = None if dh is None else dh[:N, :H].to(h_NH.dtype)
         return dh_NH, None if dw is None else dw[:, :H], _summed(dbias_RV, bias_V), None, None
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """What is launched inside runs on `side` after all that was launched before; the caller waits for it."""
+    if side is None:
+        yield
+        return
+    side.wait_stream(torch.cuda.current_stream(side.device))
+    with torch.cuda.stream(side):
+        yield
 
 
 def _summed(dbias_RV: Tensor, bias_V: Tensor) -> Tensor:
     """The sum of the rows, in the type of the bias, as long as it is."""
     (R, V), db_V = dbias_RV.shape, bias_V.new_empty(dbias_RV.shape[1])
     with torch.cuda.device_of(bias_V):
-        _sum_rows[(triton.cdiv(V, COLUMNS),)](dbias_RV, db_V, R, V, COLUMNS, num_warps=2)
+        _sum_rows[(triton.cdiv(V, COLUMNS),)](dbias_RV, db_V, R, V, SUMMED, COLUMNS, num_warps=4)
     return db_V[: len(bias_V)]
 
 
@@ -324,17 +362,20 @@ def _from_kept(ctx, p_NV: Tensor, marks_TN: Tensor, nll_N: Tensor, tile: int, up
             p_NV, marks_TN, targets_N, nll_N, lse2_N, upstream_N, dbias_RV, N, V, KEPT_ROWS, tile, 16
         )
     for_hidden, for_weight, *_ = ctx.needs_input_grad
-    h, w, H = _matrix(h_NH), _matrix(w_VH), h_NH.shape[1]
-    dh_NH = dw_VH = None
-    if for_weight:
-        dw = w.new_empty(V, w.shape[1], dtype=ctx.weight_dtype)
-        _product(p_NV.t(), h, dw)
-        dw_VH = dw[: len(w_VH), :H]
-    if for_hidden:
-        dh = torch.empty_like(h)
-        _product(p_NV, pad(w, (0, 0, 0, V - len(w))) if len(w) < V else w, dh)
-        dh_NH = dh[:, :H]
-    return dh_NH, dw_VH, _summed(dbias_RV, bias_V), None, None
+    h, w, H = _matrix(h_NH), _matrix(w_VH, KEPT_MULTIPLE), h_NH.shape[1]
+    dh = torch.empty_like(h) if for_hidden else None
+    dw = torch.empty_like(w, dtype=ctx.weight_dtype) if for_weight else None
+    side = _side(h.device) if TWO_STREAMS and h.is_cuda and dh is not None and dw is not None else None
+    if dw is not None:
+        with _beside(side):
+            _product(p_NV.t(), h, dw)
+    if dh is not None:
+        _product(p_NV, w, dh)
+    db_V = _summed(dbias_RV, bias_V)
+    if side is not None:
+        torch.cuda.current_stream(h.device).wait_stream(side)
+    dw_VH = None if dw is None else dw[: len(w_VH), :H]
+    return None if dh is None else dh[:, :H], dw_VH, db_V, None, None
 
 
 def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, linear
 
 GATES = {"f": 2, "fo": 3, "ifo": 4}
 """Gates of each QRNN pooling, in the order Z, F, O, I along the last axis."""
+MANY = 1 << 16  # words
 
 
 def pool(
@@ -46,16 +47,40 @@ def logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
     return out_NV.float() if out_NV.dtype in (torch.bfloat16, torch.float16) else out_NV
 
 
+def linear_log_softmax(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> Tensor:
+    """log_probs_NV = log softmax(W h_n + b), fp32 or wider; exponentials of a row sum to 1 within 1e-6.
+
+    Of many words torch's sum in fp32 on the CPU is off by 3e-6 (268 k words); one in fp64 puts it right.
+    """
+    log_probs_NV = logits(hidden_NH, weight_VH, bias_V).log_softmax(-1)
+    if log_probs_NV.dtype == torch.float32 and len(weight_VH) > MANY:
+        log_probs_NV = log_probs_NV - log_probs_NV.exp().sum(-1, keepdim=True, dtype=torch.float64).log().float()
+    return log_probs_NV
+
+
 def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
     """nll_N = -log softmax(W h_n + b) at the target, in nats, fp32 or wider."""
     return cross_entropy(logits(hidden_NH, weight_VH, bias_V), targets_N, reduction="none")
 
 
-def cluster_cross_entropy(hidden_NF: Tensor, weight_VF: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
-    """nll_N as `linear_cross_entropy` has it where the target is from 0 to V - 1; 0, without a gradient, elsewhere."""
-    inside_N = (targets_N >= 0) & (targets_N < len(weight_VF))
-    nll_N = linear_cross_entropy(hidden_NF, weight_VF, bias_V, torch.where(inside_N, targets_N, 0))
-    return torch.where(inside_N, nll_N, 0)
+def cluster_cross_entropies(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    targets_N: Tensor,
+    firsts: Sequence[int],
+) -> Tensor:
+    """nll_N as `linear_cross_entropy` has it with cluster k for targets from firsts[k] to firsts[k] + V_k - 1.
+
+    Clusters have features (N, F_k), weights (V_k, F_k) and biases (V_k), and no id in common. 0, without a gradient, for
+    targets of none.
+    """
+    nll_N = features[0].new_zeros(len(targets_N), dtype=torch.promote_types(features[0].dtype, torch.float32))
+    for h_NF, w_VF, b_V, first in zip(features, weights, biases, firsts, strict=True):
+        inside_N = (targets_N >= first) & (targets_N < first + len(w_VF))
+        own_N = linear_cross_entropy(h_NF, w_VF, b_V, torch.where(inside_N, targets_N - first, 0))
+        nll_N = nll_N + torch.where(inside_N, own_N, 0)
+    return nll_N
 
 
 def penalties(raw_TBH: Tensor, dropped_TBH: Tensor, ar: float, tar: float) -> tuple[Tensor, Tensor]:

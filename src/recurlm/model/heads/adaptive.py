@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from recurlm import kernels
 from recurlm.config import ModelConfig
-from recurlm.kernels.reference import logits
+from recurlm.kernels.reference import linear_log_softmax
 from recurlm.model.embedding import AdaptiveEmbedding
 from recurlm.model.heads import cuts
 from recurlm.model.heads.base import Head, HeadDropout, Use, check_tied
@@ -46,7 +46,7 @@ class Clusters(NamedTuple):
 
 
 def _log_softmax(cluster: Cluster, hidden_NH: Tensor) -> Tensor:
-    return logits(cluster.features(hidden_NH), cluster.weight_VF, cluster.bias_V).log_softmax(-1)
+    return linear_log_softmax(cluster.features(hidden_NH), cluster.weight_VF, cluster.bias_V)
 
 
 def _cluster_of(ids_N: Tensor, bounds: tuple[int, ...]) -> Tensor:
@@ -57,16 +57,16 @@ def _cluster_of(ids_N: Tensor, bounds: tuple[int, ...]) -> Tensor:
     return out_N
 
 
-def clusters_nll(parts: Clusters, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-    """nll_N: that in the shortlist, and for words of a tail that within the tail."""
-    bounds, short = parts.bounds, parts.short
+def clusters_nll(parts: Clusters, hidden_NH: Tensor, targets_N: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
+    """nll_N: that in the shortlist, and for words of a tail that within the tail; `features` of the tails if they are known."""
+    bounds, short, tails = parts.bounds, parts.short, parts.tails
     short_N = torch.where(targets_N < bounds[1], targets_N, bounds[1] - 1 + _cluster_of(targets_N, bounds))
     nll_N = kernels.linear_cross_entropy(short.features(hidden_NH), short.weight_VF, short.bias_V, short_N)
-    for first, tail in zip(bounds[1:], parts.tails, strict=False):
-        within_N = targets_N - first  # out of range for all other rows
-        own_N = kernels.cluster_cross_entropy(tail.features(hidden_NH), tail.weight_VF, tail.bias_V, within_N)
-        nll_N = nll_N + own_N
-    return nll_N
+    if not tails:
+        return nll_N
+    features = features or [tail.features(hidden_NH) for tail in tails]
+    weights, biases = [tail.weight_VF for tail in tails], [tail.bias_V for tail in tails]
+    return nll_N + kernels.cluster_cross_entropies(features, weights, biases, targets_N, bounds[1:-1])
 
 
 def clusters_log_probs(parts: Clusters, hidden_NH: Tensor) -> Tensor:
@@ -178,7 +178,13 @@ class AdaptiveHead(Head):
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
-        return clusters_nll(self.parts(), hidden_NH, targets_N)
+        if not len(self.projections):
+            return clusters_nll(self.parts(), hidden_NH, targets_N)
+        every = _projected(
+            torch.cat(list(self.projections)), hidden_NH
+        )  # one product, and one for each of its gradients
+        features = every.split([len(p) for p in self.projections], dim=1)
+        return clusters_nll(self.parts(), hidden_NH, targets_N, features)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         return clusters_log_probs(self.parts(), hidden_NH)

@@ -26,7 +26,8 @@ from recurlm.model.heads.base import Head, HeadDropout, Use
 from recurlm.model.heads.cuts import MOST_RANKED, zipf
 from recurlm.model.layers.base import uniform
 
-ELEMENTS = 1 << 24  # of gathered node vectors at once
+ELEMENTS = {"cpu": 1 << 24}  # of gathered node vectors at once
+MOST_ELEMENTS = 1 << 27  # on other devices, where each part's gradient is a whole matrix
 SEARCHED = 1 << 10  # words for each of the k best, from which on searching the tree beats computing it all
 
 Lengths = tuple[int, ...]
@@ -161,11 +162,10 @@ class HierarchicalHead(Head):
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
-        tables, rows = (
-            paths(self.lengths, hidden_NH.device),
-            max(1, ELEMENTS // (len(self.lengths) * hidden_NH.shape[1])),
-        )
-        along = self._along if hidden_NH.device.type == "cpu" else self._along_padded
+        device = hidden_NH.device
+        most = ELEMENTS.get(device.type, MOST_ELEMENTS)
+        tables, rows = paths(self.lengths, device), max(1, most // (len(self.lengths) * hidden_NH.shape[1]))
+        along = self._along if device.type == "cpu" else self._along_padded
         given = zip(hidden_NH.split(rows), targets_N.split(rows), strict=True)
         return torch.cat([along(tables, h_RH, y_R) for h_RH, y_R in given])
 

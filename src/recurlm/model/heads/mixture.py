@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from recurlm.config import ModelConfig
@@ -90,7 +91,25 @@ class MixtureHead(Head):
 
 def mixed(log_prior_NK: Tensor, nll_R: Tensor) -> Tensor:
     """nll_N = -logsumexp_k(log pi_k - nll_k); `nll_R` are the experts' of each token in turn, R = N K."""
-    return -(log_prior_NK - nll_R.view_as(log_prior_NK)).logsumexp(1)
+    return _Mixed.apply(log_prior_NK, nll_R.view_as(log_prior_NK))  # type: ignore[return-value]
+
+
+class _Mixed(torch.autograd.Function):
+    """Half the operations that autograd would make of logsumexp: on a GPU these tiny ones took 5 % of the loss's time."""
+
+    @staticmethod
+    def forward(ctx, log_prior_NK: Tensor, nll_NK: Tensor):  # type: ignore[override]
+        x_NK = log_prior_NK - nll_NK
+        log_share_NK = x_NK.log_softmax(1)
+        ctx.save_for_backward(log_share_NK)
+        return log_share_NK.amax(1) - x_NK.amax(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream_N: Tensor):  # type: ignore[override]
+        (log_share_NK,) = ctx.saved_tensors
+        grad_NK = log_share_NK.exp() * upstream_N[:, None]
+        return -grad_NK, grad_NK
 
 
 def _base(config: ModelConfig) -> type[Head]:

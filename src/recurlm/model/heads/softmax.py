@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 
 from recurlm.config import ModelConfig
 from recurlm.kernels import linear_cross_entropy
-from recurlm.kernels.reference import logits
+from recurlm.kernels.reference import linear_log_softmax
 from recurlm.model.heads.base import Head, HeadDropout, check_tied
 from recurlm.model.layers.base import uniform
 
@@ -35,7 +35,7 @@ class SoftmaxHead(Head):
         return linear_cross_entropy(hidden_NH, self.weight, self.bias, targets_N)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
-        return logits(hidden_NH, self.weight, self.bias).log_softmax(-1)
+        return linear_log_softmax(hidden_NH, self.weight, self.bias)
 
 
 class TiedHead(Head):
@@ -61,4 +61,4 @@ class TiedHead(Head):
         return linear_cross_entropy(hidden_NH, embedding_VE, self.bias, targets_N)
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
-        return logits(hidden_NH, embedding_VE, self.bias).log_softmax(-1)
+        return linear_log_softmax(hidden_NH, embedding_VE, self.bias)
