@@ -230,7 +230,7 @@ def _clustered(
     registers = min(255, 16384 // (32 * _up(warps + cells, 4)) // 8 * 8)
     other = (
         (0 if cells else 6 * rounds if forward else 22 * rounds)
-        + 40
+        + (46 if forward else 60)
         + (1 + wide) * loads
         + 2 * sends
         + 4 * loads * (groups > 1)
@@ -251,10 +251,10 @@ def _clustered(
     sums = groups * rows * tiles_n * warps_k / 2 / 1900
     if forward:
         cost = 1.0 + 0.3 * reads + 1.5 * moved + 0.74 * vectors + 1.35 * sums
-        cost += groups * (0.12 + 0.23 * rounds + 0.028 * loads + 0.15 * sends / (1 + short))
+        cost += groups * (0.3 + 0.23 * rounds + 0.028 * loads + 0.15 * sends / (1 + short))
     else:
-        cost = 2.5 + 1.85 * reads + 1.78 * moved + 1.03 * vectors + 0.5 * sums
-        cost += groups * (0.019 * loads + 0.044 * sends + 0.009 * blocks_k * tiles_m * tiles_n)
+        cost = 2.0 + 1.85 * reads + 1.78 * moved + 1.03 * vectors + 0.5 * sums
+        cost += groups * (0.5 + 0.019 * loads + 0.044 * sends + 0.009 * blocks_k * tiles_m * tiles_n)
     macros = {
         "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
         "CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k,
