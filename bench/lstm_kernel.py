@@ -45,9 +45,13 @@ def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]
     layouts = lstm_cuda.cluster_layouts(name, H, B, card)
     for layout in layouts:
         of = dict(layout.macros)
-        kind = layout.cluster, of["CELL_WARPS"], of["POLLS"], of["SHORT_SUMS"], of["WARPS"] // 4
+        kind = layout.cluster, of["CELL_WARPS"], of["POLLS"], of["WIDE_ROWS"], of["WARPS"] // 4, of["TILES_N"]
         counts[kind] += 1
-        if counts[kind] <= each and of["WARPS"] >= (6 if H > 512 else 3) and layout.cost < 1.8 * layouts[0].cost:
+        if (
+            counts[kind] <= each
+            and of["WARPS"] >= (6 if H > 512 else 3)
+            and layout.cost < (1.4 if B < 32 else 1.25) * layouts[0].cost
+        ):
             found.append(layout)
     return found
 
@@ -309,7 +313,7 @@ def steps() -> None:
 
 
 def many(shape: str) -> int:
-    return 2 if shape == SHAPES[1] else 1
+    return 1
 
 
 def profile(layouts: list[Layout]) -> None:

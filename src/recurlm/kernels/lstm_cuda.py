@@ -197,15 +197,15 @@ def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
             continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        for (warps_m, tiles_m), (warps_k, blocks_k), groups, cells, polls, short in itertools.product(
-            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch, 5)), (0, 4), (1, 3), (0, 1)
+        for (warps_m, tiles_m), (warps_k, blocks_k), groups, cells, polls, short, wide in itertools.product(
+            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch, 5)), (0, 4), (1, 3), (0, 1), (0, 1)
         ):
             if warps_m * warps_k + cells > 16 or (polls > 1 and groups[0] > 1):
                 continue
             if not forward and (short or warps_k * blocks_k % 2):
                 continue
             shares = warps_m, tiles_m, warps_k, blocks_k
-            layout = _clustered(name, H, batch, here, cluster, shares, groups, cells, polls, short)
+            layout = _clustered(name, H, batch, here, cluster, shares, groups, cells, polls, short, wide)
             if layout is not None:
                 found.append(layout)
     return sorted(found, key=lambda layout: layout.cost)
@@ -213,7 +213,7 @@ def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
 
 def _clustered(
     name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int], cells: int,
-    polls: int, short: int,
+    polls: int, short: int, wide: int,
 ) -> Layout | None:  # fmt: skip
     """The layout with these shares of a warp; None where it does not fit."""
     (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
@@ -228,7 +228,13 @@ def _clustered(
     rounds, loads = _up(share, 32 * (cells or warps)), _up(blocks_k * tiles_n, warps_m)
     sends = _up(rows // 4 * batch_rows, 32 * warps)
     registers = min(255, 16384 // (32 * _up(warps + cells, 4)) // 8 * 8)
-    other = (0 if cells else 6 * rounds if forward else 22 * rounds) + 40 + loads + 2 * sends + 4 * loads * (groups > 1)
+    other = (
+        (0 if cells else 6 * rounds if forward else 22 * rounds)
+        + (46 if forward else 60)
+        + (1 + wide) * loads
+        + 2 * sends
+        + 4 * loads * (groups > 1)
+    )
     free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, 0 if cells else width * cluster)
     if cells and registers < (48 + 6 * rounds if forward else 52 + 22 * rounds) + width * cluster:
         return None
@@ -245,14 +251,14 @@ def _clustered(
     sums = groups * rows * tiles_n * warps_k / 2 / 1900
     if forward:
         cost = 1.0 + 0.3 * reads + 1.5 * moved + 0.74 * vectors + 1.35 * sums
-        cost += groups * (0.12 + 0.23 * rounds + 0.028 * loads + 0.15 * sends / (1 + short))
+        cost += groups * (0.3 + 0.23 * rounds + 0.028 * loads + 0.15 * sends / (1 + short))
     else:
-        cost = 2.5 + 1.85 * reads + 1.78 * moved + 1.03 * vectors + 0.5 * sums
-        cost += groups * (0.019 * loads + 0.044 * sends + 0.009 * blocks_k * tiles_m * tiles_n)
+        cost = 2.0 + 1.85 * reads + 1.78 * moved + 1.03 * vectors + 0.5 * sums
+        cost += groups * (0.5 + 0.019 * loads + 0.044 * sends + 0.009 * blocks_k * tiles_m * tiles_n)
     macros = {
         "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
         "CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k,
-        "REGISTERS_K": kept, "CELL_WARPS": cells, "POLLS": polls, "SHORT_SUMS": short,
+        "REGISTERS_K": kept, "CELL_WARPS": cells, "POLLS": polls, "SHORT_SUMS": short, "WIDE_ROWS": wide,
     }  # fmt: skip
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
     return Layout(name, tuple(macros.items()), strips * cluster, warps + cells, shared, cost)
