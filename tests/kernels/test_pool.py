@@ -119,18 +119,20 @@ def check_triton_cases(shapes, plans):
 
     with pytest.MonkeyPatch.context() as patch:
         for name, plan in zip(("forward_plan", "backward_plan"), plans, strict=True):
-            patch.setattr(pool_triton, name, lambda *_, plan=plan: pool_triton.Plan(*plan, "plain"))
+            patch.setattr(pool_triton, name, lambda *_, plan=plan: pool_triton.Plan(*plan))
         for n, (shape, pooling) in enumerate(itertools.product(shapes, reference.GATES)):
             pairs = list(itertools.product(KINDS, SCALES))
             dtype, scale = pairs[n * 4 % 9]
             check_triton(pool_triton.pool, shape, pooling, dtype, scale, "cpu", seed=n, with_bias=n % 5 > 0)
 
 
-WHOLE = ((16, 1, 4, 10**6, True), (16, 1, 2, 10**6, False))
-SPLIT = ((16, 1, 2, 6, False), (32, 2, 2, 4, True))
+WHOLE = ((16, 1, 8, 10**6, True, "plain"), (16, 1, 2, 10**6, False, "plain"))
+SPLIT = ((16, 1, 2, 6, True, "plain"), (32, 2, 2, 4, True, "plain"))
+SIDE = ((16, 1, 2, 4, True, "plain", 2, 15), (16, 1, 2, 4, False, "plain", 4))
 IN_THE_INTERPRETER = (
     ([(1, 1, 1), (7, 3, 5), (2, 1, 37), (5, 1, 18)], WHOLE),
     ([(1, 2, 3), (7, 1, 5), (13, 2, 18), (41, 1, 4)], SPLIT),
+    ([(4, 1, 3), (13, 2, 18), (39, 1, 4)], SIDE),
 )
 
 
@@ -149,6 +151,7 @@ ON_THE_GPU = (
     ((7, 3, 18), "ifo", torch.float32, "mask", WHOLE),
     ((13, 2, 18), "f", torch.float32, "mask", SPLIT),
     ((13, 2, 18), "ifo", torch.float16, 0.85, SPLIT),
+    ((39, 2, 18), "ifo", torch.bfloat16, "mask", SIDE),
     ((1, 1, 1), "fo", torch.float32, "mask", WHOLE),
     ((70, 20, 1550), "fo", torch.bfloat16, None, None),
     ((140, 60, 2500), "fo", torch.bfloat16, "mask", None),
@@ -164,7 +167,9 @@ def test_triton_on_the_gpu(shape, pooling, dtype, scale, plans, monkeypatch):
 
     for name, plan in zip(("forward_plan", "backward_plan"), plans or (), strict=False):
         how = "exact" if dtype == torch.float32 else "mixed"
-        monkeypatch.setattr(pool_triton, name, lambda *_, plan=plan, how=how: pool_triton.Plan(*plan, how))
+        monkeypatch.setattr(
+            pool_triton, name, lambda *_, plan=plan, how=how: pool_triton.Plan(*plan)._replace(activation=how)
+        )
     check_triton(pool_triton.pool, shape, pooling, dtype, scale, "cuda")
 
 

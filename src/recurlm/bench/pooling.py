@@ -100,7 +100,7 @@ def _ours(
         plan = plan or pool_triton.forward_plan(gates_TBG, c_BH)
         return lambda: pool_triton.run_forward(gates_TBG, c_BH, None, "fo", bias, plan, back.unroll if training else 0)
     plan = plan or back
-    forward = pool_triton.forward_plan(gates_TBG, c_BH)._replace(unroll=plan.unroll, group=plan.unroll)
+    forward = pool_triton.forward_plan(gates_TBG, c_BH)._replace(unroll=plan.unroll)
     marks_SBH = pool_triton.run_forward(gates_TBG, c_BH, None, "fo", bias, forward, plan.unroll)[2]
     grad_last_BH = torch.zeros_like(c_BH)
     return lambda: pool_triton.run_backward(gates_TBG, marks_SBH, None, "fo", bias, plan, grad_h_TBH, grad_last_BH)
@@ -122,89 +122,40 @@ Variant = tuple[str, Shape, torch.dtype, tuple[Any, ...]]
 def variants() -> list[Variant]:
     """(direction, shape, dtype, the Plan's fields) of the layouts that are compared."""
     whole, (first, second, short, long) = 1 << 30, SHAPES
-    found: list[tuple[str, Shape, tuple[Any, ...]]] = []
+    found: list[Variant] = []
 
-    def ring(
-        shape: Shape,
-        tile: tuple[int, int],
-        unroll: int,
-        groups: Any,
-        chunks: Any = (whole,),
-        hints: Any = (0,),
-        regs: int = 0,
-    ):
-        for group, chunk, hint in itertools.product(groups, chunks, hints):
-            found.append(("forward", shape, (*tile, unroll, chunk, True, "approx", group, 0, hint, regs)))
+    def add(
+        direction: str, shape: Shape, tiles: Any, unrolls: Any, chunks: Any = (whole,), parts: Any = (1,), hints: Any = (0,),
+        ahead: bool = True, dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
+        activation = "exact" if dtype == torch.float32 else "approx"
+        for (block, warps), unroll, chunk, part, hint in itertools.product(tiles, unrolls, chunks, parts, hints):
+            found.append((direction, shape, dtype, (block, warps, unroll, chunk, ahead, activation, part, hint)))
 
-    def staged(
-        shape: Shape, tile: tuple[int, int], unroll: int, stages: Any, chunks: Any = (whole,), hints: Any = (0,)
-    ):
-        for stage, chunk, hint in itertools.product(stages, chunks, hints):
-            found.append(("forward", shape, (*tile, unroll, chunk, True, "approx", unroll, stage, hint, 0)))
-
-    def back(shape: Shape, tile: tuple[int, int], unrolls: Any, chunks: Any = (whole,)):
-        for unroll, chunk in itertools.product(unrolls, chunks):
-            found.append(("backward", shape, (*tile, unroll, chunk, True, "approx")))
-
-    narrow, one, two, four, wide = (32, 1), (64, 1), (128, 2), (128, 1), (256, 4)
-    ring(second, two, 4, (4, 2, 1))
-    ring(second, four, 4, (4, 2, 1))
-    staged(second, four, 4, (2, 3, 4))
-    ring(first, two, 8, (8, 4, 2, 1))
-    ring(first, four, 4, (4, 2, 1))
-    staged(first, two, 4, (3, 4))
-    staged(first, four, 4, (2, 3, 4))
-    ring(short, narrow, 16, (16, 8, 4))
-    ring(short, one, 16, (8, 4))
-    staged(short, one, 4, (4, 6, 8))
-    ring(long, one, 8, (4,), (72, 96, 128), (0, 6))
-    ring(long, one, 16, (8,), (96, 128, 160), (0,))
-    staged(long, one, 4, (4,), (96, 128), (0, 6))
-    back(long, one, (8,), (64, 96, 128))
-    back(short, narrow, (7, 8, 14))
-    ring(second, four, 8, (8, 4, 2))
-    ring(second, four, 8, (4,), regs=128)
-    ring(second, two, 8, (8, 4, 2), regs=64)
-    ring(second, two, 5, (5, 1))
-    ring(second, four, 5, (5, 1))
-    staged(second, four, 2, (4, 6))
-    staged(second, two, 4, (3,))
-    ring(second, two, 4, (2,), hints=(1,))
-    ring(second, four, 4, (2,), hints=(1,))
-    ring(second, (256, 2), 4, (2,))
-    ring(second, wide, 4, (2,))
-    ring(second, one, 4, (2,))
-    ring(first, two, 7, (7, 1))
-    ring(first, two, 10, (10, 5, 2))
-    ring(first, two, 5, (1,))
-    ring(first, four, 5, (1,))
-    ring(first, four, 8, (8, 4))
-    ring(first, four, 7, (1,))
-    ring(first, (256, 2), 4, (2,))
-    ring(first, wide, 8, (4,))
-    ring(first, one, 8, (4,))
-    ring(first, two, 8, (4,), hints=(1,))
-    ring(first, four, 4, (2,), hints=(1,))
-    staged(first, two, 2, (5,))
-    staged(first, four, 2, (4, 6))
-    ring(short, narrow, 24, (8,))
-    ring(short, narrow, 14, (14, 7))
-    ring(short, narrow, 10, (10, 5))
-    ring(short, one, 8, (8, 4))
-    ring(short, two, 8, (4,))
-    ring(short, narrow, 16, (8,), hints=(1,))
-    staged(short, one, 2, (8, 12))
-    staged(short, one, 7, (4,))
-    staged(short, one, 10, (3,))
-    ring(long, one, 8, (2,), (96,), (0, 2, 4))
-    ring(long, one, 8, (4,), (192,))
-    ring(long, narrow, 16, (8,), (128,))
-    staged(long, one, 4, (6,), (128,))
-    staged(long, one, 8, (3,), (128,))
-    back(long, narrow, (8,), (128,))
-    back(short, one, (8,))
-    back(short, narrow, (10,))
-    return [(direction, shape, torch.bfloat16, plan) for direction, shape, plan in dict.fromkeys(found)]
+    narrow, one, two, four = (32, 1), (64, 1), (128, 2), (128, 1)
+    add("forward", long, (one,), (8,), (72,), (1, 4), (0, 15))
+    add("forward", long, (one,), (8,), (48, 64, 96), (4,), (15,))
+    add("forward", long, (one,), (8,), (48, 64), (8,), (15,))
+    add("forward", short, ((128, 4), (64, 2), (256, 8), narrow), (16,))
+    add("forward", short, (narrow,), (20,))
+    add("forward", first, (two, (256, 4)), (8,))
+    add("forward", first, (two,), (7,))
+    add("forward", second, (four, (256, 2)), (8,))
+    add("forward", long, (narrow,), (8,), (64, 80), (4,), (15,))
+    add("forward", long, (narrow,), (16,), (80,), (4,), (15,))
+    add("backward", long, (one,), (8,), (64,), (1, 4, 8))
+    add("backward", long, (one,), (8,), (48, 80), (4,))
+    add("backward", long, (narrow,), (8,), (64,), (4,))
+    add("forward", long, (one,), (8,), (64,), (4,), (4, 7))
+    add("forward", long, (two,), (8,), (64,), (4,), (15,))
+    add("forward", short, ((128, 4), (64, 2)), (12,))
+    add("forward", short, ((128, 4),), (8,))
+    add("backward", short, (narrow, (64, 2), (128, 4)), (8,))
+    add("backward", short, ((64, 2),), (12,))
+    add("backward", second, (four, (256, 2)), (8,), ahead=False)
+    add("forward", second, (two,), (4, 8), dtype=torch.float32)
+    add("forward", second, (four,), (4,), dtype=torch.float32)
+    return list(dict.fromkeys(found))
 
 
 def _prepared(variant: Variant, given: tuple[Tensor, ...] = ()) -> Callable[[], Any]:
@@ -264,8 +215,6 @@ def _errors() -> None:
 
 def sweep(processes: int, seconds: float) -> None:
     """Prints the variants' times, best first for each direction and shape; none is begun after so many seconds."""
-    from recurlm.kernels import pool_triton
-
     start, tried = time.perf_counter(), variants()
     heavy_first = sorted(tried, key=lambda variant: -variant[3][2] * (1 + (variant[1] == SHAPES[3])))
     context = multiprocessing.get_context("spawn")
@@ -277,31 +226,30 @@ def sweep(processes: int, seconds: float) -> None:
         print("FAILED", repr(error)[:300])
     print(f"{len(tried)} variants compiled in {time.perf_counter() - start:.0f} s", flush=True)
     print(torch.cuda.get_device_name(), f"copies {copy_bandwidth() / 1e9:,.0f} GB/s", flush=True)
-    data: dict[Shape, list[tuple[Tensor, ...]]] = {}
-    truths: dict[Shape, dict[str, list[tuple[Tensor, float]]]] = {}
-    timed: dict[tuple[Any, ...], list[tuple[float, float, tuple[Any, ...], str]]] = {}
+    data: dict[Any, list[tuple[Tensor, ...]]] = {}
+    truths: dict[Any, dict[str, list[tuple[Tensor, float]]]] = {}
+    timed: dict[tuple[Any, ...], list[tuple[float, float, tuple[Any, ...]]]] = {}
     for variant in tried:
         direction, shape, dtype, plan = variant
         if time.perf_counter() - start > seconds:
             print("no time left for", variant)
             continue
         try:
-            if shape not in data:
-                data[shape] = in_turn(lambda: _given(shape, dtype), _bytes("forward", shape, dtype))  # type: ignore[arg-type] # noqa: B023
-                truths[shape] = _truth(shape, dtype, data[shape][0])
-            works = [_prepared(variant, given) for given in data[shape]]
-            worst = _worst(works[0](), truths[shape][direction])
+            key = shape, dtype
+            if key not in data:
+                data[key] = in_turn(lambda: _given(shape, dtype), _bytes("forward", shape, dtype))  # type: ignore[arg-type] # noqa: B023
+                truths[key] = _truth(shape, dtype, data[key][0])
+            works = [_prepared(variant, given) for given in data[key]]
+            worst = _worst(works[0](), truths[key][direction])
             us = gpu_time(works)
-            kernel = pool_triton.NOTES["_" + direction]
-            regs = f"{getattr(kernel, 'n_regs', 0)} registers, {getattr(kernel, 'n_spills', 0)} spilled"
         except Exception as error:
             print("FAILED", variant, repr(error)[:200])
             continue
-        timed.setdefault((direction, shape, dtype), []).append((us, worst, plan, regs))
+        timed.setdefault((direction, shape, dtype), []).append((us, worst, plan))
     for key, times in timed.items():
         print(*key, f"limit {_limit(*key):.1f} us; us, share, error beside the reference's, plan")
-        for us, worst, plan, regs in sorted(times):
-            print(f"  {us:7.1f} {_limit(*key) / us:6.1%} {worst:5.2f}{' WRONG' * (not worst <= 2)} {plan} {regs}")
+        for us, worst, plan in sorted(times):
+            print(f"  {us:7.1f} {_limit(*key) / us:6.1%} {worst:5.2f}{' WRONG' * (not worst <= 2)} {plan}")
     print(f"{time.perf_counter() - start:.0f} s")
 
 
