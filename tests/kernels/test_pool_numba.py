@@ -11,6 +11,8 @@ import numba
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recurlm.kernels import pool_numba, reference
 
@@ -56,9 +58,23 @@ def wide(x):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_is_at_most_twice_that_of_the_reference(shape, pooling, scale):
-    given = inputs(shape, torch.float32, scale, pooling)
-    truth = outcome(reference.pool, *(wide(x) for x in given), pooling)
-    eager, found = outcome(reference.pool, *given, pooling), outcome(pool_numba.pool, *given, pooling)
+    check(shape, pooling, scale)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 5), st.integers(1, 3000)),
+    st.sampled_from(POOLINGS),
+    st.sampled_from(["none", "mask", "constant"]),
+)
+def test_shapes_at_random(shape, pooling, scale):
+    check(shape, pooling, scale)
+
+
+def check(shape, pooling, scale):
+    values = inputs(shape, torch.float32, scale, pooling)
+    truth = outcome(reference.pool, *(wide(x) for x in values), pooling)
+    eager, found = outcome(reference.pool, *values, pooling), outcome(pool_numba.pool, *values, pooling)
     for name, t, a, b in zip(NAMES, truth, eager, found, strict=True):
         size = max(1.0, t.abs().max().item())
         allowed = (
