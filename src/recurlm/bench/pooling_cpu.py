@@ -28,10 +28,13 @@ def kernels_alone(T: int, B: int, H: int) -> tuple[Callable[[], object], Callabl
     def array(size: int) -> np.ndarray:
         return torch.randn(size, generator=g).numpy()
 
+    def result(size: int) -> np.ndarray:
+        return np.zeros(size, np.float32) + 1  # numpy's memory, as in `pool`, and there
+
     g = torch.Generator().manual_seed(1)
     gates, c, grad_h, grad_last = array(T * B * 3 * H), array(B * H), array(T * B * H), array(B * H)
-    h, last, kept = array(T * B * H), array(B * H), array(-(-T // pool_numba.SEGMENT) * B * H)
-    grad_gates, grad_c, mask = array(T * B * 3 * H), array(B * H), (np.empty(0, np.float32), np.float32(1))
+    h, last, kept = result(T * B * H), result(B * H), result(-(-T // pool_numba.SEGMENT) * B * H)
+    grad_gates, grad_c, mask = result(T * B * 3 * H), result(B * H), (np.empty(0, np.float32), np.float32(1))
     head = (T, B, H, 3, gates)
     return (
         lambda: pool_numba._spread(pool_numba._forward, *head, c, *mask, h, last, kept),

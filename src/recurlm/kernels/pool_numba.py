@@ -1,7 +1,8 @@
 """QRNN pooling on the CPU: activations, recurrence and output gate in one compiled pass over memory.
 
-A block of columns (some units of one row of the batch) goes through all its time steps at once, so that everything
-but the gates, h and their gradients stays in the cache. The backward pass computes the gates anew; of c only every
+The forward pass goes through memory in its order, with the last c as the running one. The backward pass takes a block of
+columns (some units of one row of the batch) through all its time steps, a segment of them at a time: it computes the
+gates anew in the place of their gradients, then these, back in time, while all of it is in the cache. Of c only every
 `SEGMENT`-th is stored. Blocks are independent and always the same, so the number of threads changes no bit.
 """
 
@@ -30,21 +31,21 @@ ELEMENTS = 32768  # h values that are worth a thread: some 30 µs
 
 # exp(x) = 2^k (1 + p(r)) with k = round(x / ln 2), r = x - k ln 2 and p a polynomial, minimax on |r| <= ln 2 / 2.
 INVERSE_LN2 = np.float32(1 / math.log(2))
-LN2 = (np.float32(0.693359375), np.float32(math.log(2) - 0.693359375))  # in two parts: k times the first is exact
+LN2 = np.float32(math.log(2))  # rounded by 2e-9 only; k times it is not rounded in a fused operation
 P2, P3, P4, P5, P6 = (np.float32(c) for c in (0.50000001, 0.16666543, 0.04166628, 0.00836661, 0.00139465))
 ROUND = np.float32(1.5 * 2**23 + 127)  # x + ROUND has the rounded x, as the exponent of 2^x, in its last 8 bits
 LARGE, TINY, FLAT = np.float32(88.8), np.float32(-88.0), np.float32(18.1)  # exp overflows; is 0 beside 1; tanh is 1
 ONE, TWO = np.float32(1), np.float32(2)
+# Python's check for a division by zero would keep loops from being vectorised; "contract" allows fused multiply-add.
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled at first use, and kept on disk where that is possible."""
-    # Python's check for a division by zero would keep loops from being vectorised; "contract" allows fused multiply-add.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # no folder for it can be written
-        return numba.njit(**options)(function)
+        return numba.njit(**OPTIONS)(function)
 
 
 @_compiled
@@ -52,7 +53,7 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
     """(2^k, p) with exp(x) = 2^k + 2^k p, in fp32 for -88 <= x <= 88.8; plain arithmetic, which LLVM vectorises."""
     shifted = x * INVERSE_LN2 + ROUND
     k = shifted - ROUND
-    r = (x - k * LN2[0]) - k * LN2[1]
+    r = x - k * LN2
     p = r + r * r * (P2 + r * (P3 + r * (P4 + r * (P5 + r * P6))))
     power = np.int32(np.float32(shifted).view(np.int32) << np.int32(23)).view(np.float32)
     return power, p
@@ -60,7 +61,7 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
 
 @_compiled
 def _sigmoid32(x: Any) -> Any:
-    """In fp32, to 3 units in the last place; 0 below -88.4. The comparisons let NaN pass."""
+    """In fp32, to 3 units in the last place, 6 where it is below 1e-6; 0 below -88.4. The comparisons let NaN pass."""
     x = -x
     x = LARGE if x > LARGE else x
     x = TINY if x < TINY else x
@@ -107,7 +108,7 @@ def _row(x: np.ndarray, at: int, size: int) -> np.ndarray:
     return x[at : at + size]
 
 
-# The loops have few arrays each: LLVM vectorises one only if few comparisons show that its arrays do not overlap.
+# The loops have few arrays each: LLVM vectorises one only if at most eight comparisons show that its arrays do not overlap.
 
 
 @_compiled
@@ -150,7 +151,8 @@ def _output(o_N: np.ndarray, c_N: np.ndarray, h_N: np.ndarray) -> None:
 
 @_compiled
 def _step(z_N: np.ndarray, s_N: np.ndarray, scale_N: np.ndarray, c_N: np.ndarray, out_N: np.ndarray) -> None:
-    for n in range(c_N.size):
+    """The next c from activations."""
+    for n in range(z_N.size):
         out_N[n] = c_N[n] + s_N[n] * scale_N[n] * (z_N[n] - c_N[n])
 
 
@@ -158,23 +160,11 @@ def _step(z_N: np.ndarray, s_N: np.ndarray, scale_N: np.ndarray, c_N: np.ndarray
 def _step_ifo(
     z_N: np.ndarray, s_N: np.ndarray, i_N: np.ndarray, scale_N: np.ndarray, c_N: np.ndarray, out_N: np.ndarray
 ) -> None:
-    for n in range(c_N.size):
+    for n in range(z_N.size):
         out_N[n] = c_N[n] - s_N[n] * scale_N[n] * c_N[n] + i_N[n] * scale_N[n] * z_N[n]
 
 
-@_compiled
-def _activate(
-    gates: np.ndarray, at: int, W: int, H: int, G: int,
-    scale_N: np.ndarray, rows: np.ndarray, c_N: np.ndarray, next_N: np.ndarray,
-) -> None:  # fmt: skip
-    """Fills the rows z, s = sigmoid F, o and i from the W units of each gate, the first at `at`; and the next c."""
-    _tanhs(_row(gates, at, W), rows[0])
-    for gate in range(1, G):
-        _sigmoids(_row(gates, at + gate * H, W), rows[gate])
-    if G == 4:
-        _step_ifo(rows[0], rows[1], rows[3], scale_N, c_N, next_N)
-    else:
-        _step(rows[0], rows[1], scale_N, c_N, next_N)
+# Backwards: each gradient takes the place of the activation.
 
 
 @_compiled
@@ -184,48 +174,53 @@ def _add(x_N: np.ndarray, out_N: np.ndarray) -> None:
 
 
 @_compiled
-def _output_backward(
-    grad_h_N: np.ndarray, o_N: np.ndarray, c_N: np.ndarray, running_N: np.ndarray, grad_N: np.ndarray
-) -> None:
-    """Fills O's gradient and adds that of c to the running one."""
-    for n in range(grad_N.size):
+def _output_backward(grad_h_N: np.ndarray, c_N: np.ndarray, running_N: np.ndarray, o_N: np.ndarray) -> None:
+    """O's gradient; that of c is added to the running one."""
+    for n in range(o_N.size):
         grad_c = grad_h_N[n] * o_N[n]
-        grad_N[n] = grad_c * c_N[n] * (1 - o_N[n])
+        o_N[n] = grad_c * c_N[n] * (ONE - o_N[n])
         running_N[n] += grad_c
 
 
 @_compiled
-def _z_backward(
-    z_N: np.ndarray, i_N: np.ndarray, scale_N: np.ndarray, running_N: np.ndarray, grad_N: np.ndarray
-) -> None:
-    for n in range(grad_N.size):
-        grad_N[n] = running_N[n] * scale_N[n] * i_N[n] * (1 - z_N[n] * z_N[n])
+def _carry(s_N: np.ndarray, scale_N: np.ndarray, running_N: np.ndarray, part_N: np.ndarray) -> None:
+    """The part of the running gradient that z - c gets; the rest is that of the c before."""
+    for n in range(s_N.size):
+        part = running_N[n] * scale_N[n] * s_N[n]
+        part_N[n] = part
+        running_N[n] -= part
 
 
 @_compiled
-def _f_backward(
-    z_N: np.ndarray, s_N: np.ndarray, c_N: np.ndarray, scale_N: np.ndarray, running_N: np.ndarray, grad_N: np.ndarray
-) -> None:
-    """F's gradient where f is the input gate too; then the running gradient of the c before, as in `_fi_backward`."""
-    for n in range(grad_N.size):
-        grad_f = running_N[n] * scale_N[n] * s_N[n]
-        grad_N[n] = grad_f * (1 - s_N[n]) * (z_N[n] - c_N[n])
-        running_N[n] -= grad_f
+def _zf_backward(part_N: np.ndarray, c_N: np.ndarray, z_N: np.ndarray, s_N: np.ndarray) -> None:
+    """The gradients of Z and F, where f is the input gate too."""
+    for n in range(z_N.size):
+        z, part = z_N[n], part_N[n]
+        s_N[n] = part * (ONE - s_N[n]) * (z - c_N[n])
+        z_N[n] = part * (ONE - z * z)
 
 
 @_compiled
-def _fi_backward(
-    x_N: np.ndarray, s_N: np.ndarray, scale_N: np.ndarray, running_N: np.ndarray, grad_N: np.ndarray, sign: int
-) -> None:
-    """The gradient of F or I, where c has the term sign scale s x."""
-    for n in range(grad_N.size):
-        grad_N[n] = sign * running_N[n] * scale_N[n] * s_N[n] * (1 - s_N[n]) * x_N[n]
+def _carry_ifo(s_N: np.ndarray, scale_N: np.ndarray, running_N: np.ndarray, part_N: np.ndarray) -> None:
+    """The running gradient times the scale; what is left of it is that of the c before."""
+    for n in range(s_N.size):
+        part = running_N[n] * scale_N[n]
+        part_N[n] = part
+        running_N[n] -= part * s_N[n]
 
 
 @_compiled
-def _carry_backward(s_N: np.ndarray, scale_N: np.ndarray, running_N: np.ndarray) -> None:
-    for n in range(running_N.size):
-        running_N[n] -= running_N[n] * scale_N[n] * s_N[n]
+def _zi_backward(part_N: np.ndarray, z_N: np.ndarray, i_N: np.ndarray) -> None:
+    for n in range(z_N.size):
+        z, part = z_N[n], part_N[n] * i_N[n]
+        i_N[n] = part * (ONE - i_N[n]) * z
+        z_N[n] = part * (ONE - z * z)
+
+
+@_compiled
+def _f_backward(part_N: np.ndarray, c_N: np.ndarray, s_N: np.ndarray) -> None:
+    for n in range(s_N.size):
+        s_N[n] = -part_N[n] * s_N[n] * (ONE - s_N[n]) * c_N[n]
 
 
 @_compiled
@@ -237,15 +232,17 @@ def _forward(
     """Fills h, the last c and, unless it is empty, `kept` with the c before each segment; arrays are flat."""
     blocks = (H + BLOCK - 1) // BLOCK
     width = (H + blocks - 1) // blocks
-    constants, c = np.empty(width, h.dtype), np.empty(width, h.dtype)
+    constants = np.empty(width, h.dtype)
     for n in range(width):
         constants[n] = constant
-    for block in range(first, stop):
-        b, unit = block // blocks, block % blocks * width
-        W, column = min(width, H - unit), b * H + unit
-        _copy(_row(c0, column, W), c)
-        for t in range(T):
+    for t in range(T):
+        for block in range(first, stop):
+            b, unit = block // blocks, block % blocks * width
+            W, column = min(width, H - unit), b * H + unit
             at, gate = t * B * H + column, (t * B + b) * G * H + unit
+            c = _row(last, column, W)
+            if t == 0:
+                _copy(_row(c0, column, W), c)
             if kept.size and t % SEGMENT == 0:
                 _copy(c, _row(kept, t // SEGMENT * B * H + column, W))
             scale_N = _row(mask, at, W) if mask.size else constants
@@ -258,7 +255,6 @@ def _forward(
                 _output(_row(gates, gate + 2 * H, W), c, _row(h, at, W))
             else:
                 _copy(c, _row(h, at, W))
-        _copy(c, _row(last, column, W))
 
 
 @_compiled
@@ -270,8 +266,8 @@ def _backward(
     """Fills the gradients of the gates and of the first c."""
     blocks = (H + BLOCK - 1) // BLOCK
     width = (H + blocks - 1) // blocks
-    rows, c = np.empty((SEGMENT, 4, width), gates.dtype), np.empty((SEGMENT + 1, width), gates.dtype)
-    running, constants = np.empty(width, gates.dtype), np.empty(width, gates.dtype)
+    c = np.empty((SEGMENT + 1, width), gates.dtype)
+    running, part, constants = np.empty(width, c.dtype), np.empty(width, c.dtype), np.empty(width, c.dtype)
     for n in range(width):
         constants[n] = constant
     for block in range(first, stop):
@@ -282,26 +278,32 @@ def _backward(
             stop_t = min(start + SEGMENT, T)
             _copy(_row(kept, start // SEGMENT * B * H + column, W), c[0])
             for t in range(start, stop_t):
-                scale_N = _row(mask, t * B * H + column, W) if mask.size else constants
-                at = (t * B + b) * G * H + unit
-                _activate(gates, at, W, H, G, scale_N, rows[t - start], c[t - start], c[t - start + 1])
-            for t in range(stop_t - 1, start - 1, -1):
-                at, to = t * B * H + column, (t * B + b) * G * H + unit
+                at, gate = t * B * H + column, (t * B + b) * G * H + unit
                 scale_N = _row(mask, at, W) if mask.size else constants
-                z_N, s_N, o_N, i_N = rows[t - start, 0], rows[t - start, 1], rows[t - start, 2], rows[t - start, 3]
-                c_N, next_N, grad_h_N = c[t - start], c[t - start + 1], _row(grad_h, at, W)
+                _tanhs(_row(gates, gate, W), _row(grad_gates, gate, W))
+                for g in range(1, G):
+                    _sigmoids(_row(gates, gate + g * H, W), _row(grad_gates, gate + g * H, W))
+                z_N, s_N = _row(grad_gates, gate, W), _row(grad_gates, gate + H, W)
+                if G == 4:
+                    i_N = _row(grad_gates, gate + 3 * H, W)
+                    _step_ifo(z_N, s_N, i_N, scale_N, c[t - start], c[t - start + 1])
+                else:
+                    _step(z_N, s_N, scale_N, c[t - start], c[t - start + 1])
+            for t in range(stop_t - 1, start - 1, -1):
+                at, gate = t * B * H + column, (t * B + b) * G * H + unit
+                scale_N = _row(mask, at, W) if mask.size else constants
+                z_N, s_N, grad_h_N = _row(grad_gates, gate, W), _row(grad_gates, gate + H, W), _row(grad_h, at, W)
                 if G >= 3:
-                    _output_backward(grad_h_N, o_N, next_N, running, _row(grad_gates, to + 2 * H, W))
+                    _output_backward(grad_h_N, c[t - start + 1], running, _row(grad_gates, gate + 2 * H, W))
                 else:
                     _add(grad_h_N, running)
                 if G == 4:
-                    _z_backward(z_N, i_N, scale_N, running, _row(grad_gates, to, W))
-                    _fi_backward(z_N, i_N, scale_N, running, _row(grad_gates, to + 3 * H, W), 1)
-                    _fi_backward(c_N, s_N, scale_N, running, _row(grad_gates, to + H, W), -1)
-                    _carry_backward(s_N, scale_N, running)
+                    _carry_ifo(s_N, scale_N, running, part)
+                    _zi_backward(part, z_N, _row(grad_gates, gate + 3 * H, W))
+                    _f_backward(part, c[t - start], s_N)
                 else:
-                    _z_backward(z_N, s_N, scale_N, running, _row(grad_gates, to, W))
-                    _f_backward(z_N, s_N, c_N, scale_N, running, _row(grad_gates, to + H, W))
+                    _carry(s_N, scale_N, running, part)
+                    _zf_backward(part, c[t - start], z_N, s_N)
         _copy(running, _row(grad_c0, column, W))
 
 
