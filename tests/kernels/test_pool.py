@@ -128,9 +128,11 @@ def check_triton_cases(shapes, plans):
 
 WHOLE = ((16, 1, 8, 10**6, True, "plain"), (16, 1, 2, 10**6, False, "plain"))
 SPLIT = ((16, 1, 2, 6, True, "plain"), (32, 2, 2, 4, True, "plain"))
+SPARSE = ((16, 1, 2, 10**6, True, "plain"), (16, 1, 4, 10**6, True, "plain"))  # fewer marks than rounds of loads
 IN_THE_INTERPRETER = (
     ([(1, 1, 1), (7, 3, 5), (2, 1, 37), (5, 1, 18)], WHOLE),
     ([(1, 2, 3), (7, 1, 5), (13, 2, 18), (41, 1, 4)], SPLIT),
+    ([(7, 2, 5)], SPARSE),
 )
 
 
@@ -150,6 +152,7 @@ ON_THE_GPU = (
     ((13, 2, 18), "f", torch.float32, "mask", SPLIT),
     ((13, 2, 18), "ifo", torch.float16, 0.85, SPLIT),
     ((701, 1, 18), "fo", torch.bfloat16, None, SPLIT),
+    ((13, 2, 18), "fo", torch.float16, "mask", SPARSE),
     ((1, 1, 1), "fo", torch.float32, "mask", WHOLE),
     ((70, 20, 1550), "fo", torch.bfloat16, None, None),
     ((140, 60, 2500), "fo", torch.bfloat16, "mask", None),

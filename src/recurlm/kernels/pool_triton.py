@@ -78,7 +78,7 @@ def _crowded(columns: int, device: torch.device) -> bool:
 
 
 def forward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
-    """The forward kernel's layout. `unroll` is a multiple of the backward kernel's."""
+    """The forward kernel's layout. `unroll` is a multiple of the backward kernel's, or divides it."""
     T, columns, how = gates_TBG.shape[0], c_BH.numel(), _activation(gates_TBG)
     chunk = _chunk(T, columns, 8)
     if chunk != WHOLE:
@@ -86,7 +86,7 @@ def forward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     if columns < 64_000:  # little parallelism: more bytes in flight a thread, one column each
         return Plan(32, 1, 16, WHOLE, True, how)
     if gates_TBG.dtype != torch.float32 and _crowded(columns, c_BH.device):
-        return Plan(128, 1, 8, WHOLE, True, how)
+        return Plan(128, 1, 4, WHOLE, True, how)
     return Plan(128, 2, 8, WHOLE, True, how)
 
 
@@ -276,7 +276,7 @@ def _forward(
         if SPLIT:
             c = _through(c, maps, h, n, B * H, place, H)
         if SPACING > 0:
-            tl.static_assert(K % SPACING == 0)
+            tl.static_assert(K % SPACING == 0 or SPACING % K == 0)
             marks += begin // SPACING * stride + n
     for t in range(begin, end, K):
         following = ()
@@ -284,8 +284,12 @@ def _forward(
             inside = h < _width(t + j, 0, end, H)
             if SPACING > 0 and not FIND_MAPS:
                 if j % SPACING == 0:
-                    tl.store(marks, c, mask=inside)
-                    marks += stride
+                    if SPACING <= K:
+                        tl.store(marks, c, mask=inside)
+                        marks += stride
+                    else:
+                        tl.store(marks, c, mask=h < tl.where(t % SPACING == 0, H, 0))
+                        marks += tl.where(t % SPACING == 0, stride, 0)
             z, f, o, i = _activated(rows[j], biases, True, WITH_O, GATES == 4, ACT)
             if MASK:
                 f = f * rows[j][4].to(tl.float32)
