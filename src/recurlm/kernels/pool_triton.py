@@ -1,10 +1,10 @@
 """QRNN pooling on the GPU: activations, recurrence and output gate in one pass over memory.
 
 The pre-activations are those given plus a bias, if there is one; the sum of its gradient over time comes with the others'.
-A program owns BLOCK columns of one batch row and walks through time, K steps at a time; the next K steps are loaded
-before the current ones are computed, so that memory never waits for arithmetic. The forward pass writes h, and, only
-where a gradient is needed, c before every `spacing`-th step. The backward pass reads the gates and these marks,
-recomputes c between two marks in registers, and walks the same steps back.
+A program owns BLOCK columns of one batch row and walks through time. Forwards K steps are on their way to it at any
+time: as soon as a few are computed, those that come K later are loaded into their registers, so that memory never waits
+for arithmetic. It writes h, and, only where a gradient is needed, c before every `spacing`-th step. The backward pass
+reads the gates and these marks, recomputes c between two marks in registers, and walks the same steps back.
 
 Where there are too few columns to fill the GPU, time is split into chunks. The recurrence is linear in c, so a chunk
 maps the c before it to the c after it as c -> a c + e: a first launch finds (a, e) of each chunk, and in the second each
@@ -45,8 +45,6 @@ class Plan(NamedTuple):
     """Backwards, whether the next steps are loaded before the current ones are computed; forwards they always are."""
     activation: str
     """A key of ACTIVATIONS."""
-    parts: int = 1
-    hint: int = 0
 
 
 ACTIVATIONS = {
@@ -80,15 +78,15 @@ def _crowded(columns: int, device: torch.device) -> bool:
 
 
 def forward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
-    """The forward kernel's layout. `unroll` is a multiple of the backward kernel's."""
+    """The forward kernel's layout. `unroll` is a multiple of the backward kernel's, or divides it."""
     T, columns, how = gates_TBG.shape[0], c_BH.numel(), _activation(gates_TBG)
     chunk = _chunk(T, columns, 8)
     if chunk != WHOLE:
-        return Plan(64, 1, 8, chunk, True, how, 4, 15)
+        return Plan(64, 1, 8, chunk, True, how)
     if columns < 64_000:  # little parallelism: more bytes in flight a thread, one column each
         return Plan(32, 1, 16, WHOLE, True, how)
     if gates_TBG.dtype != torch.float32 and _crowded(columns, c_BH.device):
-        return Plan(128, 1, 8, WHOLE, True, how)
+        return Plan(128, 1, 4, WHOLE, True, how)
     return Plan(128, 2, 8, WHOLE, True, how)
 
 
@@ -97,7 +95,7 @@ def backward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     T, columns, how = gates_TBG.shape[0], c_BH.numel(), _activation(gates_TBG)
     chunk = _chunk(T, columns, 8)
     if chunk != WHOLE:
-        return Plan(64, 1, 8, chunk, True, how, 4)
+        return Plan(64, 1, 8, chunk, True, how)
     if columns < 64_000:
         return Plan(32, 1, 8, WHOLE, True, how)
     if gates_TBG.dtype == torch.float32:
@@ -194,35 +192,34 @@ def _load_bias(bias, h, H: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr
 
 
 @triton.jit
-def _inside(h, t, begin, end, H):
-    """Which of the columns h exist at step t, if it is one of [begin, end)."""
-    if len(h.shape) > 1:  # chunks side by side, which may end at different steps
-        return (h < H) & (t >= begin) & (t < end)
-    return h < tl.where(t >= begin, tl.where(t < end, H, 0), 0)  # one comparison a column
+def _width(t, begin, end, H):
+    """H if begin <= t < end, else 0: `h < _width(...)` says which elements of step t exist."""
+    return tl.where(t >= begin, tl.where(t < end, H, 0), 0)
 
 
 @triton.jit
 def _load_rows(
     gates, scale, dh, stride, t, begin, end, h, H: tl.constexpr, GATES: tl.constexpr, MASK: tl.constexpr,
-    WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_G: tl.constexpr, K: tl.constexpr, EVICT: tl.constexpr,
+    WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_G: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """K rows (Z, F, O, I, scale, dh), as stored, of the steps t, t + 1, ...; a stand-in for what is not asked for.
 
-    The pointers are those of step t, a step is `stride` elements of (B, H), and steps outside [begin, end) read as 0.
+    The pointers are those of step t, and a step is `stride` elements of (B, H). Steps outside [begin, end) read as 0 if
+    WITH_G, else as anything: nothing that the forward pass keeps is computed from them.
     """
-    rows = ()
     OTHER: tl.constexpr = 0.0 if WITH_G else None
+    rows = ()
     for j in tl.static_range(K):
-        inside = _inside(h, t + j, begin, end, H)
+        inside = h < _width(t + j, begin, end, H)
         at = gates + j * GATES * stride
-        f = tl.load(at + H, mask=inside, other=OTHER, eviction_policy=EVICT)
+        f = tl.load(at + H, mask=inside, other=OTHER)
         z, o, i, s, g = f, f, f, f, f
         if WITH_Z:
-            z = tl.load(at, mask=inside, other=OTHER, eviction_policy=EVICT)
+            z = tl.load(at, mask=inside, other=OTHER)
             if GATES == 4:
-                i = tl.load(at + 3 * H, mask=inside, other=OTHER, eviction_policy=EVICT)
+                i = tl.load(at + 3 * H, mask=inside, other=OTHER)
         if WITH_O:
-            o = tl.load(at + 2 * H, mask=inside, other=OTHER, eviction_policy=EVICT)
+            o = tl.load(at + 2 * H, mask=inside, other=OTHER)
         if MASK:
             s = tl.load(scale + j * stride, mask=inside, other=OTHER)
         if WITH_G:
@@ -232,46 +229,16 @@ def _load_rows(
 
 
 @triton.jit
-def _then(a1, e1, a2, e2):
-    """The map r -> a1 r + e1 and after it r -> a2 r + e2."""
-    return a1 * a2, e1 * a2 + e2
-
-
-@triton.jit
-def _columns(H: tl.constexpr, BLOCK: tl.constexpr, SIDE: tl.constexpr):
-    """The row of the batch and the columns of a program; and, as a column of numbers, the chunks it has side by side."""
-    BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
-    b, h, side = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK), 0
-    if SIDE > 1:
-        h, side = h[None, :], tl.arange(0, SIDE)[:, None]
-    return b, h, side
-
-
-@triton.jit
-def _store_maps(maps, a, e, n, inside, N, SIDE: tl.constexpr):
-    """Stores of each chunk the map over it and over the earlier ones of its program."""
-    if SIDE > 1:
-        a, e = tl.associative_scan((a, e), 0, _then)
-    tl.store(maps + n, a, mask=inside)
-    tl.store(maps + N + n, e, mask=inside)
-
-
-@triton.jit
-def _through(r, maps, h, n, N, place, H: tl.constexpr, PARTS: tl.constexpr):
-    """r after the chunks 0, 1, ... place - 1, whose maps, of every `PARTS` the product so far, lie at `maps`."""
-    whole = place // PARTS
-    for k in range(0, whole, 16):
+def _through(r, maps, h, n, N, last, H: tl.constexpr):
+    """r after the maps r -> a r + e of the chunks 0, 1, ... last - 1, whose (a, e) lie at `maps`."""
+    for k in range(0, last, 16):
         pairs = ()
         for j in tl.static_range(16):
-            at = maps + tl.cast((k + j) * PARTS + PARTS - 1, tl.int64) * (2 * N) + n
-            inside = _inside(h, k + j, 0, whole, H)
+            at = maps + tl.cast(k + j, tl.int64) * (2 * N) + n
+            inside = h < _width(k + j, 0, last, H)
             pairs = pairs + ((tl.load(at, mask=inside, other=1.0), tl.load(at + N, mask=inside, other=0.0)),)
         for j in tl.static_range(16):
             r = pairs[j][0] * r + pairs[j][1]
-    if PARTS > 1:
-        at = maps + tl.cast(place - 1, tl.int64) * (2 * N) + n
-        inside = _inside(h, whole * PARTS, 0, place, H)
-        r = tl.load(at, mask=inside, other=1.0) * r + tl.load(at + N, mask=inside, other=0.0)
     return r
 
 
@@ -279,52 +246,50 @@ def _through(r, maps, h, n, N, place, H: tl.constexpr, PARTS: tl.constexpr):
 def _forward(
     gates, scale, factor, bias, c0, h_out, last, marks, maps, T, B, chunk,
     H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
-    PARTS: tl.constexpr, SPACING: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, HINT: tl.constexpr,
+    SPACING: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """h_out and last, and marks if SPACING > 0; or, if FIND_MAPS, the maps of the chunks of time but the last."""
+    """h_out and last, and marks if SPACING > 0; or, if FIND_MAPS, the map of each chunk of time but the last."""
+    BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
     MASK: tl.constexpr = SCALE == "mask"
     WITH_O: tl.constexpr = GATES >= 3 and not FIND_MAPS
-    SIDE: tl.constexpr = PARTS if FIND_MAPS else 1  # chunks side by side
-    GROUP: tl.constexpr = 4 if K % 4 == 0 else K
-    EVICT: tl.constexpr = (
-        "evict_last" if FIND_MAPS and HINT % 2 else "evict_first" if HINT // 2 % 2 and not FIND_MAPS else ""
-    )
-    EVICT_STORE: tl.constexpr = "evict_first" if HINT // 8 % 2 else ""
-    SHAPE: tl.constexpr = (SIDE, BLOCK) if SIDE > 1 else (BLOCK,)
-    b, h, side = _columns(H, BLOCK, SIDE)
+    GROUP: tl.constexpr = 4 if K % 4 == 0 else K  # steps loaded at once
+    b, h = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     keep, n = h < H, b * H + h
-    place = tl.program_id(1) * SIDE
-    if HINT // 4 % 2 and not FIND_MAPS:
+    place = tl.program_id(1)
+    if not FIND_MAPS:  # those that the first launch read last come first: they are still in the cache
         place = tl.num_programs(1) - 1 - place
     begin = place * chunk
-    later = side * chunk
-    first, end = begin + 0 * side, tl.minimum(begin + chunk, T - later)  # as the tensors of `_inside`
+    end = tl.minimum(begin + chunk, T)
     stride = tl.cast(B, tl.int64) * H
     biases = _load_bias(bias, h, H, GATES, BIAS)
-    gates += (begin + later) * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
-    scale += (begin + later) * stride + n
+    gates += begin * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
+    scale += begin * stride + n
     h_out += begin * stride + n
-    rows = _load_rows(gates, scale, gates, stride, begin, first, end, h, H, GATES, MASK, True, WITH_O, False, K, EVICT)
+    rows = _load_rows(gates, scale, gates, stride, begin, 0, end, h, H, GATES, MASK, True, WITH_O, False, K)
     gates += K * GATES * stride
     scale += K * stride
-    a = tl.full(SHAPE, 1.0, tl.float32)
+    a = tl.full((BLOCK,), 1.0, tl.float32)
     if FIND_MAPS:
-        c = tl.zeros(SHAPE, tl.float32)
+        c = tl.zeros((BLOCK,), tl.float32)
     else:
         c = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
         if SPLIT:
-            c = _through(c, maps, h, n, stride, place, H, PARTS)
+            c = _through(c, maps, h, n, B * H, place, H)
         if SPACING > 0:
-            tl.static_assert(K % SPACING == 0)
+            tl.static_assert(K % SPACING == 0 or SPACING % K == 0)
             marks += begin // SPACING * stride + n
-    for t in range(begin, tl.minimum(begin + chunk, T), K):
+    for t in range(begin, end, K):
         following = ()
         for j in tl.static_range(K):
-            inside = _inside(h, t + j, first, end, H)
+            inside = h < _width(t + j, 0, end, H)
             if SPACING > 0 and not FIND_MAPS:
                 if j % SPACING == 0:
-                    tl.store(marks, c, mask=inside)
-                    marks += stride
+                    if SPACING <= K:
+                        tl.store(marks, c, mask=inside)
+                        marks += stride
+                    else:
+                        tl.store(marks, c, mask=h < tl.where(t % SPACING == 0, H, 0))
+                        marks += tl.where(t % SPACING == 0, stride, 0)
             z, f, o, i = _activated(rows[j], biases, True, WITH_O, GATES == 4, ACT)
             if MASK:
                 f = f * rows[j][4].to(tl.float32)
@@ -342,20 +307,21 @@ def _forward(
                 y = after
                 if GATES >= 3:
                     y = o * after
-                tl.store(h_out + j * stride, y, mask=inside, eviction_policy=EVICT_STORE)
+                tl.store(h_out + j * stride, y, mask=inside)
             c = tl.where(t + j < end, after, c)
-            if j % GROUP == GROUP - 1:  # the registers of the steps that are done take those that come K later
+            if j % GROUP == GROUP - 1:  # what is K steps later takes the registers of what is done
                 following = following + _load_rows(
-                    gates, scale, gates, stride, t + K + j + 1 - GROUP, first, end, h, H, GATES, MASK, True, WITH_O, False,
-                    GROUP, EVICT,
+                    gates, scale, gates, stride, t + K + j + 1 - GROUP, 0, end, h, H, GATES, MASK, True, WITH_O, False,
+                    GROUP,
                 )  # fmt: skip
                 gates += GROUP * GATES * stride
                 scale += GROUP * stride
         h_out += K * stride
         rows = following
     if FIND_MAPS:
-        last_not = h < tl.where(begin + later < T - chunk, H, 0)
-        _store_maps(maps + (place + side) * 2 * stride, a, c, n, last_not, stride, SIDE)
+        maps += place * 2 * stride + n
+        tl.store(maps, a, mask=keep)
+        tl.store(maps + stride, c, mask=keep)
     elif end == T:
         tl.store(last + n, c, mask=keep)
 
@@ -364,46 +330,41 @@ def _forward(
 def _backward(
     gates, scale, factor, bias, marks, dh, dlast, dgates, dc0, dbias, maps, T, B, chunk,
     H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
-    PARTS: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
+    K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """dgates, dc0, and dbias of each chunk and batch row if BIAS; or, if FIND_MAPS, the maps of dc over the chunks.
+    """dgates, dc0, and dbias of each chunk and batch row if BIAS; or, if FIND_MAPS, the map of dc over each chunk.
 
-    Chunks are counted from the end of time; the first of time, which is the last here, needs no map.
+    Chunks are counted from the end of time.
     """
+    BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
     MASK: tl.constexpr = SCALE == "mask"
     FULL: tl.constexpr = not FIND_MAPS
     WITH_O: tl.constexpr = GATES >= 3
-    SIDE: tl.constexpr = PARTS if FIND_MAPS else 1  # chunks side by side
-    SHAPE: tl.constexpr = (SIDE, BLOCK) if SIDE > 1 else (BLOCK,)
-    b, h, side = _columns(H, BLOCK, SIDE)
+    b, h = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     keep, n = h < H, b * H + h
-    place = tl.program_id(1) * SIDE
-    begin = (tl.cdiv(T, chunk) - 1 - place) * chunk
+    begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * chunk
+    if FIND_MAPS:
+        begin += chunk  # the first chunk of time, which is the last here, needs no map and has no program
     end = tl.minimum(begin + chunk, T)
     start = begin + (end - begin - 1) // K * K
-    earlier, first = side * chunk, begin
-    if SIDE > 1:
-        first = tl.maximum(begin, earlier)
-        end = tl.minimum(begin + chunk, T + earlier)
-        start = begin + chunk - K
     stride = tl.cast(B, tl.int64) * H
     biases = _load_bias(bias, h, H, GATES, BIAS)
-    offset = (start - earlier) * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
+    offset = start * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
     gates += offset
     dgates += offset
-    scale += (start - earlier) * stride + n
-    dh += (start - earlier) * stride + n
-    a = tl.full(SHAPE, 1.0, tl.float32)
-    zero = tl.zeros(SHAPE, tl.float32)
+    scale += start * stride + n
+    dh += start * stride + n
+    a = tl.full((BLOCK,), 1.0, tl.float32)
+    zero = tl.zeros((BLOCK,), tl.float32)
     sum_z, sum_f, sum_o, sum_i = zero, zero, zero, zero
     if AHEAD:  # before what follows, so that nobody waits twice
-        rows = _load_rows(gates, scale, dh, stride, start, first, end, h, H, GATES, MASK, FULL, WITH_O, True, K, "")
+        rows = _load_rows(gates, scale, dh, stride, start, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K)
     if FIND_MAPS:
-        r = zero
+        r = tl.zeros((BLOCK,), tl.float32)
     else:
         r = tl.load(dlast + n, mask=keep, other=0.0).to(tl.float32)
         if SPLIT:
-            r = _through(r, maps, h, n, stride, place, H, PARTS)
+            r = _through(r, maps, h, n, B * H, tl.program_id(1), H)
         marks += start // K * stride + n
         mark = tl.load(marks, mask=keep, other=0.0)
     for t in range(start, begin - 1, -K):
@@ -412,17 +373,17 @@ def _backward(
             scale -= K * stride
             dh -= K * stride
             following = _load_rows(
-                gates, scale, dh, stride, t - K, first, end, h, H, GATES, MASK, FULL, WITH_O, True, K, ""
+                gates, scale, dh, stride, t - K, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K
             )
         else:
-            rows = _load_rows(gates, scale, dh, stride, t, first, end, h, H, GATES, MASK, FULL, WITH_O, True, K, "")
+            rows = _load_rows(gates, scale, dh, stride, t, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K)
             gates -= K * GATES * stride
             scale -= K * stride
             dh -= K * stride
         if FULL:
             c = mark.to(tl.float32)
             marks -= stride
-            mark = tl.load(marks, mask=_inside(h, t, begin + 1, T, H), other=0.0)
+            mark = tl.load(marks, mask=h < _width(t, begin + 1, T, H), other=0.0)
         else:
             c = r  # any number: nothing below reads it
         steps = ()
@@ -442,7 +403,7 @@ def _backward(
         part_z, part_f, part_o, part_i = zero, zero, zero, zero  # of the sums: fewer roundings follow each other
         for j in tl.static_range(K - 1, -1, -1):
             z, s, o, i, scaled, before, after = steps[j]
-            inside = _inside(h, t + j, 0, end, H)
+            inside = h < _width(t + j, 0, end, H)
             f = tl.where(t + j < end, s * scaled, 0.0)  # beyond the end dh is 0 and nothing fades: r stays
             g = rows[j][5].to(tl.float32)
             at = dgates + j * GATES * stride
@@ -481,8 +442,9 @@ def _backward(
         if AHEAD:
             rows = following
     if FIND_MAPS:
-        last_not = h < tl.where(begin > earlier, H, 0)
-        _store_maps(maps + (place + side) * 2 * stride, a, r, n, last_not, stride, SIDE)
+        maps += tl.program_id(1) * 2 * stride + n
+        tl.store(maps, a, mask=keep)
+        tl.store(maps + stride, r, mask=keep)
     elif begin == 0:
         tl.store(dc0 + n, r, mask=keep)
     if BIAS and FULL:
@@ -519,20 +481,17 @@ def _launch(
         "SCALE": "none" if scale is None else "mask" if mask else "constant",
         "BIAS": bias_G is not None,
         "SPLIT": chunks > 1,
-        "PARTS": plan.parts,
         "K": plan.unroll,
         "BLOCK": plan.block,
         "ACT": plan.activation,
+        "num_warps": plan.warps,
         "enable_fp_fusion": True,
     }
     maps = torch.empty((chunks - 1, 2, B, H) if chunks > 1 else (1,), dtype=torch.float32, device=gates_TBG.device)
     with torch.cuda.device_of(gates_TBG):  # Triton launches on the current device
-        if chunks > 1:
-            grid = programs, triton.cdiv(chunks - 1, plan.parts)
-            given = (*inputs, *others, maps, T, B, plan.chunk)
-            kernel[grid](*given, FIND_MAPS=True, num_warps=plan.warps * plan.parts, **options)
-        given = (*inputs, *others, maps, T, B, plan.chunk)
-        kernel[programs, chunks](*given, FIND_MAPS=False, num_warps=plan.warps, **options)
+        for find_maps in (True, False) if chunks > 1 else (False,):
+            grid = programs, chunks - find_maps
+            kernel[grid](*inputs, *others, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options)
 
 
 def run_forward(
@@ -546,17 +505,7 @@ def run_forward(
         torch.empty((triton.cdiv(T, spacing), B, H), dtype=h_TBH.dtype, device=c_BH.device) if spacing else h_TBH
     )
     others = (c_BH, h_TBH, last_BH, marks_SBH)
-    _launch(
-        _forward,
-        plan,
-        (T, B, H),
-        gates_TBG,
-        scale,
-        bias_G,
-        pooling,
-        others,
-        {"SPACING": spacing, "HINT": plan.hint},
-    )
+    _launch(_forward, plan, (T, B, H), gates_TBG, scale, bias_G, pooling, others, {"SPACING": spacing})
     return h_TBH, last_BH, marks_SBH
 
 
