@@ -117,12 +117,12 @@ def svg(chart: Chart, name: str) -> str:
 
 
 def _logarithmic(axes: Any, chart: Chart) -> None:
-    """Makes the y axis logarithmic, from the lowest value to four times it, or to where every line can be seen."""
+    """Makes the y axis logarithmic, from the lowest value to twice it, or to where every line can be seen."""
     lowest = [min(y for y in s.y if y > 0) for s in chart.series]
     low = 0.97 * min([*lowest, *chart.levels])
     most = max(y for s in chart.series for y in s.y)
-    high = 1.03 * max(min(most, 4 * low), 1.2 * max(lowest), *chart.levels)
-    ticks = [m * 10.0**e for e in range(-3, 9) for m in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)]
+    high = 1.03 * max(min(most, 2 * low), 1.2 * max(lowest), *chart.levels)
+    ticks = [m * 10.0**e for e in range(-3, 9) for m in (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8, 9)]
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     axes.set_yticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
