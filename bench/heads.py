@@ -48,6 +48,10 @@ HEADS = {
     "mixture of 5, tied-adaptive": ("model.head=mixture", "model.experts=5", "model.base=tied-adaptive"),
     "mixture of 15, tied": ("model.head=mixture", "model.experts=15", "dropout.latent=0.29"),
 }
+OTHER_RATES = {
+    "hierarchical, huffman": 8,
+    "hierarchical, balanced": 8,
+}  # of SGD in a recipe: with 30 the nodes near the root diverge
 POINTS = 5  # validations in a run, the last at its end; their time is not counted
 VALID = 20_000  # tokens of valid, its first; with a recipe all
 
@@ -62,8 +66,13 @@ def run(data: str, out: Path, seconds: float, recipe: str, only: list[str], sett
         store = prepare(data, config.tokenizer, Path(scratch) / "store")
         for name in only or HEADS:
             try:
+                rate = [f"optimizer.lr={OTHER_RATES[name]}"] if recipe and name in OTHER_RATES else []
                 line = _trained(
-                    apply_assignments(config, HEADS[name]), store, Path(scratch), seconds, None if recipe else VALID
+                    apply_assignments(config, [*HEADS[name], *rate]),
+                    store,
+                    Path(scratch),
+                    seconds,
+                    None if recipe else VALID,
                 )
             except Exception as error:  # the others are worth having
                 print(f"{name}: {type(error).__name__}: {str(error)[:500]}", flush=True)

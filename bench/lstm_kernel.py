@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,27 +27,31 @@ import torch
 from torch import Tensor
 
 from recurlm.bench import lstm as bench
+from recurlm.bench import step
 from recurlm.bench.timing import gpu_time, in_turn
 from recurlm.kernels import lstm_cuda, nvrtc, reference
 from recurlm.kernels.lstm_cuda import Card, Layout
 
 T = 70
-SHAPES = ("1152,20,bf16", "1152,80,bf16", "400,20,bf16", "1024,32,fp16", "1856,128,bf16")
+SHAPES = ("1152,20,bf16", "1152,80,bf16", "400,20,bf16")
 PATIENCE = 200_000_000
 KEPT = Path(tempfile.gettempdir()) / "lstm-kernel"  # the fastest layouts of each shape, for the layers' table
 
 
 def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]:
-    """Two layouts without clusters, then `each` for each size of cluster, way of sending and number of warps."""
+    """Four layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising."""
     counts: Counter[tuple[int, ...]] = Counter()
-    found = lstm_cuda.LAYOUTS[name](H, B, card)[:2]
-    for layout in lstm_cuda.cluster_layouts(name, H, B, card):
+    found = lstm_cuda.LAYOUTS[name](H, B, card)[:4]
+    layouts = lstm_cuda.cluster_layouts(name, H, B, card)
+    for layout in layouts:
         of = dict(layout.macros)
-        kind = layout.cluster, of["CELL_WARPS"], of["POLLS"], of["WARPS"] // 4
-        if of["WARPS"] < 8:  # in earlier sweeps never among the fastest
-            continue
+        kind = layout.cluster, of["CELL_WARPS"], of["POLLS"], of["WIDE_ROWS"], of["WARPS"] // 4, of["TILES_N"]
         counts[kind] += 1
-        if counts[kind] <= each:
+        if (
+            counts[kind] <= each
+            and of["WARPS"] >= (6 if H > 512 else 3)
+            and layout.cost < (1.4 if B < 32 else 1.25) * layouts[0].cost
+        ):
             found.append(layout)
     return found
 
@@ -99,16 +104,14 @@ class Case:
             "forward": [t.detach() for t in exact],
             "backward": [t.detach() for t in torch.autograd.grad(objective, leaves)],
         }
-        self.truth["backward"].append(self.truth["backward"][0].sum(0))  # by clusters only
+        self.truth["backward"].append(self.truth["backward"][0].sum(0))
         self.activated, self.c_given = torch.stack(activated).detach().to(dtype), exact[1].detach().float()
         self.worked = self.gates.clone()
 
     def fill(self, name: str, layout: Layout) -> tuple[Tensor, ...]:
         out = self.y if name == "forward" else self.d_gates
         out.view(torch.int16).fill_(-1)
-        if name == "forward":
-            return ()
-        return (self.d_bias if layout.cluster > 1 else lstm_cuda.ring_of(layout, self.B, out.device),)
+        return () if name == "forward" or layout.cluster > 1 else (lstm_cuda.ring_of(layout, self.B, out.device),)
 
     def run(self, name: str, layout: Layout, kernel: nvrtc.Kernel) -> None:
         ring = self.fill(name, layout)
@@ -117,7 +120,7 @@ class Case:
             arguments = self.weight, self.worked, self.h0, self.c0, self.y, self.c, *last
         else:
             given = self.weight, self.activated, self.c_given, self.c0, self.d_h, self.d_hT, self.d_cT
-            arguments = *given, self.d_gates, self.d_h0, self.d_c0, *ring, *last
+            arguments = *given, self.d_gates, self.d_h0, self.d_c0, self.d_bias, *ring, *last
         kernel(layout.blocks, 32 * layout.warps, arguments)
 
     def checked(self, name: str, layout: Layout, kernel: nvrtc.Kernel) -> tuple[float, bool, bool]:
@@ -126,11 +129,9 @@ class Case:
         for _ in range(2):
             self.worked.copy_(self.gates)
             self.run(name, layout, kernel)
-            results = (self.y, self.c) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0)
-            if name == "backward" and layout.cluster > 1:
-                results = *results, self.d_bias
+            results = (self.y, self.c) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0, self.d_bias)
             runs.append([t.clone() for t in results])
-        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(runs[0], self.truth[name], strict=False)]
+        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(runs[0], self.truth[name], strict=True)]
         patient = not self.trouble.item()
         self.trouble.zero_()
         same = all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(*runs, strict=True))
@@ -274,8 +275,45 @@ def together(seconds: float) -> None:
             )
 
 
+def measured(shape: str) -> dict[str, Layout]:
+    """The fastest layouts that a sweep found for a shape."""
+    place, found = KEPT / f"{shape}.json", {}
+    for name, line in json.loads(place.read_text()).items() if place.is_file() else ():
+        of = line["layout"]
+        warps = of["WARPS"] + of.get("CELL_WARPS", 0)
+        found[name] = Layout(name, tuple(of.items()), line["blocks"], warps, line["shared"], 0.0)
+    return found
+
+
+def steps() -> None:
+    """Training steps with the fastest layouts found, and with large batches left to cuDNN or not."""
+    warnings.simplefilter("ignore")
+    picked = lstm_cuda.best
+
+    def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
+        H = -(-units // lstm_cuda.MULTIPLE) * lstm_cuda.MULTIPLE
+        pair, found = picked(units, batch, index), measured(f"{H},{batch},bf16")
+        return pair and (found.get("forward", pair[0]), found.get("backward", pair[1]))
+
+    lstm_cuda.best = best  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as scratch:
+        for recipe, words, types, limits in (
+            ("awd-lstm-ptb", 300_000, 10_000, (128,)),
+            ("awd-lstm-wt2", 900_000, 33_278, (128, lstm_cuda.MOST_BATCH)),
+        ):
+            folder = Path(scratch) / recipe
+            folder.mkdir()
+            store = step.text(folder, words, types)
+            for most in limits:
+                lstm_cuda.MOST_BATCH = most
+                spent, _ = step.microseconds(recipe, store, "train.dtype=bf16")
+                print(
+                    f"step {recipe} bf16, weights resident up to batches of {most}: {spent / 1000:.3f} ms", flush=True
+                )
+
+
 def many(shape: str) -> int:
-    return 2 if shape == SHAPES[0] else 1
+    return 1
 
 
 def profile(layouts: list[Layout]) -> None:
@@ -304,18 +342,14 @@ def layers() -> None:
         place = KEPT / f"{shape}.json"
         if not place.is_file():
             continue
-        best = json.loads(place.read_text())
-        found = {}
-        for name, line in best.items():
-            macros = tuple(line["layout"].items())
-            warps = line["layout"]["WARPS"]
-            found[name] = Layout(name, macros, line["blocks"], warps, line["shared"], 0.0)
-        default = [lstm_cuda.LAYOUTS[name](H, B, lstm_cuda.card(index))[0] for name in lstm_cuda.LAYOUTS]
+        found = measured(shape)
+        default = lstm_cuda.best(H, B, index)
+        assert default
         fastest = [found.get(name, layout) for name, layout in zip(lstm_cuda.LAYOUTS, default, strict=True)]
         nbytes = 2 * (8 * H * H + 11 * T * B * H)
         for backward in (False, True):
             spent = {}
-            functions = {"by estimate": default, "fastest": fastest, "cuDNN": None}
+            functions = {"as picked": default, "fastest": fastest, "cuDNN": None}
             for name, pair in functions.items():
 
                 def function(x, h, c, weights, pair=pair):
@@ -340,12 +374,13 @@ def layers() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times every layout of the LSTM kernels.")
     parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument(
-        "--each", type=int, default=0, help="layouts of a kind; by default 2 of the first shape, 1 of the others"
-    )
+    parser.add_argument("--each", type=int, default=0, help="layouts of a kind; by default 1, and 2 for large batches")
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--worker", nargs=5)
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument(
+        "--steps", action="store_true", help="training steps with what the last sweep found, and nothing else"
+    )
     parser.add_argument(
         "--together", action="store_true", help="two kernels at once on parts of the GPU, and nothing else"
     )
@@ -355,6 +390,8 @@ def main() -> None:
         return worker(int(H), int(B), kind, int(each), int(start))
     if given.layers:
         return layers()
+    if given.steps:
+        return steps()
     if given.together:
         return together(given.seconds)
     until = time.monotonic() + given.seconds

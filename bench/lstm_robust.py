@@ -54,7 +54,8 @@ def layer(number: int) -> tuple[tuple[int, int, int, int], torch.dtype, Pair | N
     T, B, E = pick(1, 2, 5, 13, 31), pick(1, 2, 7, 20, 33, 64, 80), pick(1, 17, 64, 300)
     H = pick(1, 2, 16, 50, 126, 400, 650, 1024, 1150, 1152)
     clusters = number % 4 and lstm_cuda.card(0).capability >= lstm_cuda.CLUSTER_CAPABILITY
-    return (T, B, E, H), TYPES[number % 2], pair(H, B, True, number % 4 == 1) if clusters else pair(H, B, False)
+    layouts = pair(H, B, True, number % 4 == 1) if clusters else None
+    return (T, B, E, H), TYPES[number % 2], layouts or pair(H, B, False)  # small layers have none with clusters
 
 
 def values(shape: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor]:

@@ -56,12 +56,8 @@ KEPT_BYTES = 32 << 20  # of exponentials, at most
 KEPT_ROWS = 128  # of a program of `_rescale`
 KEPT_MULTIPLE = 16  # of columns that are kept: cuBLAS is six times slower where rows are not aligned
 CHUNK_BYTES = 72 << 20  # of P at once, and more for large vocabularies: CHUNK_SHARE of the weight
-SCRATCH_BYTES = 88_000_000  # of P and all else, where P need not be below LEAST_CHUNK for that
-LEAST_CHUNK = 32 << 20
 CHUNK_SHARE = 1.75
 TWO_STREAMS = True  # for the products of the backward pass
-BUFFERS = 1  # chunks of P that there are at once, so that one can be made while others are read
-WEIGHT_SPLITS = 1  # parts of the rows that are summed apart in the weight's gradient, where its tiles alone are few
 SUMMED, COLUMNS = 16, 64  # rows at a time and columns of a program of `_sum_rows`
 
 
@@ -228,28 +224,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _for_weight(p_CN: Tensor, h_NH: Tensor, out: Tensor) -> None:
-    """out = P' h, the rows in WEIGHT_SPLITS equal parts (multiples of 8, for alignment) and what they leave."""
-    N = p_CN.shape[1]
-    part = N // WEIGHT_SPLITS // 8 * 8
-    if WEIGHT_SPLITS == 1 or not part or not p_CN.is_cuda:
-        _product(p_CN, h_NH, out)
-        return
-    whole = WEIGHT_SPLITS * part
-    parts = p_CN[:, :whole].unflatten(1, (WEIGHT_SPLITS, part)).transpose(0, 1)
-    sums = torch.bmm(parts, h_NH[:whole].unflatten(0, (WEIGHT_SPLITS, part)), out_dtype=torch.float32).sum(0)
-    if whole < N:
-        _product(p_CN[:, whole:], h_NH[whole:], sums, add=True)
-    out.copy_(sums)
-
-
-def chunk_size(rows: int, vocab: int, depth: int, itemsize: int, buffers: int = 1) -> int:
+def chunk_size(rows: int, vocab: int, depth: int, itemsize: int) -> int:
     """Columns of P at once: near-equal chunks, multiples of 128, within the allowed bytes unless 128 are more."""
-    padded = (rows + vocab) * (depth + 8) * itemsize if depth * itemsize % 16 else 0
-    others = padded + 4 * rows * depth + 4 * vocab * triton.cdiv(rows, BACKWARD.n)
-    most = min(CHUNK_BYTES, max(SCRATCH_BYTES - others, LEAST_CHUNK))
-    most = max(most, int(CHUNK_SHARE * vocab * depth * itemsize))
-    most = max(1, most // (itemsize * rows * buffers) // 128) * 128
+    most = max(CHUNK_BYTES, int(CHUNK_SHARE * vocab * depth * itemsize))
+    most = max(1, most // (itemsize * rows) // 128) * 128
     return triton.cdiv(triton.cdiv(vocab, triton.cdiv(vocab, most)), 128) * 128
 
 
@@ -290,24 +268,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if kept is not None:
             return _from_kept(ctx, *kept, upstream_N.contiguous())
         (N, H), V = h_NH.shape, w_VH.shape[0]
-        tiles = _tiles(h_NH, V, False)[1]
+        tiles, chunk = _tiles(h_NH, V, False)[1], chunk_size(N, V, H, h_NH.element_size())
         for_hidden, for_weight, *_ = ctx.needs_input_grad
         row_tiles, slots = triton.cdiv(N, tiles.n), _slots(h_NH, tiles)
         # Both products read them too, and are several times slower with rows whose number is no multiple of 8.
         h, w, upstream_N = _matrix(h_NH, 8), _matrix(w_VH), upstream_N.contiguous()
-        side = _side(h.device) if TWO_STREAMS and h.is_cuda and for_hidden and for_weight else None
-        buffers = BUFFERS if side is not None else 1
-        chunk = chunk_size(N, V, H, h_NH.element_size(), buffers)
-        p_BCN = h.new_empty(buffers, min(chunk, V), len(h))
+        p_CN = h.new_empty(min(chunk, V), len(h))
         dbias_RV = torch.empty(row_tiles, V, device=h.device)
         dh = torch.empty_like(h, dtype=h.dtype if chunk >= V else torch.float32) if for_hidden else None
         dw = torch.empty_like(w, dtype=ctx.weight_dtype) if for_weight else None
-        done: list[torch.cuda.Event] = []
-        for number, first in enumerate(range(0, V, chunk)):
+        side = _side(h.device) if TWO_STREAMS and h.is_cuda and dh is not None and dw is not None else None
+        for first in range(0, V, chunk):
             last = min(first + chunk, V)
-            p = p_BCN[number % buffers, : last - first]
-            if number >= buffers and side is not None:
-                done[number - buffers].wait(torch.cuda.current_stream(h.device))
+            p = p_CN[: last - first]
             grid = (min(slots, row_tiles * triton.cdiv(last - first, tiles.v)),)
             with torch.cuda.device_of(h_NH):
                 _backward[grid](
@@ -317,13 +290,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )  # fmt: skip
             if dw is not None:
                 with _beside(side):
-                    _for_weight(p, h, dw[first:last])
-                    if side is not None:
-                        done.append(side.record_event())
+                    _product(p, h, dw[first:last])
             if dh is not None:
                 _product(p.t(), w[first:last], dh, add=first > 0)
-        if side is not None:
-            torch.cuda.current_stream(h.device).wait_stream(side)
+            if side is not None:
+                torch.cuda.current_stream(h.device).wait_stream(side)
         dh_NH = None if dh is None else dh[:N, :H].to(h_NH.dtype)
         return dh_NH, None if dw is None else dw[:, :H], _summed(dbias_RV, bias_V), None, None
 

@@ -17,7 +17,7 @@
 // the gates' gradients, by ROW_UNITS units for each block.
 //
 // Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
-// REGISTERS_K, CELL_WARPS, POLLS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+// REGISTERS_K, CELL_WARPS, POLLS, SHORT_SUMS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
@@ -31,9 +31,16 @@
 #define LAG (GROUPS > 1 && !CELL_WARPS)  // turns between a group's product and its new values, for the sums to travel
 
 // An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group.
+// With SHORT_SUMS those of the forward kernel travel in fp16 where the type is bf16: they are of moderate size, and added to
+// what was rounded to bf16.
 #ifdef UNITS
 #define WIDTH 4
+#if SHORT_SUMS && !HALF
+#define IN_FP16 1
+typedef uint2 Sums;
+#else
 typedef uint4 Sums;
+#endif
 #else
 #define WIDTH 2
 typedef uint2 Sums;
@@ -56,6 +63,7 @@ struct Places {
     int item;                // the first of the thread that does new values, among its block's
     bool multiplies, values;  // what this warp does
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
+    Sums* here[SENDS];  // the same where that is this block, else nothing
 
     DEVICE Places(uint4* shared) {
         thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
@@ -71,12 +79,13 @@ struct Places {
     }
 
     DEVICE void begin() {  // before anything arrives
-        for (int i = thread; i < INBOX * WIDTH; i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
+        for (int i = thread; i < INBOX * (int)(sizeof(Sums) / 4); i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < SENDS && multiplies; i++) {
             const int quad = thread + i * THREADS, item = quad * (4 / WIDTH);
             Sums* place = inbox + rank * SHARE + item % SHARE;
             to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
+            here[i] = item / SHARE == rank ? place : 0;
         }
         for (int i = 0; i < (POLLS > 1 ? POLLS : 0) * LOADS && multiplies; i++) place_of(i / LOADS, i % LOADS) = make_uint4(0, 0, 0, 0);
         cluster_barrier();
@@ -98,43 +107,54 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
     }
 }
 
-// What this lane loads of a group's vectors: the first batch row's begins at `from`, the next after `length`; a word of it is at
-// `offsets`, or nowhere where that is negative.
+// Load `i` of this lane is of chunk `chunk_of_row` of 8 in batch row `chunk_row`: of 4 neighbours in 8 rows; with WIDE_ROWS those of
+// a warp are neighbours along a row, then along the rows.
+#if WIDE_ROWS
+DEVICE int chunk_row(const Places& at, int i) { return ((at.m + i * WARPS_M) * 32 + at.lane) / (BLOCKS_K * 4); }
+DEVICE int chunk_of_row(const Places& at, int i) { return ((at.m + i * WARPS_M) * 32 + at.lane) % (BLOCKS_K * 4); }
+#else
+DEVICE int chunk_row(const Places& at, int i) { return (at.m + i * WARPS_M) % TILES_N * 8 + at.r; }
+DEVICE int chunk_of_row(const Places& at, int i) { return (at.m + i * WARPS_M) / TILES_N * 4 + at.q; }
+#endif
+
+// Where a lane finds its chunk of tile n in block k of the share, as the products want it; rows of odd blocks change places with
+// their neighbours, so that those who write neighbours do not meet in a bank.
+DEVICE int staged(int k, int n, int r, int q) { return (k * TILES_N + n) * 32 + (r ^ (k & 1)) * 4 + q; }
+
+// What this lane loads of a group's vectors: `offsets` from the first word of the group's first row, or nowhere where negative.
 struct Vectors {
     const T16* from;
     uint4 words[LOADS];
 
     DEVICE bool wanted(const Places& at, int i, int offset, int g) const {
-        return offset >= 0 && row(at, i) < min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+        return offset >= 0 && chunk_row(at, i) < min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
     }
 
-    DEVICE int row(const Places& at, int i) const { return (at.m + i * WARPS_M) % TILES_N * 8 + at.r; }
-
-    DEVICE void ask(const Places& at, const T16* begin, int length, const int (&offsets)[LOADS], int g) {
+    DEVICE void ask(const Places& at, const T16* begin, const int (&offsets)[LOADS], int g) {
         from = begin;
         if (POLLS > 1) {
             await_copies<0>();  // none of the turn before may arrive after one of this turn
             for (int poll = 0; poll < POLLS; poll++) {
                 if (poll) pause(POLL_CYCLES);
-                copy(at, length, offsets, g, poll);
+                copy(at, offsets, g, poll);
             }
             return;
         }
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             words[i] = make_uint4(0, 0, 0, 0);
-            reload_shared_words(words[i], from + row(at, i) * length + offsets[i], wanted(at, i, offsets[i], g));
+            reload_shared_words(words[i], from + offsets[i], wanted(at, i, offsets[i], g));
         }
     }
 
-    DEVICE void copy(const Places& at, int length, const int (&offsets)[LOADS], int g, int poll) {
+    DEVICE void copy(const Places& at, const int (&offsets)[LOADS], int g, int poll) {
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
-            copy_async(&at.place_of(poll, i), from + row(at, i) * length + offsets[i], wanted(at, i, offsets[i], g));
+            copy_async(&at.place_of(poll, i), from + offsets[i], wanted(at, i, offsets[i], g));
         end_copies();
     }
 
-    DEVICE void await(const Places& at, int length, const int (&offsets)[LOADS], int g, Patience& patience) {
+    DEVICE void await(const Places& at, const int (&offsets)[LOADS], int g, Patience& patience) {
         patience.renew();
         for (int poll = 0;; poll = poll + 1 < POLLS ? poll + 1 : 0) {
             if (POLLS > 1) {
@@ -147,12 +167,12 @@ struct Vectors {
             for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
             if (!any_lane(waits) || !any_lane(patience.lasts())) break;
             if (POLLS > 1) {
-                copy(at, length, offsets, g, poll);
+                copy(at, offsets, g, poll);
                 continue;
             }
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
-                reload_shared_words(words[i], from + row(at, i) * length + offsets[i], is_empty(words[i]));
+                reload_shared_words(words[i], from + offsets[i], is_empty(words[i]));
         }
     }
 };
@@ -160,14 +180,17 @@ struct Vectors {
 // The turn of group g: this block's part of the sums, sent to their blocks; `vectors` are asked for, and those of the next turn
 // when `ask` is called.
 template <typename Ask>
-DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask ask, int length, const int (&offsets)[LOADS],
+DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask ask, const int (&offsets)[LOADS],
                               int use, int g, Patience& patience) {
     const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
-    asked.await(at, length, offsets, g, patience);
-    uint4* stage = at.stage + at.k * FRAGMENTS * 32 + at.lane;
+    asked.await(at, offsets, g, patience);
+    uint4* stage = at.stage + at.k * FRAGMENTS * 32;
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
-        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = asked.words[i];
+        if (at.m + i * WARPS_M < FRAGMENTS) {
+            const int row = chunk_row(at, i), chunk = chunk_of_row(at, i);
+            stage[staged(chunk / 4, row / 8, row % 8, chunk % 4)] = asked.words[i];
+        }
     if (PREFETCH) ask();
     barrier(at.k, WARPS_M);
 
@@ -176,10 +199,10 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask 
     for (int k = 0; k < BLOCKS_K; k++) {
         uint4 vectors[TILES_N];
 #pragma unroll
-        for (int n = 0; n < TILES_N; n++) vectors[n] = stage[(k * TILES_N + n) * 32];
+        for (int n = 0; n < TILES_N; n++) vectors[n] = stage[staged(k, n, at.r, at.q)];
         product<WARP_TILES>(acc, kept, at.more, vectors, k);
     }
-    const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
+    const unsigned bit = (use / RING + 1) & 1;
     // one barrier of all a turn: a warp may be a turn ahead of another
     const int odd = (use * GROUPS + g) & 1;
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
@@ -190,7 +213,13 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask 
         const int item = at.thread + i * THREADS;
         if (item < ROWS / 4 * batch_rows) {
             const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
-            send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
+#if IN_FP16
+            const uint2 v = make_uint2(marked(halves(x.x, x.y), bit), marked(halves(x.z, x.w), bit));
+#else
+            const uint4 v = make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit));
+#endif
+            if (at.here[i]) send_here(at.here[i] + at.turn_of(use, g), v);
+            else send(at.to[i] + at.turn_of(use, g) * sizeof(Sums), v);
         }
     }
 }
@@ -246,8 +275,8 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     int offsets[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int fragment = at.m + i * WARPS_M, column = column0 + (at.k * BLOCKS_K + fragment / TILES_N) * 32 + at.q * 8;
-        offsets[i] = fragment < FRAGMENTS && column < H ? column : -1;
+        const int column = column0 + (at.k * BLOCKS_K * 4 + chunk_of_row(at, i)) * 8;
+        offsets[i] = at.m + i * WARPS_M < FRAGMENTS && column < H ? chunk_row(at, i) * H + column : -1;
     }
 
     unsigned input[ROUNDS][4];
@@ -268,7 +297,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     auto ask = [&](int turn) {
         const int t = turn / GROUPS, g = turn % GROUPS;
         const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
-        if (turn < T * GROUPS) vectors.ask(at, before + g * GROUP_BATCH * H, H, offsets, g);
+        if (turn < T * GROUPS) vectors.ask(at, before + g * GROUP_BATCH * H, offsets, g);
     };
     if (at.values) fetch(0, 0);
     if (at.multiplies && PREFETCH) ask(0);
@@ -277,7 +306,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
         if (at.multiplies && turn < T * GROUPS) {
             if (!PREFETCH) ask(turn);
-            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, H, offsets, turn / GROUPS, turn % GROUPS, patience);
+            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, offsets, turn / GROUPS, turn % GROUPS, patience);
         }
         if (!at.values || turn < LAG) continue;
         const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;
@@ -295,8 +324,13 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
                 receive(parts, at, mine, t, g, patience);
 #pragma unroll
                 for (int p = 0; p < CLUSTER; p++) {
+#if IN_FP16
+                    const float2 low = from_halves(parts[p].x), high = from_halves(parts[p].y);
+                    x[0] += low.x, x[1] += low.y, x[2] += high.x, x[3] += high.y;
+#else
                     x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
                     x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
+#endif
                 }
             }
             const float in = sigmoid(x[0]), forget = sigmoid(x[1]), value = tangent(x[2]), out = sigmoid(x[3]);
@@ -359,10 +393,9 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     int offsets[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int fragment = at.m + i * WARPS_M;
-        const int chunk = (at.k * BLOCKS_K + fragment / TILES_N) * 4 + at.q;
-        const int unit = row_unit0 + chunk_unit(chunk);
-        offsets[i] = fragment < FRAGMENTS && unit < H ? chunk_gate(chunk) * H + unit : -1;
+        const int chunk = at.k * BLOCKS_K * 4 + chunk_of_row(at, i), unit = row_unit0 + chunk_unit(chunk);
+        const bool there = at.m + i * WARPS_M < FRAGMENTS && unit < H;
+        offsets[i] = there ? (chunk_row(at, i) * 4 + chunk_gate(chunk)) * H + unit : -1;
     }
 
     // With d the gradient of h, the gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of
@@ -455,7 +488,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     auto ask = [&](int turn) {
         const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
         const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
-        if (turn < T * GROUPS) vectors.ask(at, from, 4 * H, offsets, g);
+        if (turn < T * GROUPS) vectors.ask(at, from, offsets, g);
     };
     if (at.values) {
 #pragma unroll 1
@@ -468,7 +501,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
         if (at.multiplies && turn < T * GROUPS) {
             if (!PREFETCH) ask(turn);
-            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, 4 * H, offsets, turn / GROUPS, turn % GROUPS, patience);
+            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, offsets, turn / GROUPS, turn % GROUPS, patience);
         }
         if (!at.values || turn < LAG) continue;
         const int t = T - 2 - (turn - LAG) / GROUPS;

@@ -103,6 +103,21 @@ DEVICE void send(Place to, uint4 v) {
                  ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+DEVICE void send(Place to, uint2 v) {
+    asm volatile("st.relaxed.cluster.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// The same to this block, which need not leave the processor.
+DEVICE void send_here(void* p, uint4 v) {
+    asm volatile("st.relaxed.cluster.shared::cta.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"((unsigned)__cvta_generic_to_shared(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+DEVICE void send_here(void* p, uint2 v) {
+    asm volatile("st.relaxed.cluster.shared::cta.v2.u32 [%0], {%1, %2};"
+                 ::"r"((unsigned)__cvta_generic_to_shared(p)), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // Words of this block's shared memory that the cluster's blocks may be writing.
 DEVICE uint4 load_arriving(const uint4* p) {
     uint4 v;
@@ -118,6 +133,19 @@ DEVICE uint2 load_arriving(const uint2* p) {
     return v;
 }
 #endif
+
+// Two numbers in fp16 in a word.
+DEVICE unsigned halves(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+
+DEVICE float2 from_halves(unsigned v) {
+    float2 x;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
+    return x;
+}
 
 DEVICE float from_neighbour(float v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
@@ -137,16 +165,8 @@ DEVICE float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); the hardware's 2^x 
 
 #if HALF
 #define KIND "f16"
-DEVICE unsigned packed(float low, float high) {
-    unsigned v;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-DEVICE float2 unpacked(unsigned v) {
-    float2 x;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
-    return x;
-}
+DEVICE unsigned packed(float low, float high) { return halves(low, high); }
+DEVICE float2 unpacked(unsigned v) { return from_halves(v); }
 #else
 #define KIND "bf16"
 DEVICE unsigned packed(float low, float high) {
@@ -240,8 +260,12 @@ DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
 }
 
 // A partial sum on its way, its last bit the one that tells this use of a place from the next.
-DEVICE unsigned marked(float x, unsigned bit) { return (__float_as_uint(x) & ~1u) | bit; }
+DEVICE unsigned marked(unsigned v, unsigned bit) { return (v & ~1u) | bit; }
+DEVICE unsigned marked(float x, unsigned bit) { return marked(__float_as_uint(x), bit); }
 
-// Chunk k of 8 gate gradients of a block's rows: 16 units of a gate, then the same of the next gate.
-DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
-DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
+#ifdef ROW_UNITS
+// Chunk k of 8 gate gradients of a block's rows: all units of a gate, then those of the next, so that the 4 chunks of a row
+// that a warp loads at once are neighbours.
+DEVICE int chunk_gate(int k) { return k / (ROW_UNITS / 8); }
+DEVICE int chunk_unit(int k) { return k % (ROW_UNITS / 8) * 8; }
+#endif
