@@ -30,7 +30,7 @@ SMALL, SMALL_HOPPER = Card(8, 60000, (8, 0)), Card(36, 60000, (9, 0), ((2, 14), 
 Pair = tuple[Layout, Layout]
 
 
-def pair(H: int, B: int, clusters: bool, kind: int = 0, small: bool = False) -> Pair | None:
+def pair(H: int, B: int, clusters: bool, small: bool = False) -> Pair | None:
     """The forward and the backward layout estimated best, with or without clusters."""
     H = -(-H // lstm_cuda.MULTIPLE) * lstm_cuda.MULTIPLE
     card = (SMALL_HOPPER if clusters else SMALL) if small else lstm_cuda.card(0)
@@ -38,10 +38,6 @@ def pair(H: int, B: int, clusters: bool, kind: int = 0, small: bool = False) -> 
         found = [lstm_cuda.LAYOUTS[name](H, B, card) for name in ("forward", "backward")]
     else:
         found = [lstm_cuda.cluster_layouts(name, H, B, card) for name in ("forward", "backward")]
-        found = [
-            [layout for layout in layouts if bool(layout.get("CELL_WARPS")) == kind] or layouts for layouts in found
-        ]
-        found = [[layout for layout in layouts if (layout.get("POLLS") > 1) == kind] or layouts for layouts in found]
     return (found[0][0], found[1][0]) if all(found) else None
 
 
@@ -53,9 +49,9 @@ def layer(number: int) -> tuple[tuple[int, int, int, int], torch.dtype, Pair | N
 
     T, B, E = pick(1, 2, 5, 13, 31), pick(1, 2, 7, 20, 33, 64, 80), pick(1, 17, 64, 300)
     H = pick(1, 2, 16, 50, 126, 400, 650, 1024, 1150, 1152)
-    clusters = number % 4 and lstm_cuda.card(0).capability >= lstm_cuda.CLUSTER_CAPABILITY
-    layouts = pair(H, B, True, number % 4 == 1) if clusters else None
-    return (T, B, E, H), TYPES[number % 2], layouts or pair(H, B, False)  # small layers have none with clusters
+    clusters = number % 2 and lstm_cuda.card(0).capability >= lstm_cuda.CLUSTER_CAPABILITY
+    layouts = pair(H, B, True) if clusters else None
+    return (T, B, E, H), TYPES[number // 2 % 2], layouts or pair(H, B, False)  # small layers have none with clusters
 
 
 def values(shape: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
@@ -117,8 +113,8 @@ def shapes() -> None:
 
 
 def launches() -> None:
-    for clusters, kind in ((False, 0), (True, 0), (True, 1)):
-        layouts = pair(64, 4, clusters, kind)
+    for clusters in (False, True):
+        layouts = pair(64, 4, clusters)
         if layouts is None:
             continue
         given = values((3, 4, 16, 64), torch.bfloat16, 1)
@@ -136,7 +132,7 @@ def launches() -> None:
         late = lstm_cuda.waited_too_long(torch.device("cuda"))
         seconds = time.monotonic() - start
         print(
-            f"launches: 10000 forward, 1000 with backward, {'clusters' if clusters else 'no clusters'} {kind}: "
+            f"launches: 10000 forward, 1000 with backward, {'clusters' if clusters else 'no clusters'}: "
             f"{int(different)} and {backward_differs} differ, waited in vain: {late}, {seconds:.1f} s",
             flush=True,
         )
@@ -194,12 +190,12 @@ def beside() -> None:
 def small() -> None:
     """Small layers of every kind, for compute-sanitizer."""
     lstm_cuda.PATIENCE = 60_000_000_000
-    for clusters, kind in ((False, 0), (True, 0), (True, 1)):
-        layouts = pair(48, 5, clusters, kind, small=True)
+    for clusters in (False, True):
+        layouts = pair(48, 5, clusters, small=True)
         if layouts is not None:
             outcome(ours(layouts), values((4, 5, 16, 48), torch.bfloat16, 3), torch.bfloat16)
             torch.cuda.synchronize()
-            print("small", clusters, kind, [layout.blocks for layout in layouts], flush=True)
+            print("small", clusters, [layout.blocks for layout in layouts], flush=True)
 
 
 def sanitized(tool: str, seconds: float) -> None:
@@ -239,8 +235,8 @@ def main() -> None:
         for layout in layouts or ():
             jobs[layout, dtype == torch.float16, lstm_cuda.card(0).capability] = None
     for H, B, small in ((64, 4, False), (1152, 20, False), (48, 5, True)):
-        for clusters, kind in ((False, 0), (True, 0), (True, 1)):
-            for layout in pair(H, B, clusters, kind, small) or ():
+        for clusters in (False, True):
+            for layout in pair(H, B, clusters, small) or ():
                 jobs[layout, False, lstm_cuda.card(0).capability] = None
     start = time.monotonic()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=torch.multiprocessing.get_context("spawn")) as pool:

@@ -66,11 +66,6 @@ static void reload_shared_words(uint4& v, const void* p, bool wanted) { if (want
 static uint4 load_words(const void* p, bool wanted) { uint4 v = {0, 0, 0, 0}; if (wanted) memcpy(&v, p, 16); return v; }
 static unsigned load_word(const void* p, bool wanted) { unsigned v = 0; if (wanted) memcpy(&v, p, 4); return v; }
 static void store_shared_words(void* p, uint4 v) { memcpy(p, &v, 8); give_way(); memcpy((char*)p + 8, &v.z, 8); }
-static void copy_async(void* to, const void* p, bool wanted) { if (wanted) *(uint4*)to = load_shared_words(p); }
-static void end_copies() {}
-template <int LEFT> void await_copies() { give_way(); }
-static void pause(unsigned) { give_way(); }
-
 #ifdef CLUSTER
 static void cluster_barrier() { meet(fibre->block->cluster->cluster_meeting, fibre->block->threads * CLUSTER); }
 typedef char* Place;
@@ -92,8 +87,6 @@ static void send_word(Place to, unsigned v) {
     abort();
 }
 static void send(Place to, uint4 v) { send_word(to, v.x), send_word(to + 4, v.y), send_word(to + 8, v.z), send_word(to + 12, v.w); }
-static void send(Place to, uint2 v) { send_word(to, v.x), send_word(to + 4, v.y); }
-template <typename V> void send_here(void* p, V v) { send((Place)p, v); }
 static uint4 load_arriving(const uint4* p) { give_way(); return *p; }
 static uint2 load_arriving(const uint2* p) { give_way(); return *p; }
 #else
@@ -135,10 +128,6 @@ static T16 narrowed(float x) {
     return (v + 0x7fff + (v >> 16 & 1)) >> 16;
 #endif
 }
-static unsigned halves(float low, float high) {
-    _Float16 both[2] = {(_Float16)low, (_Float16)high}; unsigned v; memcpy(&v, both, 4); return v;
-}
-static float2 from_halves(unsigned v) { _Float16 both[2]; memcpy(both, &v, 4); return {(float)both[0], (float)both[1]}; }
 static unsigned packed(float low, float high) { return narrowed(low) | (unsigned)narrowed(high) << 16; }
 static float2 unpacked(unsigned v) { return {widened((T16)v), widened((T16)(v >> 16))}; }
 

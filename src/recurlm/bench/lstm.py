@@ -111,7 +111,6 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
     gates, state = torch.randn(T, B, 4 * H, device="cuda").to(dtype), torch.zeros(B, H, device="cuda")
     h, y, c = state.to(dtype), torch.empty(T, B, H, device="cuda", dtype=dtype), torch.empty(T, B, H, device="cuda")
     d_gates, d_h0, d_c0 = torch.empty_like(gates), torch.empty_like(state), torch.empty_like(state)
-    d_bias = torch.empty(B, 4 * H, device="cuda")
     trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
     for name, make in lstm_cuda.LAYOUTS.items():
         measured = []
@@ -125,7 +124,7 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
                 else:
                     d_gates.view(torch.int16).fill_(-1)
                     ring = lstm_cuda.ring_of(layout, B, gates.device)
-                    ends = state, state, d_gates, d_h0, d_c0, d_bias, ring
+                    ends = state, state, d_gates, d_h0, d_c0, ring
                     arguments = weight, gates, c, state, y, *ends, T, trouble, lstm_cuda.PATIENCE
                 kernel(layout.blocks, 32 * layout.warps, arguments)
 

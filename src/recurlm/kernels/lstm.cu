@@ -183,18 +183,15 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 
 // weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (T, BATCH, H); c0 (BATCH, H); d_h (T, BATCH, H) the gradient
 // of h, d_hT, d_cT (BATCH, H) of the last state; d_gates (T, BATCH, 4H), every word EMPTY before, of the pre-activations;
-// d_h0, d_c0 (BATCH, H) of the first state; d_bias (BATCH, 4H) the gradients of the gates added over the steps; ring (RING, ROWS,
-// BATCH, ALL_COLUMNS), zeros before.
+// d_h0, d_c0 (BATCH, H) of the first state; ring (RING, ROWS, BATCH, ALL_COLUMNS), zeros before.
 KERNEL backward(const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT,
-                const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* d_bias, float* ring, int T, int* trouble,
+                const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble,
                 unsigned long long limit) {
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
     const int row = blockIdx.x % ROWS, column0 = blockIdx.x / ROWS * COLUMNS, row_unit0 = row * ROW_UNITS;
     uint4* more = shared + warp * SHARED_K * 2 * TILES * 32 + lane;
     float* sums = (float*)(shared + WARPS * SHARED_K * 2 * TILES * 32);
-    float4* totals = (float4*)(sums + 2 * WARPS * TILES_N * 8 * STRIDE);  // with one group, of each item the sums of its gates' gradients, two halves
-    for (int i = 0; i < ROUNDS * 2 && GROUPS == 1; i++) totals[i * THREADS + thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     Patience patience = {limit, 0, trouble, 0};
 
     uint4 kept[REGISTERS_K ? REGISTERS_K : 1][2][TILES];
@@ -310,33 +307,18 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
 #pragma unroll
                     for (int p = 0; p < ROWS; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
                 }
-                float4* total = totals + i * 2 * THREADS + thread;
                 if (t < 0) {
                     *(float2*)(d_h0 + b * H + unit) = d;
                     if (GROUPS == 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
-                    for (int gate = 0; gate < 4 && GROUPS == 1; gate++)
-                        *(float2*)(d_bias + (b * 4 + gate) * H + unit) = ((float2*)(total + gate / 2 * THREADS))[gate % 2];
                     continue;
                 }
                 d.x += d_above[i].x, d.y += d_above[i].y;
                 const float2 d_c = make_float2(d_cell[i].x + d.x * by_h[i].x, d_cell[i].y + d.y * by_h[i].y);
                 T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
-                float2 d_gate[4];
 #pragma unroll
                 for (int gate = 0; gate < 3; gate++)
-                    d_gate[gate] = make_float2(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
-                d_gate[3] = make_float2(d.x * by_o[i].x, d.y * by_o[i].y);
-#pragma unroll
-                for (int gate = 0; gate < 4; gate++)
-                    store_shared_word(place + gate * H, packed(d_gate[gate].x, d_gate[gate].y));
-                // others wait for these alone
-#pragma unroll
-                for (int gate = 0; gate < 4; gate++) {
-                    float2* sum = GROUPS == 1 ? (float2*)(total + gate / 2 * THREADS) + gate % 2
-                                              : (float2*)(d_bias + (b * 4 + gate) * H + unit);
-                    const float2 before = GROUPS > 1 && t == T - 1 ? make_float2(0.0f, 0.0f) : *sum;
-                    *sum = make_float2(before.x + d_gate[gate].x, before.y + d_gate[gate].y);
-                }
+                    store_shared_word(place + gate * H, packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y));
+                store_shared_word(place + 3 * H, packed(d.x * by_o[i].x, d.y * by_o[i].y));
                 d_cell[i] = make_float2(d_c.x * forget[i].x, d_c.y * forget[i].y);
                 if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
             }

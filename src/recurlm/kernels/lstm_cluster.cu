@@ -9,46 +9,32 @@
 //
 // A block's warps are WARPS_M by WARPS_K: each has WARP_TILES tiles of rows and BLOCKS_K blocks of 32 k. Vectors pass through
 // shared memory, where the WARPS_M warps of a share of k find them; the sums of the WARPS_K warps are added before they are
-// sent. With CELL_WARPS so many more warps turn sums into new values, and the others do nothing else than products; without,
-// every warp does both in turn. With POLLS > 1 a warp that waits has so many loads of all its words on their way, one every
-// POLL_CYCLES, so that it need not wait for one that came too early before it can ask again.
+// sent.
 //
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
 // Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
-// REGISTERS_K, CELL_WARPS, POLLS, SHORT_SUMS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+// REGISTERS_K; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
 #define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors, of a warp
 #define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
-#ifndef POLL_CYCLES
-#define POLL_CYCLES 150
-#endif
 #define RING 2
-#define PREFETCH (GROUPS > 1)  // a turn's vectors are loaded during the turn before
-#define LAG (GROUPS > 1 && !CELL_WARPS)  // turns between a group's product and its new values, for the sums to travel
+#define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
 
 // An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group.
-// With SHORT_SUMS those of the forward kernel travel in fp16 where the type is bf16: they are of moderate size, and added to
-// what was rounded to bf16.
 #ifdef UNITS
 #define WIDTH 4
-#if SHORT_SUMS && !HALF
-#define IN_FP16 1
-typedef uint2 Sums;
-#else
 typedef uint4 Sums;
-#endif
 #else
 #define WIDTH 2
 typedef uint2 Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
 #define SHARE ((A_ROW * GROUP_BATCH + 2 * CLUSTER - 1) / (2 * CLUSTER) * 2)
-#define CELL_THREADS (CELL_WARPS ? CELL_WARPS * 32 : THREADS)
-#define ROUNDS ((SHARE + CELL_THREADS - 1) / CELL_THREADS)
+#define ROUNDS ((SHARE + THREADS - 1) / THREADS)
 #define INBOX (RING * GROUPS * CLUSTER * SHARE)
 #define SENDS ((ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
 
@@ -58,40 +44,29 @@ struct Places {
     float* sums;
     Sums* inbox;
     float4* totals;  // backward: of each item of this block, the sum over steps of its gates' gradients
-    uint4* polled;   // POLLS places for what this lane asks for
     int thread, warp, lane, r, q, m, k, rank;
-    int item;                // the first of the thread that does new values, among its block's
-    bool multiplies, values;  // what this warp does
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
-    Sums* here[SENDS];  // the same where that is this block, else nothing
 
     DEVICE Places(uint4* shared) {
         thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
         m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
-        multiplies = warp < WARPS, values = !CELL_WARPS || !multiplies;
-        item = CELL_WARPS ? thread - THREADS : thread;
         more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
-        sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);  // two, used in turn
+        sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);
         inbox = (Sums*)(sums + 2 * WARPS_K * TILES_N * 8 * STRIDE);
         totals = (float4*)(inbox + INBOX);
-        polled = (uint4*)(totals + (WIDTH == 2 ? GROUPS * SHARE * 2 : 0)) + warp * LOADS * 32 + lane;
     }
 
     DEVICE void begin() {  // before anything arrives
-        for (int i = thread; i < INBOX * (int)(sizeof(Sums) / 4); i += THREADS + CELL_WARPS * 32) ((float*)inbox)[i] = 0.0f;
+        for (int i = thread; i < INBOX * WIDTH; i += THREADS) ((float*)inbox)[i] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < SENDS && multiplies; i++) {
-            const int quad = thread + i * THREADS, item = quad * (4 / WIDTH);
+        for (int i = 0; i < SENDS; i++) {
+            const int item = (thread + i * THREADS) * (4 / WIDTH);
             Sums* place = inbox + rank * SHARE + item % SHARE;
             to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
-            here[i] = item / SHARE == rank ? place : 0;
         }
-        for (int i = 0; i < (POLLS > 1 ? POLLS : 0) * LOADS && multiplies; i++) place_of(i / LOADS, i % LOADS) = make_uint4(0, 0, 0, 0);
         cluster_barrier();
     }
-
-    DEVICE uint4& place_of(int poll, int i) const { return polled[(poll * WARPS * LOADS + i) * 32]; }
 
     DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * CLUSTER * SHARE; }
 };
@@ -107,91 +82,36 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
     }
 }
 
-// Load `i` of this lane is of chunk `chunk_of_row` of 8 in batch row `chunk_row`: of 4 neighbours in 8 rows; with WIDE_ROWS those of
-// a warp are neighbours along a row, then along the rows.
-#if WIDE_ROWS
-DEVICE int chunk_row(const Places& at, int i) { return ((at.m + i * WARPS_M) * 32 + at.lane) / (BLOCKS_K * 4); }
-DEVICE int chunk_of_row(const Places& at, int i) { return ((at.m + i * WARPS_M) * 32 + at.lane) % (BLOCKS_K * 4); }
-#else
-DEVICE int chunk_row(const Places& at, int i) { return (at.m + i * WARPS_M) % TILES_N * 8 + at.r; }
-DEVICE int chunk_of_row(const Places& at, int i) { return (at.m + i * WARPS_M) / TILES_N * 4 + at.q; }
-#endif
-
-// Where a lane finds its chunk of tile n in block k of the share, as the products want it; rows of odd blocks change places with
-// their neighbours, so that those who write neighbours do not meet in a bank.
-DEVICE int staged(int k, int n, int r, int q) { return (k * TILES_N + n) * 32 + (r ^ (k & 1)) * 4 + q; }
-
-// What this lane loads of a group's vectors: `offsets` from the first word of the group's first row, or nowhere where negative.
-struct Vectors {
-    const T16* from;
+// The turn of group g: this block's part of the sums, sent to their blocks. The vector of the group's first batch row begins at
+// `from`, the next after `length`; what this lane loads of it at `offsets`, or nowhere where that is negative.
+DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int length, const int (&offsets)[LOADS], int use,
+                              int g, Patience& patience) {
+    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
     uint4 words[LOADS];
-
-    DEVICE bool wanted(const Places& at, int i, int offset, int g) const {
-        return offset >= 0 && chunk_row(at, i) < min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
+        words[i] = make_uint4(0, 0, 0, 0);
+        reload_shared_words(words[i], from + row * length + offsets[i], offsets[i] >= 0 && row < batch_rows);
     }
-
-    DEVICE void ask(const Places& at, const T16* begin, const int (&offsets)[LOADS], int g) {
-        from = begin;
-        if (POLLS > 1) {
-            await_copies<0>();  // none of the turn before may arrive after one of this turn
-            for (int poll = 0; poll < POLLS; poll++) {
-                if (poll) pause(POLL_CYCLES);
-                copy(at, offsets, g, poll);
-            }
-            return;
-        }
+    patience.renew();
+    for (;;) {
+        bool waits = false;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
+        if (!any_lane(waits) || !any_lane(patience.lasts())) break;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            words[i] = make_uint4(0, 0, 0, 0);
-            reload_shared_words(words[i], from + offsets[i], wanted(at, i, offsets[i], g));
+            const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
+            reload_shared_words(words[i], from + row * length + offsets[i], is_empty(words[i]));
         }
     }
-
-    DEVICE void copy(const Places& at, const int (&offsets)[LOADS], int g, int poll) {
-#pragma unroll
-        for (int i = 0; i < LOADS; i++)
-            copy_async(&at.place_of(poll, i), from + offsets[i], wanted(at, i, offsets[i], g));
-        end_copies();
-    }
-
-    DEVICE void await(const Places& at, const int (&offsets)[LOADS], int g, Patience& patience) {
-        patience.renew();
-        for (int poll = 0;; poll = poll + 1 < POLLS ? poll + 1 : 0) {
-            if (POLLS > 1) {
-                await_copies<POLLS - 1>();
-#pragma unroll
-                for (int i = 0; i < LOADS; i++) words[i] = at.place_of(poll, i);
-            }
-            bool waits = false;
-#pragma unroll
-            for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
-            if (!any_lane(waits) || !any_lane(patience.lasts())) break;
-            if (POLLS > 1) {
-                copy(at, offsets, g, poll);
-                continue;
-            }
-#pragma unroll
-            for (int i = 0; i < LOADS; i++)
-                reload_shared_words(words[i], from + offsets[i], is_empty(words[i]));
-        }
-    }
-};
-
-// The turn of group g: this block's part of the sums, sent to their blocks; `vectors` are asked for, and those of the next turn
-// when `ask` is called.
-template <typename Ask>
-DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask ask, const int (&offsets)[LOADS],
-                              int use, int g, Patience& patience) {
-    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
-    asked.await(at, offsets, g, patience);
-    uint4* stage = at.stage + at.k * FRAGMENTS * 32;
+    // One barrier a turn lets a warp be a turn ahead of another: what it writes before that barrier has two places.
+    const int odd = (use * GROUPS + g) & 1;
+    uint4* stage = at.stage + at.k * FRAGMENTS * 32 + at.lane;
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
-        if (at.m + i * WARPS_M < FRAGMENTS) {
-            const int row = chunk_row(at, i), chunk = chunk_of_row(at, i);
-            stage[staged(chunk / 4, row / 8, row % 8, chunk % 4)] = asked.words[i];
-        }
-    if (PREFETCH) ask();
+        if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = words[i];
     barrier(at.k, WARPS_M);
 
     float acc[WARP_TILES][TILES_N][4] = {};
@@ -199,27 +119,19 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, Vectors& asked, Ask 
     for (int k = 0; k < BLOCKS_K; k++) {
         uint4 vectors[TILES_N];
 #pragma unroll
-        for (int n = 0; n < TILES_N; n++) vectors[n] = stage[staged(k, n, at.r, at.q)];
+        for (int n = 0; n < TILES_N; n++) vectors[n] = stage[(k * TILES_N + n) * 32];
         product<WARP_TILES>(acc, kept, at.more, vectors, k);
     }
-    const unsigned bit = (use / RING + 1) & 1;
-    // one barrier of all a turn: a warp may be a turn ahead of another
-    const int odd = (use * GROUPS + g) & 1;
+    const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
     put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
-    barrier(14, WARPS);
+    barrier();
 #pragma unroll
     for (int i = 0; i < SENDS; i++) {
         const int item = at.thread + i * THREADS;
         if (item < ROWS / 4 * batch_rows) {
             const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
-#if IN_FP16
-            const uint2 v = make_uint2(marked(halves(x.x, x.y), bit), marked(halves(x.z, x.w), bit));
-#else
-            const uint4 v = make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit));
-#endif
-            if (at.here[i]) send_here(at.here[i] + at.turn_of(use, g), v);
-            else send(at.to[i] + at.turn_of(use, g) * sizeof(Sums), v);
+            send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
         }
     }
 }
@@ -258,7 +170,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 
     Kept kept;
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K && at.multiplies; k++) {
+    for (int k = 0; k < BLOCKS_K; k++) {
         const int column = column0 + (at.k * BLOCKS_K + k) * 32 + at.q * 8;
 #pragma unroll
         for (int m = 0; m < WARP_TILES; m++) {
@@ -275,8 +187,8 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     int offsets[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int column = column0 + (at.k * BLOCKS_K * 4 + chunk_of_row(at, i)) * 8;
-        offsets[i] = at.m + i * WARPS_M < FRAGMENTS && column < H ? chunk_row(at, i) * H + column : -1;
+        const int fragment = at.m + i * WARPS_M, column = column0 + (at.k * BLOCKS_K + fragment / TILES_N) * 32 + at.q * 8;
+        offsets[i] = fragment < FRAGMENTS && column < H ? column : -1;
     }
 
     unsigned input[ROUNDS][4];
@@ -284,7 +196,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     auto fetch = [&](int t, int g) {  // what the new values of group g at step t need of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
@@ -293,27 +205,21 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
         }
     };
-    Vectors vectors;
-    auto ask = [&](int turn) {
-        const int t = turn / GROUPS, g = turn % GROUPS;
-        const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
-        if (turn < T * GROUPS) vectors.ask(at, before + g * GROUP_BATCH * H, offsets, g);
-    };
-    if (at.values) fetch(0, 0);
-    if (at.multiplies && PREFETCH) ask(0);
+    fetch(0, 0);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
-        if (at.multiplies && turn < T * GROUPS) {
-            if (!PREFETCH) ask(turn);
-            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, offsets, turn / GROUPS, turn % GROUPS, patience);
+        if (turn < T * GROUPS) {
+            const int t = turn / GROUPS, g = turn % GROUPS;
+            const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
+            multiply_and_send(at, kept, before + g * GROUP_BATCH * H, H, offsets, t, g, patience);
         }
-        if (!at.values || turn < LAG) continue;
+        if (turn < LAG) continue;
         const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;
         float gate_of[ROUNDS][4];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             float x[4];
@@ -324,13 +230,8 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
                 receive(parts, at, mine, t, g, patience);
 #pragma unroll
                 for (int p = 0; p < CLUSTER; p++) {
-#if IN_FP16
-                    const float2 low = from_halves(parts[p].x), high = from_halves(parts[p].y);
-                    x[0] += low.x, x[1] += low.y, x[2] += high.x, x[3] += high.y;
-#else
                     x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
                     x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
-#endif
                 }
             }
             const float in = sigmoid(x[0]), forget = sigmoid(x[1]), value = tangent(x[2]), out = sigmoid(x[3]);
@@ -343,7 +244,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
         // others wait for h alone: the rest is written after it
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
                 const long long place = ((long long)t * BATCH + b) * H + unit;
@@ -368,12 +269,12 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     Places at(shared);
     const int column0 = blockIdx.x / CLUSTER * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
     Patience patience = {limit, 0, trouble, 0};
-    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS + CELL_WARPS * 32) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     at.begin();
 
     Kept kept;
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K && at.multiplies; k++) {
+    for (int k = 0; k < BLOCKS_K; k++) {
         const int chunk = (at.k * BLOCKS_K + k) * 4 + at.q, unit = row_unit0 + chunk_unit(chunk);
         const T16* from = weights + ((long long)chunk_gate(chunk) * H + unit) * H;
 #pragma unroll
@@ -393,9 +294,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     int offsets[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int chunk = at.k * BLOCKS_K * 4 + chunk_of_row(at, i), unit = row_unit0 + chunk_unit(chunk);
-        const bool there = at.m + i * WARPS_M < FRAGMENTS && unit < H;
-        offsets[i] = there ? (chunk_row(at, i) * 4 + chunk_gate(chunk)) * H + unit : -1;
+        const int fragment = at.m + i * WARPS_M;
+        const int chunk = (at.k * BLOCKS_K + fragment / TILES_N) * 4 + at.q;
+        const int unit = row_unit0 + chunk_unit(chunk);
+        offsets[i] = fragment < FRAGMENTS && unit < H ? chunk_gate(chunk) * H + unit : -1;
     }
 
     // With d the gradient of h, the gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of
@@ -406,7 +308,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     auto fetch = [&](int t, int g) {  // what the gradients of group g's gates at step t need of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             const long long place = ((long long)t * BATCH + b) * H + unit;
@@ -443,7 +345,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     auto differentiate = [&](int t, int g) {
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.item + i * CELL_THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             if (t >= 0) prepare(i);
@@ -484,26 +386,18 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
         }
     };
-    Vectors vectors;
-    auto ask = [&](int turn) {
-        const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
-        const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
-        if (turn < T * GROUPS) vectors.ask(at, from, offsets, g);
-    };
-    if (at.values) {
 #pragma unroll 1
-        for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
-        if (T > 1) fetch(T - 2, 0);
-    }
-    if (at.multiplies && PREFETCH) ask(0);
+    for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
+    if (T > 1) fetch(T - 2, 0);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
-        if (at.multiplies && turn < T * GROUPS) {
-            if (!PREFETCH) ask(turn);
-            multiply_and_send(at, kept, vectors, [&] { ask(turn + 1); }, offsets, turn / GROUPS, turn % GROUPS, patience);
+        if (turn < T * GROUPS) {
+            const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
+            const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
+            multiply_and_send(at, kept, from, 4 * H, offsets, T - 1 - t, g, patience);
         }
-        if (!at.values || turn < LAG) continue;
+        if (turn < LAG) continue;
         const int t = T - 2 - (turn - LAG) / GROUPS;
         differentiate(t, (turn - LAG) % GROUPS);
         const int next = T - 2 - (turn + 1 - LAG) / GROUPS;

@@ -2,12 +2,8 @@
 
 typedef unsigned short T16;
 
-#ifndef CELL_WARPS
-#define CELL_WARPS 0  // that do nothing else than the new values
-#endif
-
 #ifndef ON_CPU  // the tests bring these for a CPU
-#define KERNEL extern "C" __global__ void __launch_bounds__((WARPS + CELL_WARPS) * 32, 1)
+#define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #define DEVICE __device__ __forceinline__
 
 #define SHARED(name) extern __shared__ uint4 name[]
@@ -62,25 +58,6 @@ DEVICE void store_shared_words(void* p, uint4 v) {
                  : "memory");
 }
 
-// Copies 16 bytes to shared memory past the L1 cache where `wanted`, and goes on; those up to `end_copies` are a group.
-DEVICE void copy_async(void* to, const void* from, bool wanted) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
-                 ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"((unsigned)wanted) : "memory");
-}
-
-DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most so many groups of this thread's copies, the newest, are on their way.
-template <int GROUPS_LEFT>
-DEVICE void await_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_LEFT) : "memory");
-}
-
-DEVICE void pause(unsigned cycles) {
-    const unsigned start = clock();
-    while ((unsigned)clock() - start < cycles);
-}
-
 #ifdef CLUSTER
 // All threads of the cluster's blocks.
 DEVICE void cluster_barrier() {
@@ -103,21 +80,6 @@ DEVICE void send(Place to, uint4 v) {
                  ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-DEVICE void send(Place to, uint2 v) {
-    asm volatile("st.relaxed.cluster.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
-}
-
-// The same to this block, which need not leave the processor.
-DEVICE void send_here(void* p, uint4 v) {
-    asm volatile("st.relaxed.cluster.shared::cta.v4.u32 [%0], {%1, %2, %3, %4};"
-                 ::"r"((unsigned)__cvta_generic_to_shared(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
-DEVICE void send_here(void* p, uint2 v) {
-    asm volatile("st.relaxed.cluster.shared::cta.v2.u32 [%0], {%1, %2};"
-                 ::"r"((unsigned)__cvta_generic_to_shared(p)), "r"(v.x), "r"(v.y) : "memory");
-}
-
 // Words of this block's shared memory that the cluster's blocks may be writing.
 DEVICE uint4 load_arriving(const uint4* p) {
     uint4 v;
@@ -133,19 +95,6 @@ DEVICE uint2 load_arriving(const uint2* p) {
     return v;
 }
 #endif
-
-// Two numbers in fp16 in a word.
-DEVICE unsigned halves(float low, float high) {
-    unsigned v;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-
-DEVICE float2 from_halves(unsigned v) {
-    float2 x;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
-    return x;
-}
 
 DEVICE float from_neighbour(float v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
@@ -165,8 +114,16 @@ DEVICE float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); the hardware's 2^x 
 
 #if HALF
 #define KIND "f16"
-DEVICE unsigned packed(float low, float high) { return halves(low, high); }
-DEVICE float2 unpacked(unsigned v) { return from_halves(v); }
+DEVICE unsigned packed(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+DEVICE float2 unpacked(unsigned v) {
+    float2 x;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
+    return x;
+}
 #else
 #define KIND "bf16"
 DEVICE unsigned packed(float low, float high) {
@@ -260,12 +217,8 @@ DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
 }
 
 // A partial sum on its way, its last bit the one that tells this use of a place from the next.
-DEVICE unsigned marked(unsigned v, unsigned bit) { return (v & ~1u) | bit; }
-DEVICE unsigned marked(float x, unsigned bit) { return marked(__float_as_uint(x), bit); }
+DEVICE unsigned marked(float x, unsigned bit) { return (__float_as_uint(x) & ~1u) | bit; }
 
-#ifdef ROW_UNITS
-// Chunk k of 8 gate gradients of a block's rows: all units of a gate, then those of the next, so that the 4 chunks of a row
-// that a warp loads at once are neighbours.
-DEVICE int chunk_gate(int k) { return k / (ROW_UNITS / 8); }
-DEVICE int chunk_unit(int k) { return k % (ROW_UNITS / 8) * 8; }
-#endif
+// Chunk k of 8 gate gradients of a block's rows: 16 units of a gate, then the same of the next gate.
+DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
+DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }

@@ -21,9 +21,10 @@ LEAST_CAPABILITY = (8, 0)
 RING = 4  # uses of the ring of partial sums before a place is used again
 CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
 CLUSTER_CAPABILITY = (9, 0)
+LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 CLUSTER_RING = 2  # the same within clusters
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
-MOST_BATCH = 48  # for more, cuDNN is as fast (docs/log.md)
+MOST_BATCH = 48  # for more, several layers of cuDNN's, which overlap, are as fast (docs/log.md)
 
 
 class Card(NamedTuple):
@@ -74,9 +75,9 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _groupings(batch: int, most: int = 4) -> Iterator[tuple[int, int, int]]:
+def _groupings(batch: int) -> Iterator[tuple[int, int, int]]:
     """(groups, batch rows of each, tiles of 8 rows) of ways to take a batch in groups."""
-    for tiles in range(1, most + 1):
+    for tiles in (1, 2, 3, 4):
         groups = _up(batch, 8 * tiles)
         for more in (0, 1):  # a second group, for one's exchange to hide behind
             rows = _up(batch, groups + more)
@@ -164,9 +165,6 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
                 fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 32 + 20 * rounds + 2 * rows + blocks_k, here)
                 if fit is None:
                     continue
-                shared = fit[1] + rounds * warps * 1024 * (groups == 1)  # the sums of the gradients
-                if shared > here.shared - 1024:
-                    continue
                 products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
                 moved = batch * strips * rows * (0.9 * 8 * row_units + 1.05 * 8 * columns) / 5.5e6
                 cost = 1.1 + groups + 0.5 * (groups == 1) + 1.8 * products + 1.2 * reads + moved
@@ -174,7 +172,7 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
                     "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
                     "ROW_UNITS": row_units, "COLUMNS": columns, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0],
                 }  # fmt: skip
-                found.append(Layout("backward", tuple(macros.items()), strips * rows, warps, shared, cost))
+                found.append(Layout("backward", tuple(macros.items()), strips * rows, warps, fit[1], cost))
     return sorted(found, key=lambda layout: layout.cost)
 
 
@@ -189,79 +187,71 @@ def _splits(count: int) -> Iterator[tuple[int, int]]:
             yield warps, each
 
 
+# The fastest of many layouts on an H200 (bench/results/h200/lstm-clusters.txt), by kernel, units and batch.
+FASTEST = {
+    ("forward", 1152, 80): {"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": 3},
+    ("backward", 1152, 80): {"CLUSTER": 8, "WARPS_M": 5, "WARPS_K": 3, "GROUPS": 5},
+}
+
+
 def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
-    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first."""
-    found, forward = [], name == "forward"
+    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one measured or estimated best first."""
+    found, forward, fastest = [], name == "forward", FASTEST.get((name, H, batch), {}).items()
     for cluster, most in here.clusters:
         if not most:
             continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        for (warps_m, tiles_m), (warps_k, blocks_k), groups, cells, polls, short, wide in itertools.product(
-            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch, 5)), (0, 4), (1, 3), (0, 1), (0, 1)
+        for of_rows, of_k, grouping in itertools.product(
+            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch))
         ):
-            if warps_m * warps_k + cells > 16 or (polls > 1 and groups[0] > 1):
-                continue
-            if not forward and (short or warps_k * blocks_k % 2):
-                continue
-            shares = warps_m, tiles_m, warps_k, blocks_k
-            layout = _clustered(name, H, batch, here, cluster, shares, groups, cells, polls, short, wide)
+            layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), grouping)
             if layout is not None:
                 found.append(layout)
-    return sorted(found, key=lambda layout: layout.cost)
+    return sorted(found, key=lambda layout: (not fastest <= dict(layout.macros).items(), layout.cost))
 
 
 def _clustered(
-    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int], cells: int,
-    polls: int, short: int, wide: int,
-) -> Layout | None:  # fmt: skip
+    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int]
+) -> Layout | None:
     """The layout with these shares of a warp; None where it does not fit."""
     (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
     forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
-    # a warp with nothing to wait for would run ahead: every warp of the last block has some of the vectors' chunks of 8
-    each, chunks = blocks_k * 4, warps_k * blocks_k * (4 if forward else 1)  # of a warp; of a block, for each gate
-    there = _up(H, 8) - (cluster - 1) * chunks
-    if any(all(k % chunks >= there for k in range(w * each, (w + 1) * each)) for w in range(warps_k)):
+    k = ((cluster - 1) * warps_k + warps_k - 1) * blocks_k * 4  # the last warp's first chunk of 8 k
+    if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
+        return None  # a warp with nothing to wait for would run ahead
+    if warps > 16 or (not forward and warps_k * blocks_k % 2):
         return None
     strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
     share = _up(rows // width * batch_rows, 2 * cluster) * 2
-    rounds, loads = _up(share, 32 * (cells or warps)), _up(blocks_k * tiles_n, warps_m)
+    rounds, loads = _up(share, 32 * warps), _up(blocks_k * tiles_n, warps_m)
     sends = _up(rows // 4 * batch_rows, 32 * warps)
-    registers = min(255, 16384 // (32 * _up(warps + cells, 4)) // 8 * 8)
-    other = (
-        (0 if cells else 6 * rounds if forward else 22 * rounds)
-        + (46 if forward else 60)
-        + (1 + wide) * loads
-        + 2 * sends
-        + 4 * loads * (groups > 1)
-    )
-    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, 0 if cells else width * cluster)
-    if cells and registers < (48 + 6 * rounds if forward else 52 + 22 * rounds) + width * cluster:
-        return None
+    registers = min(255, 16384 // (32 * _up(warps, 4)) // 8 * 8)
+    other = (40 + 6 * rounds if forward else 44 + 22 * rounds) + loads + sends
+    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, width * cluster)
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + warps_k * blocks_k * tiles_n * 512
     shared += groups * share * 32 * (not forward)
     shared += CLUSTER_RING * groups * cluster * share * width * 4 + warps_k * tiles_n * 8 * (rows + 4) * 8
-    shared += polls * warps * loads * 512 * (polls > 1)
     if free < 0 or shared > here.shared - 1024:
         return None
-    # microseconds of reading the vectors from the L2 cache, and weights, vectors and sums from shared memory
+    # microseconds of reading the vectors from the L2 cache, and weights, vectors and sums from shared memory; the factors are
+    # fitted to the layouts of at least 7 warps in bench/results/h200/lstm-clusters.txt, fewer are slower than that
     moved = batch * H * (2 if forward else 8) * strips / 5.5e6
     reads, vectors = (groups * warps * n * 4 / 1900 for n in ((blocks_k - kept) * 2 * tiles_m, blocks_k * tiles_n))
     sums = groups * rows * tiles_n * warps_k / 2 / 1900
     if forward:
-        cost = 1.0 + 0.3 * reads + 1.5 * moved + 0.74 * vectors + 1.35 * sums
-        cost += groups * (0.3 + 0.23 * rounds + 0.028 * loads + 0.15 * sends / (1 + short))
+        cost = 1.3 + 1.7 * moved + 0.5 * vectors + 1.1 * sums + groups * (0.27 + 0.19 * rounds + 0.13 * sends)
     else:
-        cost = 2.0 + 1.85 * reads + 1.78 * moved + 1.03 * vectors + 0.5 * sums
-        cost += groups * (0.5 + 0.019 * loads + 0.044 * sends + 0.009 * blocks_k * tiles_m * tiles_n)
+        cost = 2.5 + 2.25 * moved + 0.7 * reads + 0.4 * vectors + 2.2 * sums
+    cost += groups * (0.1 + 0.5 * max(0, 8 - warps))
     macros = {
         "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
         "CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k,
-        "REGISTERS_K": kept, "CELL_WARPS": cells, "POLLS": polls, "SHORT_SUMS": short, "WIDE_ROWS": wide,
+        "REGISTERS_K": kept,
     }  # fmt: skip
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
-    return Layout(name, tuple(macros.items()), strips * cluster, warps + cells, shared, cost)
+    return Layout(name, tuple(macros.items()), strips * cluster, warps, shared, cost)
 
 
 def source(layout: Layout) -> str:
@@ -284,7 +274,9 @@ def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
         return None
     pair = []
     for name, layouts in LAYOUTS.items():
-        found = layouts(H, batch, here)[:1] + cluster_layouts(name, H, batch, here)[:1]
+        found = layouts(H, batch, here)[:1]
+        if batch > LEAST_CLUSTERED:
+            found += cluster_layouts(name, H, batch, here)[:1]
         if not found:
             return None
         pair.append(min(found, key=lambda layout: layout.cost))
@@ -321,7 +313,7 @@ def ring_of(layout: Layout, batch: int, device: torch.device) -> Tensor:
 
 
 class _Layer(torch.autograd.Function):
-    """(y_TBH, last h_BH, last c_BH) of a layer whose units are a multiple of MULTIPLE."""
+    """(y_TBH, last h_BH, last c_BH fp32) of a layer whose units are a multiple of MULTIPLE."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -348,7 +340,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c, first)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         ctx.set_materialize_grads(False)
-        return y[1:], y[T].clone(), c[-1].to(c_BH.dtype, copy=True)
+        return y[1:], y[T].clone(), c[-1].clone()
 
     @staticmethod
     def backward(ctx, d_y: Tensor | None, d_h: Tensor | None, d_c: Tensor | None):  # type: ignore[override]
@@ -363,18 +355,19 @@ class _Layer(torch.autograd.Function):
         d_gates = torch.empty_like(gates_TBG)
         d_gates.view(torch.int16).fill_(-1)
         d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
-        d_bias = first.new_empty(B, G)
-        ring = () if back.cluster > 1 else (ring_of(back, B, y.device),)
-        given = w_hh, gates_TBG, c, first, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, d_bias, *ring
+        # with clusters the kernel adds up the bias's gradient too
+        scratch = first.new_empty(B, G) if back.cluster > 1 else ring_of(back, B, y.device)
+        given = w_hh, gates_TBG, c, first, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, scratch
         _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
         d_NG = d_gates.view(T * B, G)
         needed = ctx.needs_input_grad
         d_x = (d_NG @ w_ih).view_as(x_TBI) if needed[0] else None
         d_ih = d_NG.t() @ x_TBI.reshape(T * B, -1) if needed[1] else None
         d_hh = d_NG.t() @ y[:T].view(T * B, H) if needed[2] else None
-        d_bias = d_bias.sum(0).to(d_gates.dtype) if needed[3] else None
-        d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[4:], strict=False))
-        return d_x, d_ih, d_hh, d_bias, d_h0, d_c0, None, None
+        d_bias = None
+        if needed[3]:
+            d_bias = scratch.sum(0).to(d_gates.dtype) if back.cluster > 1 else d_NG.sum(0)
+        return d_x, d_ih, d_hh, d_bias, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None
 
 
 def lstm(
@@ -401,4 +394,5 @@ def lstm(
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
     y_TBH, h, c = _Layer.apply(x_TBI, w_ih, w_hh, b_ih + b_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
+    c = c.to(c_BH.dtype)
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)
