@@ -239,7 +239,8 @@ def report(path: Path) -> None:
             f"{r['test_seconds']:.2f} s",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    where = f"{Path(head['data']).name}, {head['device']}, {head['seconds']:.1f} s a unit, commit {head['commit'][:7]}"
+    commit = head["commit"][:7] + head["commit"][40:]  # perhaps with changes
+    where = f"{Path(head['data']).name}, {head['device']}, {head['seconds']:.1f} s a unit, commit {commit}"
     table = f"{where}; losses in bits per byte.\n\n" + "\n".join(lines) + "\n"
     path.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
