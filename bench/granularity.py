@@ -259,7 +259,7 @@ def draw(picture: Path, rows: list[dict[str, Any]]) -> None:
         ):
             for r in rows:
                 axes.plot([c[key] for c in r["curve"]], [c["valid"] for c in r["curve"]], label=r["unit"])
-            axes.set(xlabel=label, ylabel="bits per byte, valid", ylim=(0.98 * low, 1.6 * low))
+            axes.set(xlabel=label, ylabel="bits per byte, valid", ylim=(0.95 * low, 2.5 * low))
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
         figure.savefig(picture, metadata={"Date": None})
