@@ -239,7 +239,8 @@ def report(path: Path) -> None:
             f"{r['test_seconds']:.2f} s",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    where = f"{Path(head['data']).name}, {head['device']}, {head['seconds']:.1f} s a unit, commit {head['commit'][:7]}"
+    commit = head["commit"][:7] + head["commit"][40:]  # perhaps with changes
+    where = f"{Path(head['data']).name}, {head['device']}, {head['seconds']:.1f} s a unit, commit {commit}"
     table = f"{where}; losses in bits per byte.\n\n" + "\n".join(lines) + "\n"
     path.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
@@ -258,7 +259,7 @@ def draw(picture: Path, rows: list[dict[str, Any]]) -> None:
         ):
             for r in rows:
                 axes.plot([c[key] for c in r["curve"]], [c["valid"] for c in r["curve"]], label=r["unit"])
-            axes.set(xlabel=label, ylabel="bits per byte, valid", ylim=(0.98 * low, 1.6 * low))
+            axes.set(xlabel=label, ylabel="bits per byte, valid", ylim=(0.95 * low, 2.5 * low))
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
         figure.savefig(picture, metadata={"Date": None})
