@@ -545,7 +545,7 @@ def golden_trace(layer: str, zoneout: float, store, folder: Path) -> list[float]
     """Losses of 200 steps with every dropout, both regularisers and clipping on."""
     recurrent = zoneout if LAYERS[layer].has_recurrent_product else 0
     trainer = make(store, folder, f"model.layer={layer}", f"model.zoneout={zoneout}", f"dropout.recurrent={recurrent}",
-                   "optimizer.name=sgd", "optimizer.lr=3", "optimizer.clip=0.25", "model.embedding_size=24",
+                   "optimizer.name=sgd", "optimizer.lr=1", "optimizer.clip=0.25", "model.embedding_size=24",
                    "model.init_range=0.3", "schedule.name=constant", "schedule.warmup_steps=0")  # fmt: skip
     return [trainer.step()["objective"] for _ in range(200)]
 
