@@ -30,9 +30,7 @@ from recurlm.training.cursor import seed_for_step
 from recurlm.training.step import Order
 
 MULTIPLE = 16  # of units, for layers computed in bf16 or TF32
-FEATURES = (
-    8  # of which a word's vector has a multiple: 16 bytes in bf16, without which products take several times as long
-)
+FEATURES = 8  # of a word's vector, a multiple: 16 bytes in bf16, without which products take several times as long
 MOST_GRAPHS = 64
 MOMENTS = {"sgd": (), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
 

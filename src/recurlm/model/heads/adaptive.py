@@ -180,9 +180,8 @@ class AdaptiveHead(Head):
     ) -> Tensor:
         if not len(self.projections):
             return clusters_nll(self.parts(), hidden_NH, targets_N)
-        every = _projected(
-            torch.cat(list(self.projections)), hidden_NH
-        )  # one product, and one for each of its gradients
+        # one product, and one for each of its gradients
+        every = _projected(torch.cat(list(self.projections)), hidden_NH)
         features = every.split([len(p) for p in self.projections], dim=1)
         return clusters_nll(self.parts(), hidden_NH, targets_N, features)
 
