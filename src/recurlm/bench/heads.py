@@ -27,6 +27,7 @@ from recurlm import kernels
 from recurlm.bench.timing import Row, cpu_time, duration, gpu_memory, gpu_time
 from recurlm.config import ModelConfig
 from recurlm.kernels import reference
+from recurlm.kernels.cross_entropy import mean
 from recurlm.model.heads import HEADS
 from recurlm.model.heads.base import Use
 from recurlm.model.heads.cuts import zipf
@@ -146,7 +147,7 @@ def _works(it: Subject) -> tuple[Callable[[], object], ...]:
     """Training, scoring and searching."""
 
     def train() -> list[Tensor]:
-        return list(torch.autograd.grad(it.nll().mean(), it.leaves, materialize_grads=True))
+        return list(torch.autograd.grad(mean(it.nll()), it.leaves, materialize_grads=True))
 
     def score() -> Tensor:
         with torch.no_grad():
@@ -321,9 +322,9 @@ def profile() -> None:
     """Prints the GPU time of every kernel of one training call, published cut points."""
     for head in ADAPTIVE:
         it = subject(head, SIZES["cuda"][-1], "cuda", torch.bfloat16, cutoffs=PUBLISHED_CUTS)
-        torch.autograd.grad(it.nll().mean(), it.leaves)
+        torch.autograd.grad(mean(it.nll()), it.leaves)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
-            torch.autograd.grad(it.nll().mean(), it.leaves)
+            torch.autograd.grad(mean(it.nll()), it.leaves)
             torch.cuda.synchronize()
         print(f"-- {head}")
         for event in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:25]:
