@@ -29,6 +29,7 @@ EXPONENTIALS = Tiles(128, 128, 64, 8, 4, 1, True)
 CHUNK_BYTES = 64 << 20  # of E at once
 COLUMNS = 8  # added to the experts' vectors, the first for the bias: 16 bytes in bf16
 MULTIPLE = 16  # of columns of E: cuBLAS is six times slower where rows are not aligned
+SPLITS = 64  # of the vocabulary, at most
 ROWS = 8  # rows of a program of `_target_logits`
 PARTS = ["h", "targets", "logits", "log_prior", "tops", "sums", "nll", "lse2", "share", "factor"]  # begin anywhere
 FAR = {torch.bfloat16: 60.0, torch.float32: 60.0, torch.float16: 10.0}  # nats beyond the target that E can hold
@@ -93,7 +94,7 @@ def _finish(
     at, keep = s[:, None] * N + n[None, :], (s < splits)[:, None] & own[None, :]
     top = tl.load(tops + at, mask=keep, other=-1e30)
     above = tl.max(top, 0)
-    total = tl.sum(tl.load(sums + at, mask=keep, other=0.0) * tl.exp2((top - above[None, :]) * LOG2E), 0)
+    total = tl.sum(tl.load(sums + at, mask=keep, other=1.0) * tl.exp2((top - above[None, :]) * LOG2E), 0)
     scaled = tl.log2(total) + above * LOG2E
     loss = scaled / LOG2E - tl.load(logits + n, mask=own, other=0.0)
     loss = tl.where(loss < 0, 0.0, loss)  # below 0 only by rounding
@@ -187,7 +188,7 @@ class _MixtureCrossEntropy(torch.autograd.Function):
                 _finish[(t.stop - t.start,)](
                     h_RD[r], targets_N[t], logits_R[r], log_prior_NK[t], *partial, e, marks, nll_N[t], lse2_R[r],
                     share_NK[t], factor_R[r], weighted, rows, K, V, VP, D, splits, FAR[dtype],
-                    triton.next_power_of_2(splits), *shape,
+                    SPLITS, *shape,
                 )  # fmt: skip
                 with beside(side):
                     product(e[:rows].t(), weighted[:rows], both, add=first > 0)
