@@ -70,6 +70,24 @@ def test_the_mean_is_the_mean():
     assert gradient.stride() == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((840, 15, 280, 10_000), 168),
+        ((1400, 15, 280, 10_000), 175),
+        ((1050, 15, 304, 33_280), 66),
+        ((3, 15, 280, 10**7), 1),
+    ],
+)
+def test_chunks_are_near_equal_and_their_rows_even(shape, expected):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from recurlm.kernels import mixture_triton as fused
+
+    tokens, experts, depth, columns = shape
+    assert fused.chunk_tokens(tokens, experts, columns, depth, 2, 132) == expected
+    assert expected == 1 or 2 * expected * experts * columns <= fused.CHUNK_BYTES
+
+
 def interpreted():
     """What the subprocess below runs. The interpreter multiplies fp32 and float16, but not bfloat16."""
     from recurlm.kernels import cross_entropy_triton as whole
