@@ -194,8 +194,9 @@ def _activated(row, bias, WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_I: tl
 
 @triton.jit
 def _load_bias(bias, h, H: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr):
-    """The columns' biases of the gates Z, F, O, I; 0 where there is none."""
-    found = (0.0, 0.0, 0.0, 0.0)
+    """The columns' biases of the gates Z, F, O, I; -0 where there is none, for to add it is no operation (to add 0 is one)."""
+    none = tl.full((), -(1 << 31), tl.int32).to(tl.float32, bitcast=True)  # Triton writes -0.0 as 0
+    found = (none, none, none, none)
     if BIAS:
         z = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)
         f = tl.load(bias + H + h, mask=h < H, other=0.0).to(tl.float32)
