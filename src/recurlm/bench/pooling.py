@@ -100,7 +100,9 @@ def _ours(
         plan = plan or pool_triton.forward_plan(gates_TBG, c_BH)
         return lambda: pool_triton.run_forward(gates_TBG, c_BH, None, "fo", bias, plan, back.unroll if training else 0)
     plan = plan or back
-    forward = pool_triton.forward_plan(gates_TBG, c_BH)._replace(unroll=plan.unroll)
+    forward = pool_triton.forward_plan(gates_TBG, c_BH)
+    if plan is not back:  # one that leaves marks as far apart as this plan needs them
+        forward = forward._replace(block=64, warps=1, unroll=plan.unroll, rows=1)
     marks_SBH = pool_triton.run_forward(gates_TBG, c_BH, None, "fo", bias, forward, plan.unroll)[2]
     grad_last_BH = torch.zeros_like(c_BH)
     return lambda: pool_triton.run_backward(gates_TBG, marks_SBH, None, "fo", bias, plan, grad_h_TBH, grad_last_BH)
