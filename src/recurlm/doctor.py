@@ -68,6 +68,19 @@ def _linear_cross_entropy_outcome(
     return [nll_N, *torch.autograd.grad(nll_N, (hidden_NH, weight_VH, bias_V), values(N).to(nll_N.dtype))]
 
 
+def _mixture_outcome(
+    function: Callable[..., Any], device: torch.device, rounded: torch.dtype, dtype: torch.dtype
+) -> list[Tensor]:
+    def of_three(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        prior_NK = torch.linspace(-2, -0.1, 39, device=device, dtype=bias.dtype).view(13, 3)
+        return function(hidden[:39], weight, bias, targets[:13], prior_NK)
+
+    def padded(*given: Tensor) -> Tensor:
+        return torch.nn.functional.pad(of_three(*given), (0, 27))
+
+    return _linear_cross_entropy_outcome(padded, device, rounded, dtype)
+
+
 def _penalties_outcome(
     function: Callable[..., Any], device: torch.device, rounded: torch.dtype, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -130,6 +143,7 @@ CHECKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Outcome]] = {
         reference.linear_cross_entropy,
         _linear_cross_entropy_outcome,
     ),
+    "mixture_cross_entropy": (kernels.mixture_cross_entropy, reference.mixture_cross_entropy, _mixture_outcome),
     "cluster_cross_entropies": (
         _of_one_cluster(kernels.cluster_cross_entropies),
         _of_one_cluster(reference.cluster_cross_entropies),

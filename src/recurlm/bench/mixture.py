@@ -2,11 +2,13 @@
 
 The limit is three products of tokens x experts x depth x vocabulary at the rate of a large square one; memory is what the
 peak takes beyond the inputs and their gradients. `python -m recurlm.bench.mixture` prints the rows alone, with --sweep the
-times of other chunks and tiles of the linear cross-entropy at these sizes, with --profile those of every kernel.
+times of other ways, chunks and tiles (with --sweep and a number, nothing: it compiles one of them), with --profile those of
+every kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -21,7 +23,7 @@ from recurlm import kernels
 from recurlm.bench.timing import Row, gemm_rate, gpu_memory, gpu_time
 from recurlm.errors import RunError
 from recurlm.kernels import reference
-from recurlm.model.heads.mixture import mixed
+from recurlm.kernels.cross_entropy import mean, mixed
 
 # tokens, experts, depth, vocabulary; the target
 SHAPES = {
@@ -45,12 +47,11 @@ def inputs(shape: tuple[int, int, int, int], device: str = "cuda", dtype: torch.
     return [x.requires_grad_() for x in leaves], torch.randint(V, (N,), generator=draw, device=device)
 
 
-def ours(leaves: list[Tensor], targets_N: Tensor, cross_entropy: Callable[..., Tensor] | None = None) -> Tensor:
+def ours(leaves: list[Tensor], targets_N: Tensor, function: Callable[..., Tensor] | None = None) -> Tensor:
     """nll_N without the experts' distributions."""
     latents_NKE, log_prior_NK, weight_VE, bias_V = leaves
-    rows_R = targets_N[:, None].expand(-1, latents_NKE.shape[1]).flatten()
-    nll_R = (cross_entropy or kernels.linear_cross_entropy)(latents_NKE.flatten(0, 1), weight_VE, bias_V, rows_R)
-    return mixed(log_prior_NK, nll_R)
+    function = function or kernels.mixture_cross_entropy
+    return function(latents_NKE.flatten(0, 1), weight_VE, bias_V, targets_N, log_prior_NK)
 
 
 def formula(leaves: list[Tensor], targets_N: Tensor) -> Tensor:
@@ -64,15 +65,15 @@ def formula(leaves: list[Tensor], targets_N: Tensor) -> Tensor:
 def both(function: Callable[..., Tensor], given: Inputs) -> list[Tensor]:
     """Loss and gradients of its mean."""
     nll_N = function(*given)
-    return [nll_N.detach(), *torch.autograd.grad(nll_N.mean(), given[0])]
+    return [nll_N.detach(), *torch.autograd.grad(mean(nll_N), given[0])]
 
 
-def check(given: Inputs, tokens: int = 40) -> None:
+def check(given: Inputs, tokens: int = 200) -> None:
     """None; RunError when loss or gradients are not those of the formula in float64, for the first tokens."""
     (latents, prior, *rest), targets = given
     few = [x.detach()[:tokens].requires_grad_() for x in (latents, prior)] + rest
     wide = [x.detach().double().requires_grad_() for x in few]
-    expected = both(lambda x, y: ours(x, y, reference.linear_cross_entropy), (wide, targets[:tokens]))
+    expected = both(lambda x, y: ours(x, y, reference.mixture_cross_entropy), (wide, targets[:tokens]))
     for name, found, truth in zip(
         ("loss", "latents", "prior", "weight", "bias"), both(ours, (few, targets[:tokens])), expected, strict=True
     ):
@@ -114,39 +115,54 @@ def _measure(function: Callable[..., Tensor], given: Inputs) -> tuple[float, flo
     return elapsed, memory
 
 
-def sweep(seconds: float = 40) -> None:
-    """Prints times and memory with other chunks and tiles of the linear cross-entropy; stops after about `seconds`."""
-    from recurlm.kernels import cross_entropy_triton as fused
+def variants() -> list[tuple[str, Callable[..., Tensor], dict[str, Any], dict[str, Any]]]:
+    """(label, function, what to change of the whole softmax's kernels, and of the mixture's)."""
+    from recurlm.kernels import cross_entropy_triton as whole
+    from recurlm.kernels import mixture_triton as fused
+
+    def twice(leaves: list[Tensor], targets_N: Tensor) -> Tensor:
+        latents_NKE, log_prior_NK, weight_VE, bias_V = leaves
+        targets_R = targets_N[:, None].expand_as(log_prior_NK).flatten()
+        return mixed(log_prior_NK, whole.linear_cross_entropy(latents_NKE.flatten(0, 1), weight_VE, bias_V, targets_R))
+
+    sizes, tiles = (24, 32, 48, 84), ((128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1))
+    return [
+        ("logits computed twice", twice, {}, {}),
+        ("as it is", ours, {}, {}),
+        ("one stream", ours, {"TWO_STREAMS": False}, {}),
+        *((f"chunks of {n} MB (2^20)", ours, {}, {"CHUNK_BYTES": n << 20}) for n in sizes),
+        *((f"tiles {it}", ours, {}, {"EXPONENTIALS": whole.Tiles(*it, flatten=True)}) for it in tiles),
+        ("not flat", ours, {}, {"EXPONENTIALS": fused.EXPONENTIALS._replace(flatten=False)}),
+    ]
+
+
+def sweep(seconds: float = 40, only: int | None = None) -> None:
+    """Prints times and memory of other ways, chunks and tiles; stops after about `seconds`. `only` compiles one of them."""
+    from recurlm.kernels import cross_entropy_triton as whole
+    from recurlm.kernels import mixture_triton as fused
 
     start = time.perf_counter()
     given = {name: inputs(shape) for name, (shape, _) in SHAPES.items()}
-
-    def line(label: str, **changed: Any) -> None:
+    chosen = variants()
+    for label, function, softmax, own in chosen if only is None else chosen[only : only + 1]:
         cells = []
-        for name, one in given.items():
-            if time.perf_counter() - start > seconds:
-                cells.append("out of time")
-                continue
-            try:
-                with mock.patch.multiple(fused, **changed):
-                    elapsed, memory = _measure(ours, one)
-                cells.append(f"{name} {elapsed:8.0f} us {memory - sum(x.nbytes for x in one[0]) / 1e6:5.0f} MB")
-            except Exception as error:  # such as too little shared memory
-                cells.append(f"{name} {type(error).__name__}: {str(error)[:80]}")
+        with contextlib.ExitStack() as changed:
+            for module, values in ((whole, softmax), (fused, own)):
+                for key, value in values.items():
+                    changed.enter_context(mock.patch.object(module, key, value))
+            for name, one in given.items():
+                if time.perf_counter() - start > seconds:
+                    cells.append("out of time")
+                    continue
+                try:
+                    if only is not None:
+                        both(function, one)
+                        continue
+                    elapsed, memory = _measure(function, one)
+                    cells.append(f"{name} {elapsed:8.0f} us {memory - sum(x.nbytes for x in one[0]) / 1e6:5.0f} MB")
+                except Exception as error:  # such as too little shared memory
+                    cells.append(f"{name} {type(error).__name__}: {str(error)[:80]}")
         print(f"  {label:36} {'  '.join(cells)}", flush=True)
-
-    print("as it is, one stream, chunks of at most that many MB (2^20)")
-    line("as it is", TWO_STREAMS=True)
-    line("one stream", TWO_STREAMS=False)
-    for size in (32, 48, 72, 100):
-        line(f"{size}", CHUNK_BYTES=size << 20, CHUNK_SHARE=0)
-    print("kernels of the forward and of the backward pass: n v k warps stages per_sm")
-    small = ((128, 256, 32, 8, 5, 1), (256, 128, 32, 8, 5, 1), (128, 128, 32, 4, 5, 2))
-    for numbers in (*small, (256, 128, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2)):
-        it = fused.Tiles(*numbers, flatten=True)
-        line(f"forward {numbers}", FORWARD=it, FORWARD_LARGE=it)
-    for numbers in (*small, (256, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1), (128, 128, 64, 4, 3, 2)):
-        line(f"backward {numbers}", BACKWARD=fused.Tiles(*numbers, flatten=True))
 
 
 def profile() -> None:
@@ -164,7 +180,7 @@ def profile() -> None:
 
 if __name__ == "__main__":
     if "--sweep" in sys.argv:
-        sweep()
+        sweep(only=int(sys.argv[-1]) if sys.argv[-1].isdigit() else None)
     elif "--profile" in sys.argv:
         profile()
     elif "--once" in sys.argv:  # compiles

@@ -62,6 +62,25 @@ def _triton_linear_cross_entropy() -> Callable[..., Tensor]:
     return linear_cross_entropy
 
 
+def _torch_mixture_cross_entropy() -> Callable[..., Tensor]:
+    from recurlm.kernels.cross_entropy import mixture_cross_entropy
+
+    return mixture_cross_entropy
+
+
+def _triton_mixture_cross_entropy() -> Callable[..., Tensor]:
+    slower = "a mixture of softmaxes takes several times the time and memory."
+    if not has_triton():
+        _warn(f"triton is not installed: {slower}")
+        return _torch_mixture_cross_entropy()
+    if torch.cuda.get_device_capability() < (8, 0):
+        _warn(f"this GPU ({torch.cuda.get_device_name()}) has no bfloat16 matrix products: {slower}")
+        return _torch_mixture_cross_entropy()
+    from recurlm.kernels.mixture_triton import mixture_cross_entropy
+
+    return mixture_cross_entropy
+
+
 def _torch_cluster_cross_entropies() -> Callable[..., Tensor]:
     from recurlm.kernels.cross_entropy import cluster_cross_entropies
 
@@ -127,6 +146,11 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
     ("linear_cross_entropy", "cpu", torch.bfloat16): _torch_linear_cross_entropy,
     ("linear_cross_entropy", "cuda", torch.float32): _torch_linear_cross_entropy,
     ("linear_cross_entropy", "cuda", torch.bfloat16): _triton_linear_cross_entropy,
+    ("mixture_cross_entropy", "cpu", torch.float32): _torch_mixture_cross_entropy,
+    ("mixture_cross_entropy", "cpu", torch.float64): _torch_mixture_cross_entropy,
+    ("mixture_cross_entropy", "cpu", torch.bfloat16): _torch_mixture_cross_entropy,
+    ("mixture_cross_entropy", "cuda", torch.float32): _torch_mixture_cross_entropy,
+    ("mixture_cross_entropy", "cuda", torch.bfloat16): _triton_mixture_cross_entropy,
     ("cluster_cross_entropies", "cpu", torch.float32): _torch_cluster_cross_entropies,
     ("cluster_cross_entropies", "cpu", torch.float64): _torch_cluster_cross_entropies,
     ("cluster_cross_entropies", "cpu", torch.bfloat16): _torch_cluster_cross_entropies,
@@ -144,6 +168,7 @@ TABLE: dict[tuple[str, str, torch.dtype], Callable[[], Callable[..., Any]]] = {
 TWINS: dict[str, Callable[..., Any]] = {
     "pool": reference.pool,
     "linear_cross_entropy": reference.linear_cross_entropy,
+    "mixture_cross_entropy": reference.mixture_cross_entropy,
     "cluster_cross_entropies": reference.cluster_cross_entropies,
     "penalties": reference.penalties,
     "lstm": reference.lstm,
@@ -170,6 +195,17 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     """
     arguments = hidden_NH, weight_VH, bias_V, targets_N
     return _load("linear_cross_entropy", hidden_NH.device.type, hidden_NH.dtype)(*arguments)
+
+
+def mixture_cross_entropy(
+    rows_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_N: Tensor, log_prior_NK: Tensor
+) -> Tensor:
+    """nll_N of a mixture of softmaxes over one matrix; see `reference.mixture_cross_entropy` for rows and formula.
+
+    On a GPU fastest where the gradient of the losses is one number for all, an expanded tensor.
+    """
+    arguments = rows_RD, weight_VD, bias_V, targets_N, log_prior_NK
+    return _load("mixture_cross_entropy", rows_RD.device.type, rows_RD.dtype)(*arguments)
 
 
 def cluster_cross_entropies(

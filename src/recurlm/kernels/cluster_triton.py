@@ -30,9 +30,9 @@ LISTED = 4096  # positions that `_list` looks at together
 COUNTS = tl.constexpr(4)  # places for each count, so that every count begins at a multiple of 16 bytes
 SIDE_STREAMS = True  # whether clusters are computed side by side
 ROWS = 16  # rows of a program of `_combine` and of `_add_up`
-SHAPES = ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16))  # rows that stay, rows that stream by
+SHAPES = ((64, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16))  # rows that stay, rows that stream by
 STAGES = 2
-PER_SM = 1  # programs for each multiprocessor
+PER_SM = 2  # programs for each multiprocessor
 MOST_HELD = 1 << 15  # fp32 sums of a program: half of a multiprocessor's registers
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -174,7 +174,7 @@ def _sum_rows(parts, out, R, V, SUMMED: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(out + v, tl.sum(total, 0).to(out.dtype.element_ty), mask=v < V)
 
 
-def _matrix(x: Tensor, rows: int = 1) -> Tensor:
+def matrix(x: Tensor, rows: int = 1) -> Tensor:
     """`x` as kernels and products read matrices: whole rows that begin at multiples of 16 bytes, filled up with zeros.
 
     So many rows that their number is a multiple of `rows`.
@@ -185,34 +185,34 @@ def _matrix(x: Tensor, rows: int = 1) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _described(x: Tensor, *tile: int) -> TensorDescriptor:
+def described(x: Tensor, *tile: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile))
 
 
-def _slots(x: Tensor, tiles: Tiles) -> int:
+def slots_of(x: Tensor, tiles: Tiles) -> int:
     """Programs that run at once on the device of `x`."""
     return tiles.per_sm * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
 
 
 @functools.cache
-def _shared_memory(device: int) -> int:
+def shared_memory(device: int) -> int:
     """Bytes that one program may have."""
     return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
 def _tiles(x: Tensor, vocab: int, keep: bool) -> tuple[Tiles, Tiles]:
     """The shapes of the forward and of the backward kernel."""
-    if not x.is_cuda or _shared_memory(x.device.index) < HOPPER_SHARED:
+    if not x.is_cuda or shared_memory(x.device.index) < HOPPER_SHARED:
         return OLDER, OLDER
     return FORWARD_KEPT if keep else FORWARD if len(x) * vocab < LARGE else FORWARD_LARGE, BACKWARD
 
 
-def _splits(row_tiles: int, v_tiles: int, slots: int) -> int:
+def even_splits(row_tiles: int, v_tiles: int, slots: int) -> int:
     """Into how many parts the vocabulary is split, so that the slots are evenly busy."""
     return min(range(1, min(v_tiles, 64) + 1), key=lambda s: triton.cdiv(row_tiles * s, slots) * v_tiles / s)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a b, or out += a b, summed in fp32 and rounded once, to out's type."""
     if not add and out.dtype == a.dtype:
         torch.mm(a, b, out=out)
@@ -239,16 +239,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (N, H), V = h_NH.shape, w_VH.shape[0]
         tiles = _tiles(h_NH, V, keep)[0]
         row_tiles, v_tiles = triton.cdiv(N, tiles.n), triton.cdiv(V, tiles.v)
-        splits = _splits(row_tiles, v_tiles, _slots(h_NH, tiles))
+        splits = even_splits(row_tiles, v_tiles, slots_of(h_NH, tiles))
         kept_NV = h_NH.new_empty(N, V + -V % KEPT_MULTIPLE) if keep else None  # exponentials of nothing: zeros
         marks_TN = torch.empty(v_tiles, N, device=h_NH.device) if keep else None
         partial_2SN = torch.empty(2, splits, N, device=h_NH.device)
         nll_N, lse2_N = torch.empty(N, device=h_NH.device), torch.empty(N, device=h_NH.device)
-        h, w = _matrix(h_NH), _matrix(w_VH)
+        h, w = matrix(h_NH), matrix(w_VH)
         with torch.cuda.device_of(h_NH):  # Triton launches on the current device
             _forward[(row_tiles * splits,)](
-                _described(h, tiles.n, tiles.k), _described(w, tiles.v, tiles.k), bias_V, *partial_2SN,
-                None if kept_NV is None else _described(kept_NV, tiles.n, tiles.v), marks_TN, N, V, splits,
+                described(h, tiles.n, tiles.k), described(w, tiles.v, tiles.k), bias_V, *partial_2SN,
+                None if kept_NV is None else described(kept_NV, tiles.n, tiles.v), marks_TN, N, V, splits,
                 h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
             _combine[(triton.cdiv(N, ROWS),)](
@@ -267,45 +267,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # they are overwritten: a second backward pass computes the logits again
         if kept is not None:
             return _from_kept(ctx, *kept, upstream_N.contiguous())
-        (N, H), V = h_NH.shape, w_VH.shape[0]
-        tiles, chunk = _tiles(h_NH, V, False)[1], chunk_size(N, V, H, h_NH.element_size())
-        for_hidden, for_weight, *_ = ctx.needs_input_grad
-        row_tiles, slots = triton.cdiv(N, tiles.n), _slots(h_NH, tiles)
-        # Both products read them too, and are several times slower with rows whose number is no multiple of 8.
-        h, w, upstream_N = _matrix(h_NH, 8), _matrix(w_VH), upstream_N.contiguous()
-        p_CN = h.new_empty(min(chunk, V), len(h))
-        dbias_RV = torch.empty(row_tiles, V, device=h.device)
-        dh = torch.empty_like(h, dtype=h.dtype if chunk >= V else torch.float32) if for_hidden else None
-        dw = torch.empty_like(w, dtype=ctx.weight_dtype) if for_weight else None
-        side = _side(h.device) if TWO_STREAMS and h.is_cuda and dh is not None and dw is not None else None
-        for first in range(0, V, chunk):
-            last = min(first + chunk, V)
-            p = p_CN[: last - first]
-            grid = (min(slots, row_tiles * triton.cdiv(last - first, tiles.v)),)
-            with torch.cuda.device_of(h_NH):
-                _backward[grid](
-                    _described(h, tiles.n, tiles.k), _described(w, tiles.v, tiles.k), bias_V, targets_N, lse2_N,
-                    upstream_N, _described(p, tiles.v, tiles.n), dbias_RV, N, V, first, last,
-                    h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
-                )  # fmt: skip
-            if dw is not None:
-                with _beside(side):
-                    _product(p, h, dw[first:last])
-            if dh is not None:
-                _product(p.t(), w[first:last], dh, add=first > 0)
-            if side is not None:
-                torch.cuda.current_stream(h.device).wait_stream(side)
-        dh_NH = None if dh is None else dh[:N, :H].to(h_NH.dtype)
-        return dh_NH, None if dw is None else dw[:, :H], _summed(dbias_RV, bias_V), None, None
+        given = h_NH, w_VH, bias_V, targets_N, lse2_N, upstream_N
+        return *by_columns(*given, ctx.weight_dtype, ctx.needs_input_grad), None, None
+
+
+def by_columns(
+    h_NH: Tensor, w_VH: Tensor, bias_V: Tensor, targets_N: Tensor, lse2_N: Tensor, upstream_N: Tensor,
+    weight_dtype: torch.dtype, needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """(dh, dW, db), the logits computed again for a chunk of the vocabulary after the other."""
+    (N, H), V = h_NH.shape, w_VH.shape[0]
+    tiles, chunk = _tiles(h_NH, V, False)[1], chunk_size(N, V, H, h_NH.element_size())
+    for_hidden, for_weight, *_ = needed
+    row_tiles, slots = triton.cdiv(N, tiles.n), slots_of(h_NH, tiles)
+    # Both products read them too, and are several times slower with rows whose number is no multiple of 8.
+    h, w, upstream_N = matrix(h_NH, 8), matrix(w_VH), upstream_N.contiguous()
+    p_CN = h.new_empty(min(chunk, V), len(h))
+    dbias_RV = torch.empty(row_tiles, V, device=h.device)
+    dh = torch.empty_like(h, dtype=h.dtype if chunk >= V else torch.float32) if for_hidden else None
+    dw = torch.empty_like(w, dtype=weight_dtype) if for_weight else None
+    side = side_stream(h.device) if TWO_STREAMS and h.is_cuda and dh is not None and dw is not None else None
+    for first in range(0, V, chunk):
+        last = min(first + chunk, V)
+        p = p_CN[: last - first]
+        grid = (min(slots, row_tiles * triton.cdiv(last - first, tiles.v)),)
+        with torch.cuda.device_of(h_NH):
+            _backward[grid](
+                described(h, tiles.n, tiles.k), described(w, tiles.v, tiles.k), bias_V, targets_N, lse2_N,
+                upstream_N, described(p, tiles.v, tiles.n), dbias_RV, N, V, first, last,
+                h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+        if dw is not None:
+            with beside(side):
+                product(p, h, dw[first:last])
+        if dh is not None:
+            product(p.t(), w[first:last], dh, add=first > 0)
+        if side is not None:
+            torch.cuda.current_stream(h.device).wait_stream(side)
+    dh_NH = None if dh is None else dh[:N, :H].to(h_NH.dtype)
+    return dh_NH, None if dw is None else dw[:, :H], _summed(dbias_RV, bias_V)
 
 
 @functools.cache
-def _side(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
-def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+def beside(side: torch.cuda.Stream | None) -> Iterator[None]:
     """What is launched inside runs on `side` after all that was launched before; the caller waits for it."""
     if side is None:
         yield
@@ -333,15 +342,15 @@ def _from_kept(ctx, p_NV: Tensor, marks_TN: Tensor, nll_N: Tensor, tile: int, up
             p_NV, marks_TN, targets_N, nll_N, lse2_N, upstream_N, dbias_RV, N, V, KEPT_ROWS, tile, 16
         )
     for_hidden, for_weight, *_ = ctx.needs_input_grad
-    h, w, H = _matrix(h_NH), _matrix(w_VH, KEPT_MULTIPLE), h_NH.shape[1]
+    h, w, H = matrix(h_NH), matrix(w_VH, KEPT_MULTIPLE), h_NH.shape[1]
     dh = torch.empty_like(h) if for_hidden else None
     dw = torch.empty_like(w, dtype=ctx.weight_dtype) if for_weight else None
-    side = _side(h.device) if TWO_STREAMS and h.is_cuda and dh is not None and dw is not None else None
+    side = side_stream(h.device) if TWO_STREAMS and h.is_cuda and dh is not None and dw is not None else None
     if dw is not None:
-        with _beside(side):
-            _product(p_NV.t(), h, dw)
+        with beside(side):
+            product(p_NV.t(), h, dw)
     if dh is not None:
-        _product(p_NV, w, dh)
+        product(p_NV, w, dh)
     db_V = _summed(dbias_RV, bias_V)
     if side is not None:
         torch.cuda.current_stream(h.device).wait_stream(side)

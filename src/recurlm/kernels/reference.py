@@ -63,6 +63,18 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, t
     return cross_entropy(logits(hidden_NH, weight_VH, bias_V), targets_N, reduction="none")
 
 
+def mixture_cross_entropy(
+    rows_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_N: Tensor, log_prior_NK: Tensor
+) -> Tensor:
+    """nll_N = -log sum_k pi_k p_k(y): rows_RD are the K experts' vectors of each token in turn, each with a softmax(W h + b).
+
+    In logarithms: -logsumexp_k(log pi_k - nll_k), fp32 or wider.
+    """
+    targets_R = targets_N[:, None].expand_as(log_prior_NK).flatten()
+    nll_R = linear_cross_entropy(rows_RD, weight_VD, bias_V, targets_R)
+    return -(log_prior_NK - nll_R.view_as(log_prior_NK)).logsumexp(1)
+
+
 def cluster_cross_entropies(
     features: Sequence[Tensor],
     weights: Sequence[Tensor],

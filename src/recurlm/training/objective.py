@@ -9,6 +9,7 @@ from torch import Tensor
 
 from recurlm import kernels
 from recurlm.config import ObjectiveConfig
+from recurlm.kernels.cross_entropy import mean
 from recurlm.model.neural import Activations, NeuralModel
 from recurlm.protocol import State, state_leaves
 
@@ -27,7 +28,7 @@ def terms(
     With `counted_TB` the means are over its true places.
     """
     nll_TB = model.nll(activations.dropped_TBH, targets_TB, activations.head_dropout)
-    out = {"nll": nll_TB.mean() if counted_TB is None else nll_TB[counted_TB].mean()}
+    out = {"nll": mean(nll_TB) if counted_TB is None else nll_TB[counted_TB].mean()}
     if counted_TB is None:
         ar, tar = kernels.penalties(activations.raw_TBH, activations.dropped_TBH, config.ar, config.tar)
         return out | ({"ar": ar} if config.ar else {}) | ({"tar": tar} if config.tar and len(targets_TB) > 1 else {})

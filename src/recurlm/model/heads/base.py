@@ -60,6 +60,10 @@ class Head(nn.Module, ABC):
         """
         return {}
 
+    def output(self, embedding_VE: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(W_VH, b_V) where the distribution is softmax(W h + b); None where it is not."""
+        return None
+
     @abstractmethod
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None

@@ -11,11 +11,12 @@ import math
 
 import torch
 from torch import Generator, Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from recurlm.config import ModelConfig
 from recurlm.errors import ConfigError, lookup
+from recurlm.kernels import mixture_cross_entropy
+from recurlm.kernels.cross_entropy import mixed
 from recurlm.model import dropout as drop
 from recurlm.model import heads
 from recurlm.model.heads.base import Head, HeadDropout, Use
@@ -67,11 +68,11 @@ class MixtureHead(Head):
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
-        rows_RE, targets_R = (
-            self.latents(hidden_NH, dropout).flatten(0, 1),
-            targets_N[:, None].expand(-1, self.experts).flatten(),
-        )
-        return mixed(self.log_prior(hidden_NH), self.base.nll(rows_RE, targets_R, embedding_VE))
+        rows_RE, log_prior_NK = self.latents(hidden_NH, dropout).flatten(0, 1), self.log_prior(hidden_NH)
+        if output := self.base.output(embedding_VE):
+            return mixture_cross_entropy(rows_RE, *output, targets_N, log_prior_NK)
+        targets_R = targets_N[:, None].expand(-1, self.experts).flatten()
+        return mixed(log_prior_NK, self.base.nll(rows_RE, targets_R, embedding_VE))
 
     def log_probs(self, hidden_NH: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None) -> Tensor:
         """One expert after the other, so that no more than two distributions are there at once."""
@@ -87,29 +88,6 @@ class MixtureHead(Head):
         latents_NKE = self.latents(hidden_NH)
         rows_NE = latents_NKE[torch.arange(len(chosen_N), device=chosen_N.device), chosen_N]
         return self.base.sample(rows_NE, embedding_VE, generator)
-
-
-def mixed(log_prior_NK: Tensor, nll_R: Tensor) -> Tensor:
-    """nll_N = -logsumexp_k(log pi_k - nll_k); `nll_R` are the experts' of each token in turn, R = N K."""
-    return _Mixed.apply(log_prior_NK, nll_R.view_as(log_prior_NK))  # type: ignore[return-value]
-
-
-class _Mixed(torch.autograd.Function):
-    """Half the operations that autograd would make of logsumexp: on a GPU these tiny ones took 5 % of the loss's time."""
-
-    @staticmethod
-    def forward(ctx, log_prior_NK: Tensor, nll_NK: Tensor):  # type: ignore[override]
-        x_NK = log_prior_NK - nll_NK
-        log_share_NK = x_NK.log_softmax(1)
-        ctx.save_for_backward(log_share_NK)
-        return log_share_NK.amax(1) - x_NK.amax(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream_N: Tensor):  # type: ignore[override]
-        (log_share_NK,) = ctx.saved_tensors
-        grad_NK = log_share_NK.exp() * upstream_N[:, None]
-        return -grad_NK, grad_NK
 
 
 def _base(config: ModelConfig) -> type[Head]:

@@ -29,6 +29,9 @@ class SoftmaxHead(Head):
     def blocks(self) -> dict[str, tuple[int, ...]]:
         return {"weight": (1, 1), "bias": (1,)}
 
+    def output(self, embedding_VE: Tensor) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
     ) -> Tensor:
@@ -54,6 +57,9 @@ class TiedHead(Head):
 
     def blocks(self) -> dict[str, tuple[int, ...]]:
         return {"bias": (1,)}
+
+    def output(self, embedding_VE: Tensor) -> tuple[Tensor, Tensor]:
+        return embedding_VE, self.bias
 
     def nll(
         self, hidden_NH: Tensor, targets_N: Tensor, embedding_VE: Tensor, dropout: HeadDropout | None = None
