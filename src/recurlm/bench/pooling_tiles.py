@@ -536,6 +536,18 @@ def variants() -> list[Variant]:
         ),
         (
             "forward",
+            (70, 40, 1550),
+            ((False, 1, (32, 1, 16, WHOLE, True)), (False, 1, (128, 2, 8, WHOLE, True))),
+            ((8, 9, 64, 8, 1, True, False, 64), (4, 18, 64, 4, 1, True, False, 128)),
+        ),
+        (
+            "forward",
+            (70, 10, 400),
+            ((False, 1, (32, 1, 16, WHOLE, True)),),
+            ((8, 9, 64, 8, 1, True, False, 64),),
+        ),
+        (
+            "forward",
             TWICE,
             ((False, 1, (32, 1, 16, WHOLE, True)),),
             ((8, 18, 64, 8, 1, True, False, 128), (8, 9, 64, 8, 1, True, True, 64)),
