@@ -80,10 +80,11 @@ def _last_row(x, row, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _carried(
-    carry, words, a, e, place, tiles, B, h, n, row, H: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr
+    carry, words, a, e, place, tiles, B, h, n, row, PUBLISH: tl.constexpr, H: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """carry after the maps of all earlier tiles, in order; what lies in the last row of (a, e) is told to later ones."""
-    if place < tiles - 1:
+    if PUBLISH and place < tiles - 1:
         whole = words + (tl.cast(place, tl.int64) * (B * H) + n)
         tl.atomic_xchg(whole + row * 0, _word(a, e), mask=(h < H) & (row == CHUNKS - 1), sem="relaxed")
     IDENTITY: tl.constexpr = 0x3F800000
@@ -114,7 +115,7 @@ def _tile(
     gates, scale, factor, bias, c0, h_out, last, marks, words, T, B,
     H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     TICKET: tl.constexpr, OVERLAP: tl.constexpr, SPACING: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr, LOOK: tl.constexpr, ACT: tl.constexpr,
+    BLOCK: tl.constexpr, LOOK: tl.constexpr, ACT: tl.constexpr, PUBLISH: tl.constexpr = True,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
     MASK: tl.constexpr = SCALE == "mask"
@@ -170,7 +171,7 @@ def _tile(
     if SPLIT:
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-        carry = _carried(carry, words, a, e, place, tiles, B, h, n, row, H, CHUNKS, BLOCK, LOOK)
+        carry = _carried(carry, words, a, e, place, tiles, B, h, n, row, PUBLISH, H, CHUNKS, BLOCK, LOOK)
     c = x * carry + y
     first, bound = _again(first, ACT), _again(bound, ACT)
     h_out += first * stride + n
@@ -298,7 +299,7 @@ def _tile_backward(
     if SPLIT:
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-        carry = _carried(carry, words, a, e, place, tiles, B, h, n, row, H, CHUNKS, BLOCK, LOOK)
+        carry = _carried(carry, words, a, e, place, tiles, B, h, n, row, True, H, CHUNKS, BLOCK, LOOK)
     r = x * carry + y
     first, bound = _again(first, ACT), _again(bound, ACT)
     at = dgates + ((first + STEPS) * (GATES * stride) + (tl.cast(b, tl.int64) * (GATES * H) + h))
@@ -363,6 +364,87 @@ def run_back(gates_TBG, marks_SBH, scale, pooling, bias_G, tiling: Tiling, grad_
     return grad_gates_TBG, grad_c_BH, None if bias_G is None else parts.sum(0).to(bias_G.dtype)
 
 
+@triton.jit(do_not_specialize=["T", "B"])
+def _find(
+    gates, words, maps, T, B, H: tl.constexpr, GATES: tl.constexpr, WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """The map of each tile but the last, for f and fo without bias and scale."""
+    BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    tl.extra.cuda.gdc_launch_dependents()
+    place, column = tl.program_id(1), tl.program_id(0)
+    b, h = column // BLOCKS, column % BLOCKS * BLOCK + tl.arange(0, BLOCK)[None, :]
+    n, row = b * H + h, tl.arange(0, CHUNKS)[:, None]
+    first = place * (CHUNKS * STEPS) + row * STEPS
+    stride = tl.cast(B, tl.int64) * H
+    at = gates + (first * (GATES * stride) + (tl.cast(b, tl.int64) * (GATES * H) + h))
+    rows = ()
+    for _ in tl.static_range(STEPS):
+        z = tl.load(at, mask=h < H)
+        f = tl.load(at + H, mask=h < H)
+        rows = rows + ((z, f, f, f),)
+        at += GATES * stride
+    biases = _load_bias(gates, h, H, GATES, False)
+    a = tl.full((CHUNKS, BLOCK), 1.0, tl.float32)
+    e = tl.zeros((CHUNKS, BLOCK), tl.float32)
+    for j in tl.static_range(STEPS):
+        z, f, _, _ = _activated(rows[j], biases, True, False, False, ACT)
+        a = a - f * a
+        e = e + f * (z - e)
+    a, e = tl.associative_scan((a, e), 0, _then)
+    keep = (h < H) & (row == CHUNKS - 1)
+    if WORDS:
+        tl.store(words + (2 + tl.cast(place, tl.int64) * (B * H) + (n + row * 0)), _word(a, e), mask=keep)
+    else:
+        maps += place * 2 * stride + (n + row * 0)
+        tl.store(maps, a, mask=keep)
+        tl.store(maps + stride, e, mask=keep)
+
+
+class Two(NamedTuple):
+    """Two launches: maps of tiles at once; then a walk (steps a round) or, if that is 0, tiles again."""
+
+    chunks: int
+    steps: int
+    block: int
+    warps: int
+    walk: int
+    look: int
+    registers: int
+    overlap: bool
+    activation: str
+
+
+def run_two(gates_TBG: Tensor, c_BH: Tensor, two: Two):
+    """fo-pooling without bias or scale."""
+    T, B, H = gates_TBG.shape[0], *c_BH.shape
+    h_TBH = torch.empty((T, B, H), dtype=gates_TBG.dtype, device=gates_TBG.device)
+    last_BH = torch.empty_like(c_BH)
+    length = two.chunks * two.steps
+    tiles, columns = triton.cdiv(T, length), B * triton.cdiv(H, two.block)
+    words = torch.empty(2 + (tiles - 1) * B * H, dtype=torch.int64, device=c_BH.device)
+    maps = words.view(torch.float32)
+    shared = {"H": H, "GATES": 3, "BLOCK": two.block, "ACT": two.activation}
+    _find[(columns, tiles - 1)](
+        gates_TBG, words, maps, T, B, WORDS=not two.walk, CHUNKS=two.chunks, STEPS=two.steps, num_warps=two.warps,
+        **shared,
+    )  # fmt: skip
+    early = {"launch_pdl": True} if two.overlap else {}
+    inputs = gates_TBG, gates_TBG, 1.0, gates_TBG, c_BH, h_TBH, last_BH, h_TBH
+    shared |= {"SCALE": "none", "BIAS": False, "SPACING": 0, "SPLIT": True, "OVERLAP": two.overlap}
+    if two.walk:
+        pool_triton._forward[(columns, tiles)](
+            *inputs, maps, T, B, length, FIND_MAPS=False, K=two.walk, num_warps=two.block // 64, enable_fp_fusion=True,
+            **shared, **early,
+        )  # fmt: skip
+    else:
+        _tile[(columns * tiles,)](
+            *inputs, words, T, B, TICKET=False, CHUNKS=two.chunks, STEPS=two.steps, LOOK=two.look, PUBLISH=False,
+            num_warps=two.warps, maxnreg=two.registers, **shared, **early,
+        )  # fmt: skip
+    return h_TBH, last_BH
+
+
 class Walk(NamedTuple):
     """Today's kernel: whether its second launch begins early, how much more of the first is on its way, and its plan."""
 
@@ -373,7 +455,7 @@ class Walk(NamedTuple):
 
 SHORT, LONG, TWICE = (70, 20, 1550), (5000, 1, 1550), (140, 20, 1550)
 WHOLE = 1 << 30
-Variant = tuple[str, tuple[int, int, int], Walk | Tiling]
+Variant = tuple[str, tuple[int, int, int], Walk | Tiling | Two]
 
 
 def variants() -> list[Variant]:
@@ -454,6 +536,18 @@ def variants() -> list[Variant]:
         ),
         (
             "forward",
+            (70, 40, 1550),
+            ((False, 1, (32, 1, 16, WHOLE, True)), (False, 1, (128, 2, 8, WHOLE, True))),
+            ((8, 9, 64, 8, 1, True, False, 64), (4, 18, 64, 4, 1, True, False, 128)),
+        ),
+        (
+            "forward",
+            (70, 10, 400),
+            ((False, 1, (32, 1, 16, WHOLE, True)),),
+            ((8, 9, 64, 8, 1, True, False, 64),),
+        ),
+        (
+            "forward",
             TWICE,
             ((False, 1, (32, 1, 16, WHOLE, True)),),
             ((8, 18, 64, 8, 1, True, False, 128), (8, 9, 64, 8, 1, True, True, 64)),
@@ -461,6 +555,17 @@ def variants() -> list[Variant]:
     ):
         found += [(direction, shape, Walk(o, m, (*plan, "approx"))) for o, m, plan in walks]
         found += [(direction, shape, Tiling(*tiling, "approx")) for tiling in tilings]
+        if (direction, shape) == ("forward", LONG):
+            twos = (
+                (8, 9, 64, 8, 8, 0, 0, False),
+                (8, 9, 64, 8, 8, 0, 0, True),
+                (8, 8, 64, 8, 8, 0, 0, True),
+                (8, 10, 64, 8, 8, 0, 0, True),
+                (4, 18, 64, 4, 8, 0, 0, True),
+                (8, 16, 64, 8, 0, 5, 128, True),
+                (8, 8, 64, 8, 0, 10, 80, True),
+            )
+            found += [(direction, shape, Two(*two, "approx")) for two in twos]
     return found
 
 
@@ -479,6 +584,8 @@ def work(variant: Variant, given: tuple[Tensor, ...] = ()):
             return call()
 
         return walk
+    if isinstance(how, Two):
+        return lambda: run_two(gates, c, how)
     if direction == "forward":
         return lambda: run(gates, c, None, "fo", None, how, 0)
     marks = run(gates, c, None, "fo", None, how, how.steps)[2]

@@ -8,7 +8,9 @@ reads the gates and these marks, recomputes c between two marks in registers, an
 
 Where there are too few columns to fill the GPU, time is split into chunks. The recurrence is linear in c, so a chunk
 maps the c before it to the c after it as c -> a c + e: a first launch finds (a, e) of each chunk, and in the second each
-chunk starts from the earlier ones' maps, applied in order. The same holds backwards for the gradient of c.
+chunk starts from the earlier ones' maps, applied in order. The same holds backwards for the gradient of c. The second
+launch begins while the first still runs, where the GPU can do so. Forwards, a short time of few columns takes one launch:
+all of its steps are on their way at once, and rows of a program walk parts of it side by side.
 
 Arithmetic is fp32 for every storage type, and its order is fixed: equal calls give equal bits.
 """
