@@ -73,12 +73,9 @@ class Case:
         self.gates, self.h0, self.c0 = values(T, B, 4 * H).to(dtype), values(B, H).to(dtype), values(B, H)
         self.d_h, self.d_hT, self.d_cT = values(T, B, H).to(dtype), values(B, H), values(B, H)
         self.trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self.y, self.c = torch.empty_like(self.d_h), torch.empty(T, B, H, device="cuda")
-        self.d_gates, self.d_h0, self.d_c0 = (
-            torch.empty_like(self.gates),
-            torch.empty_like(self.c0),
-            torch.empty_like(self.c0),
-        )
+        self.y, self.c = values(T + 1, B, H).to(dtype), torch.empty(T, B, H, device="cuda")
+        self.last = torch.empty_like(self.h0), torch.empty_like(self.c0)
+        self.d_h0, self.d_c0 = torch.empty_like(self.c0), torch.empty_like(self.c0)
         self.d_bias = torch.empty(B, 4 * H, device="cuda")
         leaves = [t.double().requires_grad_() for t in (self.gates, self.h0, self.c0)]
         weight, (x, h, c), hs, cs = self.weight.double(), leaves, [], []
@@ -104,17 +101,17 @@ class Case:
         self.worked = self.gates.clone()
 
     def fill(self, name: str, layout: Layout) -> tuple[Tensor, ...]:
-        out = self.y if name == "forward" else self.d_gates
-        out.view(torch.int16).fill_(-1)
         if name == "forward":
+            self.y.view(torch.int16).fill_(-1)
             return ()
-        return (self.d_bias if layout.cluster > 1 else lstm_cuda.ring_of(layout, self.B, out.device),)
+        self.d_gates, ring = lstm_cuda.outputs_of(layout, T, self.B, self.dtype, self.c0.device)
+        return (self.d_bias if layout.cluster > 1 else ring,)
 
     def run(self, name: str, layout: Layout, kernel: nvrtc.Kernel) -> None:
         ring = self.fill(name, layout)
         last = T, self.trouble, PATIENCE
         if name == "forward":
-            arguments = self.weight, self.worked, self.h0, self.c0, self.y, self.c, *last
+            arguments = self.weight, self.worked, self.h0, self.c0, self.y, self.c, *self.last, *last
         else:
             given = self.weight, self.activated, self.c_given, self.c0, self.d_h, self.d_hT, self.d_cT
             arguments = *given, self.d_gates, self.d_h0, self.d_c0, *ring, *last
@@ -126,7 +123,7 @@ class Case:
         for _ in range(2):
             self.worked.copy_(self.gates)
             self.run(name, layout, kernel)
-            results = (self.y, self.c) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0)
+            results = (self.y[1:], self.c) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0)
             if name == "backward" and layout.cluster > 1:
                 results = *results, self.d_bias
             runs.append([t.clone() for t in results])

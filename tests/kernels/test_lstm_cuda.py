@@ -76,8 +76,8 @@ def test_a_layer_too_large_for_the_card_has_no_layout():
 # ---- on the CPU ---------------------------------------------------------------------------------------------
 
 PARAMETERS = {
-    "forward": "const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble, "
-    "unsigned long long limit",
+    "forward": "const T16* weights, T16* gates, const T16* h0, const float* c0, T16* y, float* c, T16* h_last, float* c_last, "
+    "int T, int* trouble, unsigned long long limit",
     "backward": "const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT, "
     "const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* scratch, int T, int* trouble, "
     "unsigned long long limit",
@@ -170,15 +170,16 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     trouble, limit = torch.zeros(1, dtype=torch.int32), 10**9
 
     layout = picked("forward", H, B, cluster, fore)
-    gates, y = x_TBG.clone(), torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
-    c = torch.full((T, B, H), float("nan"))
+    gates, y = x_TBG.clone(), torch.full((T + 1, B, H), -1, dtype=torch.int16).view(dtype)
+    c, h_last, c_last = torch.full((T, B, H), float("nan")), torch.empty_like(h_BH), torch.empty_like(c_BH)
     run = on_cpu(layout, half, tmp_path / "forward", 1)
-    assert run((weight_GH, gates, h_BH, c_BH, y, c, T, trouble, limit)) and not trouble
-    torch.testing.assert_close(y.double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
+    assert run((weight_GH, gates, h_BH, c_BH, y, c, h_last, c_last, T, trouble, limit)) and not trouble
+    assert torch.equal(y[0], h_BH) and torch.equal(h_last, y[-1]) and torch.equal(c_last, c[-1])
+    torch.testing.assert_close(y[1:].double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
     torch.testing.assert_close(c.double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
-    again = torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
+    again = torch.full((T + 1, B, H), -1, dtype=torch.int16).view(dtype)
     assert on_cpu(layout, half, tmp_path / "again", 2)(
-        (weight_GH, x_TBG.clone(), h_BH, c_BH, again, c, T, trouble, limit)
+        (weight_GH, x_TBG.clone(), h_BH, c_BH, again, c, h_last, c_last, T, trouble, limit)
     )
     assert torch.equal(again.view(torch.int16), y.view(torch.int16)), "the order of threads changes the result"
 
@@ -186,8 +187,9 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
     layout = picked("backward", H, B, cluster, back)
-    scratch = torch.full((B, 4 * H), float("nan")) if cluster > 1 else lstm_cuda.ring_of(layout, B, torch.device("cpu"))
-    d_gates = torch.full((T, B, 4 * H), -1, dtype=torch.int16).view(dtype)
+    d_gates, scratch = lstm_cuda.outputs_of(layout, T, B, dtype, torch.device("cpu"))
+    if cluster > 1:
+        scratch = torch.full((B, 4 * H), float("nan"))
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "backward", 3)
     arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, scratch, T, trouble, limit
@@ -204,12 +206,13 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     H, B, T = 48, 2, 4
     layout = lstm_cuda.forward_layouts(H, B, SMALL)[0]
     lonely = layout._replace(blocks=layout.blocks - 1)  # as if one block could not be resident
-    y = torch.full((T, B, H), -1, dtype=torch.int16).view(torch.bfloat16)
+    y = torch.full((T + 1, B, H), -1, dtype=torch.int16).view(torch.bfloat16)
+    last = torch.zeros(B, H, dtype=torch.bfloat16), torch.zeros(B, H)
     c, trouble = torch.zeros(T, B, H), torch.zeros(1, dtype=torch.int32)
     zeros = torch.zeros(4 * H, H, dtype=torch.bfloat16)
     gates, h = torch.zeros(T, B, 4 * H, dtype=torch.bfloat16), torch.zeros(B, H, dtype=torch.bfloat16)
     run = on_cpu(lonely, False, tmp_path / "forward", 1)
-    assert run((zeros, gates, h, torch.zeros(B, H), y, c, T, trouble, 2000))
+    assert run((zeros, gates, h, torch.zeros(B, H), y, c, *last, T, trouble, 2000))
     assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
 
 

@@ -109,8 +109,8 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
     index, half = torch.cuda.current_device(), dtype == torch.float16
     weight = (torch.randn(4 * H, H, device="cuda") * H**-0.5).to(dtype)
     gates, state = torch.randn(T, B, 4 * H, device="cuda").to(dtype), torch.zeros(B, H, device="cuda")
-    h, y, c = state.to(dtype), torch.empty(T, B, H, device="cuda", dtype=dtype), torch.empty(T, B, H, device="cuda")
-    d_gates, d_h0, d_c0 = torch.empty_like(gates), torch.empty_like(state), torch.empty_like(state)
+    h, y, c = state.to(dtype), torch.empty(T + 1, B, H, device="cuda", dtype=dtype), torch.empty(T, B, H, device="cuda")
+    h_last, c_last, d_h0, d_c0 = (torch.empty_like(t) for t in (h, state, state, state))
     trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
     for name, make in lstm_cuda.LAYOUTS.items():
         measured = []
@@ -120,12 +120,11 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
             def work(layout=layout, kernel=kernel, name=name) -> None:
                 if name == "forward":
                     y.view(torch.int16).fill_(-1)
-                    arguments = weight, gates, h, state, y, c, T, trouble, lstm_cuda.PATIENCE
+                    arguments = weight, gates, h, state, y, c, h_last, c_last, T, trouble, lstm_cuda.PATIENCE
                 else:
-                    d_gates.view(torch.int16).fill_(-1)
-                    ring = lstm_cuda.ring_of(layout, B, gates.device)
+                    d_gates, ring = lstm_cuda.outputs_of(layout, T, B, dtype, gates.device)
                     ends = state, state, d_gates, d_h0, d_c0, ring
-                    arguments = weight, gates, c, state, y, *ends, T, trouble, lstm_cuda.PATIENCE
+                    arguments = weight, gates, c, state, y[1:], *ends, T, trouble, lstm_cuda.PATIENCE
                 kernel(layout.blocks, 32 * layout.warps, arguments)
 
             measured.append((gpu_time(work, repeats=3), layout))

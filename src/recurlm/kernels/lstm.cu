@@ -24,11 +24,13 @@
 #endif
 
 // acc = weights * vectors over this warp's share of k. Block k of the vectors begins at from + offsets[k], and each next 8
-// batch rows `stride` after; `rows` of them are there for this lane. Waits for words that are EMPTY, block by block.
-template <int TILES_M>
+// batch rows `stride` after; `rows` of them are there for this lane. Waits for words that are EMPTY, block by block. `then` is
+// called when all are there: loads that were asked for before would be waited for with them, or even before they are asked for.
+template <int TILES_M, class Then>
 DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
                                 const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M], const uint4* more,
-                                const T16* from, const int (&offsets)[BLOCKS_K], int stride, int rows, Patience& patience) {
+                                const T16* from, const int (&offsets)[BLOCKS_K], int stride, int rows, Patience& patience,
+                                Then then) {
     uint4 vectors[BLOCKS_K][TILES_N];
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++)
@@ -58,6 +60,7 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
                 for (int n = 0; n < TILES_N; n++)
                     reload_shared_words(vectors[later][n], from + offsets[later] + n * stride, is_empty(vectors[later][n]));
         }
+        if (k == BLOCKS_K - 1) then();
         product<TILES_M>(acc, weights, more, vectors[k], k);
     }
 }
@@ -69,13 +72,15 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #define ITEMS (UNITS * GROUP_BATCH)
 #define ROUNDS ((ITEMS + THREADS - 1) / THREADS)
 
-// weights R (4H, H); gates (T, BATCH, 4H): pre-activations without R h, become the gates; h0, c0 (BATCH, H); h (T, BATCH, H):
-// every word EMPTY before; c (T, BATCH, H).
-KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble,
-               unsigned long long limit) {
+// weights R (4H, H); gates (T, BATCH, 4H): pre-activations without R h, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
+// h0 and h, every word of which is EMPTY before; c (T, BATCH, H); h_last, c_last (BATCH, H) those of the last step.
+KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* y, float* c, T16* h_last, float* c_last,
+               int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
     const int unit0 = blockIdx.x * UNITS;
+    T16* h = y + BATCH * H;
+    copy_words(y, h0, BATCH * H / 2, (H + UNITS - 1) / UNITS);
     uint4* more = shared + warp * SHARED_K * 2 * TILES * 32 + lane;
     float* sums = (float*)(shared + WARPS * SHARED_K * 2 * TILES * 32);
     Patience patience = {limit, 0, trouble, 0};
@@ -104,20 +109,30 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     }
 
     // an item is a unit and a batch row
-    unsigned input[ROUNDS][4];  // as loaded: what depends on a load waits for it
-    float cell[ROUNDS] = {};
-    auto fetch = [&](int t, int g) {  // what the turn of group g at step t needs of memory
+    unsigned input[ROUNDS][4], next_input[ROUNDS][4];  // as loaded: what depends on a load waits for it
+    float cell[ROUNDS] = {}, next_cell[ROUNDS];
+    auto fetch = [&](int turn) {  // what a turn needs of memory
+        const int t = turn / GROUPS, g = turn % GROUPS;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
             const bool there = item < ITEMS && b < BATCH && unit < H;
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) input[i][gate] = there ? place[gate * H] : 0;
-            if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
+            for (int gate = 0; gate < 4; gate++) next_input[i][gate] = there ? place[gate * H] : 0;
+            if (t == 0 || GROUPS > 1)
+                next_cell[i] = !there ? 0.0f : t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
         }
     };
-    fetch(0, 0);
+    auto take = [&](int turn) {
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) input[i][gate] = next_input[i][gate];
+            if (turn < GROUPS || GROUPS > 1) cell[i] = next_cell[i];
+        }
+    };
+    fetch(0), take(0);
     int offsets[BLOCKS_K];
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) {
@@ -125,48 +140,46 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
         offsets[k] = column < H ? column : -1;
     }
 
-    int turn = 0;
-    for (int t = 0; t < T; t++) {
-        const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
 #pragma unroll 1
-        for (int g = 0; g < GROUPS; g++) {
-            const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
-            float acc[TILES][TILES_N][4] = {};
-            product_of_arriving<TILES>(acc, kept, more, before + (g * GROUP_BATCH + r) * H, offsets, 8 * H, rows, patience);
-            float* place = sums + turn * WARPS * TILES_N * 8 * STRIDE;
-            put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);
-            barrier();
-            turn ^= 1;
+    for (int turn = 0; turn < T * GROUPS; turn++) {
+        const int t = turn / GROUPS, g = turn % GROUPS;
+        const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
+        const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
+        float acc[TILES][TILES_N][4] = {};
+        product_of_arriving<TILES>(acc, kept, more, before + (g * GROUP_BATCH + r) * H, offsets, 8 * H, rows, patience,
+                                   [&] { if (turn + 1 < T * GROUPS) fetch(turn + 1); });
+        float* place = sums + (turn & 1) * WARPS * TILES_N * 8 * STRIDE;
+        put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);
+        barrier();
 
-            float gate_of[ROUNDS][4];
+        float gate_of[ROUNDS][4];
 #pragma unroll
-            for (int i = 0; i < ROUNDS; i++) {
-                const int item = thread + i * THREADS, n = item / UNITS, b = g * GROUP_BATCH + n, unit = unit0 + item % UNITS;
-                const bool there = item < ITEMS && b < BATCH && unit < H;
-                float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (item < ITEMS) x = sum_of_warps<WARPS, STRIDE>(place, n, item % UNITS * 4);
-                const float in = sigmoid(x.x + widened(input[i][0])), forget = sigmoid(x.y + widened(input[i][1]));
-                const float value = tangent(x.z + widened(input[i][2])), out = sigmoid(x.w + widened(input[i][3]));
-                cell[i] = forget * cell[i] + in * value;
-                const float now = out * tangent(cell[i]), next = from_neighbour(now);
-                const long long at = ((long long)t * BATCH + b) * H + unit;
-                if (there && !(item & 1)) store_shared_word(h + at, packed(now, next));
-                gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
-            }
-            // others wait for h alone: the rest is written after it
-#pragma unroll
-            for (int i = 0; i < ROUNDS; i++) {
-                const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
-                if (item < ITEMS && b < BATCH && unit < H) {
-                    const long long at = ((long long)t * BATCH + b) * H + unit;
-                    c[at] = cell[i];
-#pragma unroll
-                    for (int gate = 0; gate < 4; gate++) gates[(at - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
-                }
-            }
-            if (g + 1 < GROUPS) fetch(t, g + 1);
-            else if (t + 1 < T) fetch(t + 1, 0);
+        for (int i = 0; i < ROUNDS; i++) {
+            const int item = thread + i * THREADS, n = item / UNITS, b = g * GROUP_BATCH + n, unit = unit0 + item % UNITS;
+            const bool there = item < ITEMS && b < BATCH && unit < H;
+            float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (item < ITEMS) x = sum_of_warps<WARPS, STRIDE>(place, n, item % UNITS * 4);
+            const float in = sigmoid(x.x + widened(input[i][0])), forget = sigmoid(x.y + widened(input[i][1]));
+            const float value = tangent(x.z + widened(input[i][2])), out = sigmoid(x.w + widened(input[i][3]));
+            cell[i] = forget * cell[i] + in * value;
+            const float now = out * tangent(cell[i]), next = from_neighbour(now);
+            const long long at = ((long long)t * BATCH + b) * H + unit;
+            if (there && !(item & 1)) store_shared_word(h + at, packed(now, next));
+            if (there && t == T - 1) h_last[b * H + unit] = narrowed(now), c_last[b * H + unit] = cell[i];
+            gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
+        // others wait for h alone: the rest is written after it
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            if (item < ITEMS && b < BATCH && unit < H) {
+                const long long at = ((long long)t * BATCH + b) * H + unit;
+                c[at] = cell[i];
+#pragma unroll
+                for (int gate = 0; gate < 4; gate++) gates[(at - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
+            }
+        }
+        take(turn + 1);
     }
 }
 
@@ -182,8 +195,8 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 #define RING 4
 
 // weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (T, BATCH, H); c0 (BATCH, H); d_h (T, BATCH, H) the gradient
-// of h, d_hT, d_cT (BATCH, H) of the last state; d_gates (T, BATCH, 4H), every word EMPTY before, of the pre-activations;
-// d_h0, d_c0 (BATCH, H) of the first state; ring (RING, ROWS, BATCH, ALL_COLUMNS), zeros before.
+// of h, d_hT, d_cT (BATCH, H) of the last state or null; d_gates (T, BATCH, 4H), every word EMPTY before, of the pre-activations;
+// d_h0, d_c0 (BATCH, H) of the first state; ring (RING, ROWS, BATCH, ALL_COLUMNS), EMPTY before.
 KERNEL backward(const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT,
                 const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble,
                 unsigned long long limit) {
@@ -239,7 +252,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             d_h_of[i] = *(const unsigned*)(d_h + at);
             cell[i] = *(const float2*)(c + at);
             cell_before[i] = *(const float2*)(t ? c + at - BATCH * H : c0 + b * H + unit);
-            if (t == T - 1) d_cell[i] = *(const float2*)(d_cT + b * H + unit);
+            if (t == T - 1) d_cell[i] = d_cT ? *(const float2*)(d_cT + b * H + unit) : make_float2(0.0f, 0.0f);
             else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
         }
     };
@@ -283,10 +296,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                 float2 d = make_float2(0.0f, 0.0f);
                 if (t == T - 1) {
                     prepare(i);
-                    d = *(const float2*)(d_hT + b * H + unit);
+                    if (d_hT) d = *(const float2*)(d_hT + b * H + unit);
                 } else {
                     const int use = T - 2 - t;
-                    const unsigned bit = (use / RING + 1) & 1;
+                    const unsigned bit = (use / RING) & 1;
                     const float* from = ring + ((long long)(use % RING) * ROWS * BATCH + b) * ALL_COLUMNS + unit;
                     uint2 parts[ROWS];
 #pragma unroll
@@ -323,20 +336,20 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                 if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
             }
             if (t >= 0 && g + 1 < GROUPS) fetch(t, g + 1);
-            else if (t > 0) fetch(t - 1, 0);
         }
         if (t < 0) break;
 
         // this block's part of the gradients of h before step t
         const T16* from = d_gates + (long long)t * BATCH * 4 * H;
         const int use = T - 1 - t;
-        const unsigned bit = (use / RING + 1) & 1;
+        const unsigned bit = (use / RING) & 1;
         float* to = ring + ((long long)(use % RING) * ROWS + row) * BATCH * ALL_COLUMNS + column0;
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
             const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
             float acc[TILES][TILES_N][4] = {};
-            product_of_arriving<TILES>(acc, kept, more, from + (g * GROUP_BATCH + r) * 4 * H, offsets, 32 * H, rows, patience);
+            product_of_arriving<TILES>(acc, kept, more, from + (g * GROUP_BATCH + r) * 4 * H, offsets, 32 * H, rows, patience,
+                                       [&] { if (t > 0 && g == GROUPS - 1) fetch(t - 1, 0); });
             float* place = sums + turn * WARPS * TILES_N * 8 * STRIDE;
             put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);
             barrier();

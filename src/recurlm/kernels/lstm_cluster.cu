@@ -160,10 +160,12 @@ DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g
 
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
 
-KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble,
-               unsigned long long limit) {
+KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* y, float* c, T16* h_last, float* c_last,
+               int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
+    T16* h = y + BATCH * H;
+    copy_words(y, h0, BATCH * H / 2, (H + UNITS - 1) / UNITS * CLUSTER);
     const int unit0 = blockIdx.x / CLUSTER * UNITS, column0 = at.rank * WARPS_K * BLOCKS_K * 32;
     Patience patience = {limit, 0, trouble, 0};
     at.begin();
@@ -239,6 +241,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             const long long place = ((long long)t * BATCH + b) * H + unit;
             if (there && !(item & 1)) store_shared_word(h + place, packed(now, next));
+            if (there && t == T - 1) h_last[b * H + unit] = narrowed(now), c_last[b * H + unit] = cell[i];
             gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
         // others wait for h alone: the rest is written after it
@@ -318,7 +321,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             d_h_of[i] = *(const unsigned*)(d_h + place);
             cell[i] = *(const float2*)(c + place);
             cell_before[i] = *(const float2*)(t ? c + place - BATCH * H : c0 + b * H + unit);
-            if (t == T - 1) d_cell[i] = *(const float2*)(d_cT + b * H + unit);
+            if (t == T - 1) d_cell[i] = d_cT ? *(const float2*)(d_cT + b * H + unit) : make_float2(0.0f, 0.0f);
             else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
         }
     };
@@ -351,7 +354,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (t >= 0) prepare(i);
             float2 d = make_float2(0.0f, 0.0f);
             if (t == T - 1) {
-                d = *(const float2*)(d_hT + b * H + unit);
+                if (d_hT) d = *(const float2*)(d_hT + b * H + unit);
             } else {
                 Sums parts[CLUSTER];
                 receive(parts, at, mine, T - 2 - t, g, patience);

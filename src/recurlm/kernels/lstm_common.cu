@@ -150,6 +150,11 @@ DEVICE void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 #define SHARED_K (BLOCKS_K - REGISTERS_K)
 DEVICE bool is_empty(uint4 v) { return v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY; }
 
+// `count` words, in turn by all threads of so many blocks.
+DEVICE void copy_words(void* to, const void* from, int count, int blocks) {
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < count; i += blocks * THREADS) ((unsigned*)to)[i] = ((const unsigned*)from)[i];
+}
+
 // Whether to go on waiting. A reader that has waited for too long goes on with what is there: NaN, which then spreads to
 // every block, so that all of them end, and the loss says it.
 struct Patience {

@@ -306,10 +306,14 @@ def waited_too_long(device: torch.device) -> bool:
     return found
 
 
-def ring_of(layout: Layout, batch: int, device: torch.device) -> Tensor:
-    """The ring of partial sums for one launch of a backward kernel: zeros."""
-    strips, rows = (_up(layout.get("H"), layout.get(name)) for name in ("COLUMNS", "ROW_UNITS"))
-    return torch.zeros(RING, rows, batch, strips * layout.get("COLUMNS"), device=device)
+def outputs_of(layout: Layout, T: int, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(gradients of the gates, ring of partial sums) for one launch of a backward kernel, EMPTY; clusters have no ring."""
+    H, ring = layout.get("H"), 0
+    if layout.cluster == 1:
+        strips, rows = (_up(H, layout.get(name)) for name in ("COLUMNS", "ROW_UNITS"))
+        ring = RING * rows * batch * strips * layout.get("COLUMNS")
+    both = torch.empty(T * batch * 4 * H + 2 * ring, dtype=torch.int16, device=device).fill_(-1)
+    return both[: T * batch * 4 * H].view(dtype).view(T, batch, 4 * H), both[T * batch * 4 * H :].view(torch.float32)
 
 
 class _Layer(torch.autograd.Function):
@@ -331,16 +335,17 @@ class _Layer(torch.autograd.Function):
         H, index, half = h_BH.shape[-1], x_TBI.device.index, x_TBI.dtype == torch.float16
         gates_TBG = linear(x_TBI, w_ih, bias_G)
         y = gates_TBG.new_empty(T + 1, B, H)
-        y[1:].view(torch.int16).fill_(-1)
-        y[0].copy_(h_BH)
+        y.view(torch.int16).fill_(-1)
         c = torch.empty(T, B, H, dtype=torch.float32, device=y.device)
-        first, w_hh = c_BH.float().contiguous(), w_hh.contiguous()
-        arguments = w_hh, gates_TBG, y[0], first, y[1:], c, T, _trouble(index), PATIENCE
+        first, h_last = c_BH.float().contiguous(), torch.empty_like(y[0])
+        c_last = torch.empty_like(first)
+        h_BH, w_hh = h_BH.to(y.dtype).contiguous(), w_hh.contiguous()
+        arguments = w_hh, gates_TBG, h_BH, first, y, c, h_last, c_last, T, _trouble(index), PATIENCE
         _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, arguments)
         ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c, first)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         ctx.set_materialize_grads(False)
-        return y[1:], y[T].clone(), c[-1].clone()
+        return y[1:], h_last, c_last
 
     @staticmethod
     def backward(ctx, d_y: Tensor | None, d_h: Tensor | None, d_c: Tensor | None):  # type: ignore[override]
@@ -348,15 +353,12 @@ class _Layer(torch.autograd.Function):
         T, B, G = gates_TBG.shape
         H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
         back: Layout = ctx.back
-        zeros = torch.zeros_like(first) if d_h is None or d_c is None else first
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
-        d_hT = zeros if d_h is None else d_h.float().contiguous()
-        d_cT = zeros if d_c is None else d_c.float().contiguous()
-        d_gates = torch.empty_like(gates_TBG)
-        d_gates.view(torch.int16).fill_(-1)
+        d_hT, d_cT = (0 if d is None else d.float().contiguous() for d in (d_h, d_c))
         d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
+        d_gates, ring = outputs_of(back, T, B, gates_TBG.dtype, y.device)
         # with clusters the kernel adds up the bias's gradient too
-        scratch = first.new_empty(B, G) if back.cluster > 1 else ring_of(back, B, y.device)
+        scratch = first.new_empty(B, G) if back.cluster > 1 else ring
         given = w_hh, gates_TBG, c, first, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, scratch
         _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
         d_NG = d_gates.view(T * B, G)
@@ -367,7 +369,8 @@ class _Layer(torch.autograd.Function):
         d_bias = None
         if needed[3]:
             d_bias = scratch.sum(0).to(d_gates.dtype) if back.cluster > 1 else d_NG.sum(0)
-        return d_x, d_ih, d_hh, d_bias, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None
+        d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[4:], strict=False))
+        return d_x, d_ih, d_hh, d_bias, d_h0, d_c0, None, None
 
 
 def lstm(
