@@ -71,9 +71,9 @@ class Case:
         self.H, self.B, self.dtype = H, B, dtype
         self.weight = (values(4 * H, H) * H**-0.5).to(dtype)
         self.gates, self.h0, self.c0 = values(T, B, 4 * H).to(dtype), values(B, H).to(dtype), values(B, H)
-        self.d_h, self.d_hT, self.d_cT = values(T, B, H).to(dtype), values(B, H), values(B, H)
+        self.d_h, self.d_hT, self.d_cT = values(T, B, H).to(dtype), values(B, H).to(dtype), values(B, H)
         self.trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self.y, self.c = values(T + 1, B, H).to(dtype), torch.empty(T, B, H, device="cuda")
+        self.y, self.c = values(T + 1, B, H).to(dtype), torch.empty(T + 1, B, H, device="cuda")
         self.last = torch.empty_like(self.h0), torch.empty_like(self.c0)
         self.d_h0, self.d_c0 = torch.empty_like(self.c0), torch.empty_like(self.c0)
         self.d_bias = torch.empty(B, 4 * H, device="cuda")
@@ -97,7 +97,10 @@ class Case:
             "backward": [t.detach() for t in torch.autograd.grad(objective, leaves)],
         }
         self.truth["backward"].append(self.truth["backward"][0].sum(0))  # by clusters only
-        self.activated, self.c_given = torch.stack(activated).detach().to(dtype), exact[1].detach().float()
+        self.activated, self.c_given = (
+            torch.stack(activated).detach().to(dtype),
+            torch.cat((self.c0[None], exact[1].detach().float())),
+        )
         self.worked = self.gates.clone()
 
     def fill(self, name: str, layout: Layout) -> tuple[Tensor, ...]:
@@ -111,9 +114,9 @@ class Case:
         ring = self.fill(name, layout)
         last = T, self.trouble, PATIENCE
         if name == "forward":
-            arguments = self.weight, self.worked, self.h0, self.c0, self.y, self.c, *self.last, *last
+            arguments = self.weight, self.worked, self.h0, self.c0, self.y, self.c, *self.last, 0, *last
         else:
-            given = self.weight, self.activated, self.c_given, self.c0, self.d_h, self.d_hT, self.d_cT
+            given = self.weight, self.activated, self.c_given, self.d_h, self.d_hT, self.d_cT
             arguments = *given, self.d_gates, self.d_h0, self.d_c0, *ring, *last
         kernel(layout.blocks, 32 * layout.warps, arguments)
 
@@ -123,7 +126,7 @@ class Case:
         for _ in range(2):
             self.worked.copy_(self.gates)
             self.run(name, layout, kernel)
-            results = (self.y[1:], self.c) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0)
+            results = (self.y[1:], self.c[1:]) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0)
             if name == "backward" and layout.cluster > 1:
                 results = *results, self.d_bias
             runs.append([t.clone() for t in results])

@@ -76,9 +76,9 @@ def test_a_layer_too_large_for_the_card_has_no_layout():
 # ---- on the CPU ---------------------------------------------------------------------------------------------
 
 PARAMETERS = {
-    "forward": "const T16* weights, T16* gates, const T16* h0, const float* c0, T16* y, float* c, T16* h_last, float* c_last, "
-    "int T, int* trouble, unsigned long long limit",
-    "backward": "const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT, "
+    "forward": "const T16* weights, T16* gates, const T16* h0, const void* c0, T16* y, float* c, T16* h_last, void* c_last, "
+    "int is_short, int T, int* trouble, unsigned long long limit",
+    "backward": "const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT, "
     "const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* scratch, int T, int* trouble, "
     "unsigned long long limit",
 }
@@ -171,19 +171,24 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
 
     layout = picked("forward", H, B, cluster, fore)
     gates, y = x_TBG.clone(), torch.full((T + 1, B, H), -1, dtype=torch.int16).view(dtype)
-    c, h_last, c_last = torch.full((T, B, H), float("nan")), torch.empty_like(h_BH), torch.empty_like(c_BH)
+    c, h_last, c_last = torch.full((T + 1, B, H), float("nan")), torch.empty_like(h_BH), torch.empty_like(c_BH)
     run = on_cpu(layout, half, tmp_path / "forward", 1)
-    assert run((weight_GH, gates, h_BH, c_BH, y, c, h_last, c_last, T, trouble, limit)) and not trouble
-    assert torch.equal(y[0], h_BH) and torch.equal(h_last, y[-1]) and torch.equal(c_last, c[-1])
+    assert run((weight_GH, gates, h_BH, c_BH, y, c, h_last, c_last, 0, T, trouble, limit)) and not trouble
+    assert (
+        torch.equal(y[0], h_BH)
+        and torch.equal(c[0], c_BH)
+        and torch.equal(h_last, y[-1])
+        and torch.equal(c_last, c[-1])
+    )
     torch.testing.assert_close(y[1:].double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
-    torch.testing.assert_close(c.double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
+    torch.testing.assert_close(c[1:].double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
     again = torch.full((T + 1, B, H), -1, dtype=torch.int16).view(dtype)
     assert on_cpu(layout, half, tmp_path / "again", 2)(
-        (weight_GH, x_TBG.clone(), h_BH, c_BH, again, c, h_last, c_last, T, trouble, limit)
+        (weight_GH, x_TBG.clone(), h_BH, c_BH, again, c, h_last, c_last, 0, T, trouble, limit)
     )
     assert torch.equal(again.view(torch.int16), y.view(torch.int16)), "the order of threads changes the result"
 
-    d_h, d_hT, d_cT = values(T, B, H), values(B, H, of=torch.float32), values(B, H, of=torch.float32)
+    d_h, d_hT, d_cT = values(T, B, H), values(B, H), values(B, H, of=torch.float32)
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
     layout = picked("backward", H, B, cluster, back)
@@ -192,7 +197,7 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
         scratch = torch.full((B, 4 * H), float("nan"))
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "backward", 3)
-    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, scratch, T, trouble, limit
+    arguments = weight_GH, gates, c, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, scratch, T, trouble, limit
     assert run(arguments) and not trouble
     results = d_gates, d_h0, d_c0, *([scratch] if cluster > 1 else [])
     for found, exact in zip(results, (*expected, expected[0].sum(0)), strict=False):
@@ -208,11 +213,11 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     lonely = layout._replace(blocks=layout.blocks - 1)  # as if one block could not be resident
     y = torch.full((T + 1, B, H), -1, dtype=torch.int16).view(torch.bfloat16)
     last = torch.zeros(B, H, dtype=torch.bfloat16), torch.zeros(B, H)
-    c, trouble = torch.zeros(T, B, H), torch.zeros(1, dtype=torch.int32)
+    c, trouble = torch.zeros(T + 1, B, H), torch.zeros(1, dtype=torch.int32)
     zeros = torch.zeros(4 * H, H, dtype=torch.bfloat16)
     gates, h = torch.zeros(T, B, 4 * H, dtype=torch.bfloat16), torch.zeros(B, H, dtype=torch.bfloat16)
     run = on_cpu(lonely, False, tmp_path / "forward", 1)
-    assert run((zeros, gates, h, torch.zeros(B, H), y, c, *last, T, trouble, 2000))
+    assert run((zeros, gates, h, torch.zeros(B, H), y, c, *last, 0, T, trouble, 2000))
     assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
 
 

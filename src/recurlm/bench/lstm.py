@@ -109,7 +109,11 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
     index, half = torch.cuda.current_device(), dtype == torch.float16
     weight = (torch.randn(4 * H, H, device="cuda") * H**-0.5).to(dtype)
     gates, state = torch.randn(T, B, 4 * H, device="cuda").to(dtype), torch.zeros(B, H, device="cuda")
-    h, y, c = state.to(dtype), torch.empty(T + 1, B, H, device="cuda", dtype=dtype), torch.empty(T, B, H, device="cuda")
+    h, y, c = (
+        state.to(dtype),
+        torch.empty(T + 1, B, H, device="cuda", dtype=dtype),
+        torch.empty(T + 1, B, H, device="cuda"),
+    )
     h_last, c_last, d_h0, d_c0 = (torch.empty_like(t) for t in (h, state, state, state))
     trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
     for name, make in lstm_cuda.LAYOUTS.items():
@@ -120,11 +124,11 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
             def work(layout=layout, kernel=kernel, name=name) -> None:
                 if name == "forward":
                     y.view(torch.int16).fill_(-1)
-                    arguments = weight, gates, h, state, y, c, h_last, c_last, T, trouble, lstm_cuda.PATIENCE
+                    arguments = weight, gates, h, state, y, c, h_last, c_last, 0, T, trouble, lstm_cuda.PATIENCE
                 else:
                     d_gates, ring = lstm_cuda.outputs_of(layout, T, B, dtype, gates.device)
-                    ends = state, state, d_gates, d_h0, d_c0, ring
-                    arguments = weight, gates, c, state, y[1:], *ends, T, trouble, lstm_cuda.PATIENCE
+                    ends = h, state, d_gates, d_h0, d_c0, ring
+                    arguments = weight, gates, c, y[1:], *ends, T, trouble, lstm_cuda.PATIENCE
                 kernel(layout.blocks, 32 * layout.warps, arguments)
 
             measured.append((gpu_time(work, repeats=3), layout))

@@ -73,9 +73,10 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #define ROUNDS ((ITEMS + THREADS - 1) / THREADS)
 
 // weights R (4H, H); gates (T, BATCH, 4H): pre-activations without R h, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
-// h0 and h, every word of which is EMPTY before; c (T, BATCH, H); h_last, c_last (BATCH, H) those of the last step.
-KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* y, float* c, T16* h_last, float* c_last,
-               int T, int* trouble, unsigned long long limit) {
+// h0 and h, every word of which is EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
+// c0 and c_last have 16 bits if `is_short`.
+KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T16* y, float* c, T16* h_last, void* c_last,
+               int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
     const int unit0 = blockIdx.x * UNITS;
@@ -120,8 +121,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) next_input[i][gate] = there ? place[gate * H] : 0;
-            if (t == 0 || GROUPS > 1)
-                next_cell[i] = !there ? 0.0f : t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
+            if (t == 0 || GROUPS > 1) next_cell[i] = there ? c[((long long)t * BATCH + b) * H + unit] : 0.0f;
         }
     };
     auto take = [&](int turn) {
@@ -132,6 +132,11 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             if (turn < GROUPS || GROUPS > 1) cell[i] = next_cell[i];
         }
     };
+    for (int g = 0; g < GROUPS; g++)
+        for (int item = thread; item < ITEMS; item += THREADS) {
+            const int b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            if (b < BATCH && unit < H) c[b * H + unit] = state_at(c0, b * H + unit, is_short);
+        }
     fetch(0), take(0);
     int offsets[BLOCKS_K];
 #pragma unroll
@@ -165,7 +170,6 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             const long long at = ((long long)t * BATCH + b) * H + unit;
             if (there && !(item & 1)) store_shared_word(h + at, packed(now, next));
-            if (there && t == T - 1) h_last[b * H + unit] = narrowed(now), c_last[b * H + unit] = cell[i];
             gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
         // others wait for h alone: the rest is written after it
@@ -174,13 +178,18 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
             if (item < ITEMS && b < BATCH && unit < H) {
                 const long long at = ((long long)t * BATCH + b) * H + unit;
-                c[at] = cell[i];
+                c[at + BATCH * H] = cell[i];
 #pragma unroll
                 for (int gate = 0; gate < 4; gate++) gates[(at - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
             }
         }
         take(turn + 1);
     }
+    for (int g = 0; g < GROUPS; g++)  // the last state: each thread copies what it wrote
+        for (int item = thread; item < ITEMS; item += THREADS) {
+            const int b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            if (b < BATCH && unit < H) copy_last(h_last, c_last, is_short, y, c, T, b * H + unit);
+        }
 }
 
 #else  // ---- backward --------------------------------------------------------------------------------------------------
@@ -194,10 +203,9 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 #define ROUNDS ((SHARE + THREADS - 1) / THREADS)
 #define RING 4
 
-// weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (T, BATCH, H); c0 (BATCH, H); d_h (T, BATCH, H) the gradient
-// of h, d_hT, d_cT (BATCH, H) of the last state or null; d_gates (T, BATCH, 4H), every word EMPTY before, of the pre-activations;
+// weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (1 + T, BATCH, H); d_h (T, BATCH, H) the gradient of h, d_hT, d_cT (BATCH, H) of the last state or null; d_gates (T, BATCH, 4H), every word EMPTY before, of the pre-activations;
 // d_h0, d_c0 (BATCH, H) of the first state; ring (RING, ROWS, BATCH, ALL_COLUMNS), EMPTY before.
-KERNEL backward(const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT,
+KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
                 const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble,
                 unsigned long long limit) {
     SHARED(shared);
@@ -250,8 +258,8 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             for (int gate = 0; gate < 4; gate++)
                 gates_of[i][gate] = *(const unsigned*)(gates + (at - unit) * 4 + gate * H + unit);
             d_h_of[i] = *(const unsigned*)(d_h + at);
-            cell[i] = *(const float2*)(c + at);
-            cell_before[i] = *(const float2*)(t ? c + at - BATCH * H : c0 + b * H + unit);
+            cell[i] = *(const float2*)(c + at + BATCH * H);
+            cell_before[i] = *(const float2*)(c + at);
             if (t == T - 1) d_cell[i] = d_cT ? *(const float2*)(d_cT + b * H + unit) : make_float2(0.0f, 0.0f);
             else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
         }
@@ -296,7 +304,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                 float2 d = make_float2(0.0f, 0.0f);
                 if (t == T - 1) {
                     prepare(i);
-                    if (d_hT) d = *(const float2*)(d_hT + b * H + unit);
+                    if (d_hT) d = unpacked(*(const unsigned*)(d_hT + b * H + unit));
                 } else {
                     const int use = T - 2 - t;
                     const unsigned bit = (use / RING) & 1;

@@ -160,8 +160,8 @@ DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g
 
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
 
-KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* y, float* c, T16* h_last, float* c_last,
-               int T, int* trouble, unsigned long long limit) {
+KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T16* y, float* c, T16* h_last, void* c_last,
+               int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
     T16* h = y + BATCH * H;
@@ -204,9 +204,14 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) input[i][gate] = there ? place[gate * H] : 0;
-            if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
+            if (there && (t == 0 || GROUPS > 1)) cell[i] = c[((long long)t * BATCH + b) * H + unit];
         }
     };
+    for (int g = 0; g < GROUPS; g++)
+        for (int mine = at.thread; mine < SHARE; mine += THREADS) {
+            const int item = at.rank * SHARE + mine, n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            if (n < GROUP_BATCH && b < BATCH && unit < H) c[b * H + unit] = state_at(c0, b * H + unit, is_short);
+        }
     fetch(0, 0);
 
 #pragma unroll 1
@@ -241,7 +246,6 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             const long long place = ((long long)t * BATCH + b) * H + unit;
             if (there && !(item & 1)) store_shared_word(h + place, packed(now, next));
-            if (there && t == T - 1) h_last[b * H + unit] = narrowed(now), c_last[b * H + unit] = cell[i];
             gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
         // others wait for h alone: the rest is written after it
@@ -251,7 +255,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
                 const long long place = ((long long)t * BATCH + b) * H + unit;
-                c[place] = cell[i];
+                c[place + BATCH * H] = cell[i];
 #pragma unroll
                 for (int gate = 0; gate < 4; gate++)
                     gates[(place - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
@@ -259,13 +263,18 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
         }
         if (turn + 1 - LAG < T * GROUPS) fetch((turn + 1 - LAG) / GROUPS, (turn + 1 - LAG) % GROUPS);
     }
+    for (int g = 0; g < GROUPS; g++)  // the last state: each thread copies what it wrote
+        for (int mine = at.thread; mine < SHARE; mine += THREADS) {
+            const int item = at.rank * SHARE + mine, n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            if (n < GROUP_BATCH && b < BATCH && unit < H) copy_last(h_last, c_last, is_short, y, c, T, b * H + unit);
+        }
     cluster_barrier();  // a block that has ended has no shared memory to write to
 }
 
 #else  // ---- backward --------------------------------------------------------------------------------------------------
 
 // d_bias (BATCH, 4H): the gradients of the gates, added over the steps.
-KERNEL backward(const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT,
+KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
                 const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* d_bias, int T, int* trouble,
                 unsigned long long limit) {
     SHARED(shared);
@@ -319,8 +328,8 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             for (int gate = 0; gate < 4; gate++)
                 gates_of[i][gate] = *(const unsigned*)(gates + (place - unit) * 4 + gate * H + unit);
             d_h_of[i] = *(const unsigned*)(d_h + place);
-            cell[i] = *(const float2*)(c + place);
-            cell_before[i] = *(const float2*)(t ? c + place - BATCH * H : c0 + b * H + unit);
+            cell[i] = *(const float2*)(c + place + BATCH * H);
+            cell_before[i] = *(const float2*)(c + place);
             if (t == T - 1) d_cell[i] = d_cT ? *(const float2*)(d_cT + b * H + unit) : make_float2(0.0f, 0.0f);
             else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
         }
@@ -354,7 +363,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (t >= 0) prepare(i);
             float2 d = make_float2(0.0f, 0.0f);
             if (t == T - 1) {
-                if (d_hT) d = *(const float2*)(d_hT + b * H + unit);
+                if (d_hT) d = unpacked(*(const unsigned*)(d_hT + b * H + unit));
             } else {
                 Sums parts[CLUSTER];
                 receive(parts, at, mine, T - 2 - t, g, patience);

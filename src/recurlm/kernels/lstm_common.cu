@@ -155,6 +155,17 @@ DEVICE void copy_words(void* to, const void* from, int count, int blocks) {
     for (int i = blockIdx.x * THREADS + threadIdx.x; i < count; i += blocks * THREADS) ((unsigned*)to)[i] = ((const unsigned*)from)[i];
 }
 
+// A number of a first or last state, in 16 bits or 32.
+DEVICE float state_at(const void* p, int at, int is_short) { return is_short ? widened(((const T16*)p)[at]) : ((const float*)p)[at]; }
+
+// Place `at` of the last step's h, by words of two, and c.
+DEVICE void copy_last(T16* h_last, void* c_last, int is_short, const T16* y, const float* c, int T, int at) {
+    const long long from = (long long)T * BATCH * H + at;
+    if (!(at & 1)) *(unsigned*)(h_last + at) = *(const unsigned*)(y + from);
+    if (is_short) ((T16*)c_last)[at] = narrowed(c[from]);
+    else ((float*)c_last)[at] = c[from];
+}
+
 // Whether to go on waiting. A reader that has waited for too long goes on with what is there: NaN, which then spreads to
 // every block, so that all of them end, and the loss says it.
 struct Patience {

@@ -317,7 +317,7 @@ def outputs_of(layout: Layout, T: int, batch: int, dtype: torch.dtype, device: t
 
 
 class _Layer(torch.autograd.Function):
-    """(y_TBH, last h_BH, last c_BH fp32) of a layer whose units are a multiple of MULTIPLE."""
+    """(y_TBH, last h_BH, last c_BH) of a layer whose units are a multiple of MULTIPLE."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -336,30 +336,30 @@ class _Layer(torch.autograd.Function):
         gates_TBG = linear(x_TBI, w_ih, bias_G)
         y = gates_TBG.new_empty(T + 1, B, H)
         y.view(torch.int16).fill_(-1)
-        c = torch.empty(T, B, H, dtype=torch.float32, device=y.device)
-        first, h_last = c_BH.float().contiguous(), torch.empty_like(y[0])
-        c_last = torch.empty_like(first)
-        h_BH, w_hh = h_BH.to(y.dtype).contiguous(), w_hh.contiguous()
-        arguments = w_hh, gates_TBG, h_BH, first, y, c, h_last, c_last, T, _trouble(index), PATIENCE
+        c = torch.empty(T + 1, B, H, dtype=torch.float32, device=y.device)
+        h_BH, c_BH, w_hh = h_BH.to(y.dtype).contiguous(), c_BH.contiguous(), w_hh.contiguous()
+        h_last, c_last = torch.empty_like(h_BH), torch.empty_like(c_BH)
+        states = h_BH, c_BH, y, c, h_last, c_last, int(c_BH.dtype == y.dtype)
+        arguments = w_hh, gates_TBG, *states, T, _trouble(index), PATIENCE
         _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, arguments)
-        ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c, first)
+        ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         ctx.set_materialize_grads(False)
         return y[1:], h_last, c_last
 
     @staticmethod
     def backward(ctx, d_y: Tensor | None, d_h: Tensor | None, d_c: Tensor | None):  # type: ignore[override]
-        x_TBI, w_ih, w_hh, gates_TBG, y, c, first = ctx.saved_tensors
+        x_TBI, w_ih, w_hh, gates_TBG, y, c = ctx.saved_tensors
         T, B, G = gates_TBG.shape
         H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
         back: Layout = ctx.back
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
-        d_hT, d_cT = (0 if d is None else d.float().contiguous() for d in (d_h, d_c))
-        d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
+        d_hT, d_cT = (0 if d is None else d.contiguous() for d in (d_h, d_c if d_c is None else d_c.float()))
+        d_h0, d_c0 = c.new_empty(2, B, H)
         d_gates, ring = outputs_of(back, T, B, gates_TBG.dtype, y.device)
         # with clusters the kernel adds up the bias's gradient too
-        scratch = first.new_empty(B, G) if back.cluster > 1 else ring
-        given = w_hh, gates_TBG, c, first, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, scratch
+        scratch = c.new_empty(B, G) if back.cluster > 1 else ring
+        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, scratch
         _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
         d_NG = d_gates.view(T * B, G)
         needed = ctx.needs_input_grad
@@ -397,5 +397,4 @@ def lstm(
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
     y_TBH, h, c = _Layer.apply(x_TBI, w_ih, w_hh, b_ih + b_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
-    c = c.to(c_BH.dtype)
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)
