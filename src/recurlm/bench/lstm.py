@@ -114,7 +114,7 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
         torch.empty(T + 1, B, H, device="cuda", dtype=dtype),
         torch.empty(T + 1, B, H, device="cuda"),
     )
-    h_last, c_last, d_h0, d_c0 = (torch.empty_like(t) for t in (h, state, state, state))
+    h_last, c_last, d_h0, d_c0, d_gates = (torch.empty_like(t) for t in (h, state, state, state, gates))
     trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
     for name, make in lstm_cuda.LAYOUTS.items():
         measured = []
@@ -122,12 +122,11 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
             kernel = lstm_cuda._kernel(layout, half, index)
 
             def work(layout=layout, kernel=kernel, name=name) -> None:
+                x, ring = lstm_cuda.exchange_of(layout, T, B, gates.device)
                 if name == "forward":
-                    y.view(torch.int16).fill_(-1)
-                    arguments = weight, gates, h, state, y, c, h_last, c_last, 0, T, trouble, lstm_cuda.PATIENCE
+                    arguments = weight, gates, h, state, x, y, c, h_last, c_last, 0, T, trouble, lstm_cuda.PATIENCE
                 else:
-                    d_gates, ring = lstm_cuda.outputs_of(layout, T, B, dtype, gates.device)
-                    ends = h, state, d_gates, d_h0, d_c0, ring
+                    ends = h, state, x, d_gates, d_h0, d_c0, ring
                     arguments = weight, gates, c, y[1:], *ends, T, trouble, lstm_cuda.PATIENCE
                 kernel(layout.blocks, 32 * layout.warps, arguments)
 

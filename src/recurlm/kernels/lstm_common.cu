@@ -80,6 +80,10 @@ DEVICE void send(Place to, uint4 v) {
                  ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+DEVICE void send(Place to, uint2 v) {
+    asm volatile("st.relaxed.cluster.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // Words of this block's shared memory that the cluster's blocks may be writing.
 DEVICE uint4 load_arriving(const uint4* p) {
     uint4 v;
@@ -96,8 +100,27 @@ DEVICE uint2 load_arriving(const uint2* p) {
 }
 #endif
 
+// Two numbers in fp16 in a word.
+DEVICE unsigned halves(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+
+DEVICE float2 from_halves(unsigned v) {
+    float2 x;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
+    return x;
+}
+
 DEVICE float from_neighbour(float v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
+
+DEVICE unsigned cycles() {
+    unsigned t;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
+    return t;
+}
 
 DEVICE unsigned long long nanoseconds() {
     unsigned long long t;
@@ -114,16 +137,8 @@ DEVICE float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); the hardware's 2^x 
 
 #if HALF
 #define KIND "f16"
-DEVICE unsigned packed(float low, float high) {
-    unsigned v;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-DEVICE float2 unpacked(unsigned v) {
-    float2 x;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
-    return x;
-}
+DEVICE unsigned packed(float low, float high) { return halves(low, high); }
+DEVICE float2 unpacked(unsigned v) { return from_halves(v); }
 #else
 #define KIND "bf16"
 DEVICE unsigned packed(float low, float high) {
@@ -185,6 +200,39 @@ struct Patience {
     DEVICE void renew() { rounds = 0, start = 0; }
 };
 
+// Vectors are exchanged in the order in which the products load them, [block of 32 k][tile of 8 batch rows][row][chunk of 8 k], so
+// that a warp's 32 loads of 16 bytes are 4 whole lines of the L2 cache. A step's group of batch rows has VECTORS numbers.
+#ifdef UNITS
+#define VECTORS ((H + 31) / 32 * TILES_N * 256)
+DEVICE int place_in_vectors(int row, int unit) {
+    return ((unit / 32 * TILES_N + row / 8) * 32 + row % 8 * 4 + unit % 32 / 8) * 8 + unit % 8;
+}
+#else
+#define VECTORS ((H + ROW_UNITS - 1) / ROW_UNITS * ROW_UNITS / 8 * TILES_N * 256)
+// Chunk k of a block's rows: 16 units of a gate, then the same of the next gate.
+DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
+DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
+DEVICE int place_in_vectors(int row, int unit, int gate) {
+    const int of_block = unit % ROW_UNITS, chunk = of_block / 16 * 8 + gate * 2 + of_block % 16 / 8;
+    return (((unit / ROW_UNITS * (ROW_UNITS / 8) + chunk / 4) * TILES_N + row / 8) * 32 + row % 8 * 4 + chunk % 4) * 8 + unit % 8;
+}
+#endif
+
+#ifndef PACE
+#define PACE 0
+#endif
+#ifndef RING_PACE
+#define RING_PACE 0
+#endif
+// Cycles after `begin` before which it is not worth asking: what comes too early costs a whole trip, and others' trips their time.
+struct Pace {
+    unsigned start;
+    DEVICE void begin() { start = cycles(); }
+    DEVICE void hold(unsigned wait) {
+        if (wait) while (cycles() - start < wait);
+    }
+};
+
 DEVICE float tangent(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
 // acc += weights * vectors for block k of this warp's share. `weights` are the fragments kept in registers, `more` those in
@@ -233,8 +281,5 @@ DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
 }
 
 // A partial sum on its way, its last bit the one that tells this use of a place from the next.
-DEVICE unsigned marked(float x, unsigned bit) { return (__float_as_uint(x) & ~1u) | bit; }
-
-// Chunk k of 8 gate gradients of a block's rows: 16 units of a gate, then the same of the next gate.
-DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
-DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
+DEVICE unsigned marked(unsigned v, unsigned bit) { return (v & ~1u) | bit; }
+DEVICE unsigned marked(float x, unsigned bit) { return marked(__float_as_uint(x), bit); }

@@ -187,16 +187,9 @@ def _splits(count: int) -> Iterator[tuple[int, int]]:
             yield warps, each
 
 
-# The fastest of many layouts on an H200 (bench/results/h200/lstm-clusters.txt), by kernel, units and batch.
-FASTEST = {
-    ("forward", 1152, 80): {"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": 3},
-    ("backward", 1152, 80): {"CLUSTER": 8, "WARPS_M": 5, "WARPS_K": 3, "GROUPS": 5},
-}
-
-
 def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
-    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one measured or estimated best first."""
-    found, forward, fastest = [], name == "forward", FASTEST.get((name, H, batch), {}).items()
+    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first."""
+    found, forward = [], name == "forward"
     for cluster, most in here.clusters:
         if not most:
             continue
@@ -208,7 +201,7 @@ def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
             layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), grouping)
             if layout is not None:
                 found.append(layout)
-    return sorted(found, key=lambda layout: (not fastest <= dict(layout.macros).items(), layout.cost))
+    return sorted(found, key=lambda layout: layout.cost)
 
 
 def _clustered(
@@ -254,6 +247,28 @@ def _clustered(
     return Layout(name, tuple(macros.items()), strips * cluster, warps, shared, cost)
 
 
+# What was fastest of many layouts on an H200 (bench/results/h200/lstm-clusters.txt, lstm-pace.txt), by kernel, units and batch. The
+# macros PACE, RING_PACE, EAGER and SHORT_SUMS are free choices, which a layout does not have otherwise.
+FASTEST = {
+    ("forward", 1152, 20): {"UNITS": 12, "WARPS": 8, "GROUPS": 1, "PACE": 1200},
+    ("backward", 1152, 20): {"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8, "PACE": 2500, "RING_PACE": 500, "EAGER": 1},
+    ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 900},
+    ("backward", 400, 20): {"ROW_UNITS": 32, "COLUMNS": 64, "WARPS": 4, "PACE": 2500, "RING_PACE": 500},
+    ("forward", 1152, 80): {"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": 3},
+    ("backward", 1152, 80): {"CLUSTER": 8, "WARPS_M": 5, "WARPS_K": 3, "GROUPS": 5},
+}
+FREE = "PACE", "RING_PACE", "EAGER", "SHORT_SUMS"
+
+
+def measured(name: str, H: int, batch: int, here: Card, choice: dict[str, int]) -> Layout | None:
+    """The layout with these macros that is estimated best; None where there is none."""
+    wanted = {key: value for key, value in choice.items() if key not in FREE}
+    make = functools.partial(cluster_layouts, name) if "CLUSTER" in choice else LAYOUTS[name]
+    found = next((layout for layout in make(H, batch, here) if wanted.items() <= dict(layout.macros).items()), None)
+    free = tuple((key, value) for key, value in choice.items() if key in FREE)
+    return found and found._replace(macros=found.macros + free)
+
+
 def source(layout: Layout) -> str:
     """The CUDA C++ of a layout's kernel."""
     return nvrtc.source("lstm_common.cu") + nvrtc.source("lstm_cluster.cu" if layout.cluster > 1 else "lstm.cu")
@@ -274,8 +289,10 @@ def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
         return None
     pair = []
     for name, layouts in LAYOUTS.items():
-        found = layouts(H, batch, here)[:1]
-        if batch > LEAST_CLUSTERED:
+        choice = FASTEST.get((name, H, batch))
+        known = choice and measured(name, H, batch, here, choice)
+        found = [known] if known else layouts(H, batch, here)[:1]
+        if not known and batch > LEAST_CLUSTERED:
             found += cluster_layouts(name, H, batch, here)[:1]
         if not found:
             return None
@@ -306,14 +323,18 @@ def waited_too_long(device: torch.device) -> bool:
     return found
 
 
-def outputs_of(layout: Layout, T: int, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(gradients of the gates, ring of partial sums) for one launch of a backward kernel, EMPTY; clusters have no ring."""
-    H, ring = layout.get("H"), 0
-    if layout.cluster == 1:
-        strips, rows = (_up(H, layout.get(name)) for name in ("COLUMNS", "ROW_UNITS"))
-        ring = RING * rows * batch * strips * layout.get("COLUMNS")
-    both = torch.empty(T * batch * 4 * H + 2 * ring, dtype=torch.int16, device=device).fill_(-1)
-    return both[: T * batch * 4 * H].view(dtype).view(T, batch, 4 * H), both[T * batch * 4 * H :].view(torch.float32)
+def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(vectors that blocks exchange, ring of partial sums) for one launch of a kernel, EMPTY; only lstm.cu's backward has one."""
+    of, ring = dict(layout.macros), 0
+    blocks = _up(of["H"], 32)
+    if layout.name == "backward":
+        rows = _up(of["H"], of["ROW_UNITS"])
+        blocks = rows * of["ROW_UNITS"] // 8
+        if layout.cluster == 1:
+            ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
+    vectors = T * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
+    return both[:vectors], both[vectors:]
 
 
 class _Layer(torch.autograd.Function):
@@ -334,12 +355,12 @@ class _Layer(torch.autograd.Function):
         T, B, _ = x_TBI.shape
         H, index, half = h_BH.shape[-1], x_TBI.device.index, x_TBI.dtype == torch.float16
         gates_TBG = linear(x_TBI, w_ih, bias_G)
+        x, _ = exchange_of(fore, T, B, gates_TBG.device)
         y = gates_TBG.new_empty(T + 1, B, H)
-        y.view(torch.int16).fill_(-1)
         c = torch.empty(T + 1, B, H, dtype=torch.float32, device=y.device)
         h_BH, c_BH, w_hh = h_BH.to(y.dtype).contiguous(), c_BH.contiguous(), w_hh.contiguous()
         h_last, c_last = torch.empty_like(h_BH), torch.empty_like(c_BH)
-        states = h_BH, c_BH, y, c, h_last, c_last, int(c_BH.dtype == y.dtype)
+        states = h_BH, c_BH, x, y, c, h_last, c_last, int(c_BH.dtype == y.dtype)
         arguments = w_hh, gates_TBG, *states, T, _trouble(index), PATIENCE
         _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, arguments)
         ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c)
@@ -356,10 +377,10 @@ class _Layer(torch.autograd.Function):
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
         d_hT, d_cT = (0 if d is None else d.contiguous() for d in (d_h, d_c if d_c is None else d_c.float()))
         d_h0, d_c0 = c.new_empty(2, B, H)
-        d_gates, ring = outputs_of(back, T, B, gates_TBG.dtype, y.device)
+        d_gates, (exchange, ring) = torch.empty_like(gates_TBG), exchange_of(back, T, B, y.device)
         # with clusters the kernel adds up the bias's gradient too
         scratch = c.new_empty(B, G) if back.cluster > 1 else ring
-        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, scratch
+        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, scratch
         _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
         d_NG = d_gates.view(T * B, G)
         needed = ctx.needs_input_grad
