@@ -1,16 +1,18 @@
 """Every way to lay out the LSTM kernels, checked against float64 and timed; then layers with the fastest ones beside cuDNN.
 
-    python bench/lstm_kernel.py [--seconds 150] [--each 2] [--shapes 1152,20,bf16 ...]
+    python bench/lstm_kernel.py [--seconds 150] [--each 2 | --free] [--shapes 1152,20,bf16 ...]
 
 All kernels are compiled first, in parallel. Each shape has a process of its own, which goes on behind a layout that broke the
 GPU's context; a layout that waits in vain for a fifth of a second is reported and counts for nothing. What is printed:
 microseconds of the kernel alone at T 70 (the fill of its outputs taken off), the largest relative error of its results, whether
-two runs gave the same bits, and the layout. A table of layers comes last.
+two runs gave the same bits, and the layout. A table of layers comes last. --free tries the free choices of lstm_cuda.FREE on
+a few layouts instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -38,8 +40,57 @@ PATIENCE = 200_000_000
 KEPT = Path(tempfile.gettempdir()) / "lstm-kernel"  # the fastest layouts of each shape, for the layers' table
 
 
+# Layouts for --free, and what is tried on each: lists of values for the free choices.
+FORWARD, BACKWARD = {"PACE": (0, 900, 1200, 1500)}, {"EAGER": (0, 1), "PACE": (2000, 2500, 3000), "RING_PACE": (0, 500)}
+CLUSTERS = {"SHORT_SUMS": (0, 1), "PACE": (0, 1200, 1500, 1800, 2100)}
+CHOICES: dict[tuple[str, int, int], list[tuple[dict[str, int], dict[str, tuple[int, ...]]]]] = {
+    ("forward", 1152, 20): [
+        ({"UNITS": 12, "WARPS": 8, "GROUPS": 1}, FORWARD),
+        ({"UNITS": 12, "WARPS": 12, "GROUPS": 1}, FORWARD),
+        ({"UNITS": 16, "WARPS": 8, "GROUPS": 1}, FORWARD),
+        ({"UNITS": 12, "WARPS": 12, "GROUPS": 2}, {}),
+        ({"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 2, "WARP_TILES": 2, "GROUPS": 1}, CLUSTERS),
+        ({"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "WARP_TILES": 2, "GROUPS": 1}, CLUSTERS),
+    ],
+    ("backward", 1152, 20): [
+        ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8}, BACKWARD),
+        ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8}, {}),
+        ({"ROW_UNITS": 112, "COLUMNS": 96, "WARPS": 7}, {"EAGER": (1,), "PACE": (0, 2000, 2500), "RING_PACE": (0,)}),
+        ({"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8}, {"EAGER": (1,), "PACE": (0, 2000, 2500), "RING_PACE": (0,)}),
+        ({"CLUSTER": 8, "WARPS_M": 3, "WARPS_K": 3, "WARP_TILES": 2, "GROUPS": 1}, {"PACE": (0, 1500)}),
+    ],
+    ("forward", 400, 20): [
+        ({"UNITS": 8, "WARPS": 7, "GROUPS": 1}, {"PACE": (0, 700, 900, 1100)}),
+        ({"UNITS": 8, "WARPS": 5, "GROUPS": 1}, {"PACE": (0, 700, 900, 1100)}),
+    ],
+    ("backward", 400, 20): [
+        ({"ROW_UNITS": 32, "COLUMNS": 64, "WARPS": 4}, {"PACE": (0, 1500, 2000, 2500), "RING_PACE": (0, 500)}),
+        ({"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6}, {"PACE": (0, 1500, 2000, 2500), "RING_PACE": (0, 500)}),
+    ],
+    ("forward", 1152, 80): [
+        ({"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": groups}, {"SHORT_SUMS": (0, 1)}) for groups in (3, 4)
+    ],
+    ("backward", 1152, 80): [
+        ({"CLUSTER": 8, "WARPS_M": 5, "WARPS_K": 3, "GROUPS": 5}, {}),
+        ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8, "GROUPS": 3}, {"EAGER": (0, 1)}),
+    ],
+    ("forward", 1024, 32): [({"UNITS": 12, "WARPS": 8, "GROUPS": 1}, FORWARD)],
+    ("backward", 1024, 32): [
+        ({"ROW_UNITS": 128, "COLUMNS": 64, "WARPS": 8}, {"EAGER": (0, 1), "PACE": (0, 2500, 3000)})
+    ],
+}  # fmt: skip
+
+
 def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]:
-    """Four layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising."""
+    """Four layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising;
+    those of CHOICES if it is 0."""
+    if not each:
+        choices = [
+            base | dict(zip(free, values, strict=True))
+            for base, free in CHOICES.get((name, H, B), [])
+            for values in itertools.product(*free.values())
+        ]
+        return [layout for c in choices if (layout := lstm_cuda.measured(name, H, B, card, c))]
     counts: Counter[tuple[int, ...]] = Counter()
     found = lstm_cuda.LAYOUTS[name](H, B, card)[:4]
     for layout in lstm_cuda.cluster_layouts(name, H, B, card):
@@ -77,7 +128,6 @@ class Case:
         self.d_gates = torch.empty_like(self.gates)
         self.last = torch.empty_like(self.h0), torch.empty_like(self.c0)
         self.d_h0, self.d_c0 = torch.empty_like(self.c0), torch.empty_like(self.c0)
-        self.d_bias = torch.empty(B, 4 * H, device="cuda")
         leaves = [t.double().requires_grad_() for t in (self.gates, self.h0, self.c0)]
         weight, (x, h, c), hs, cs = self.weight.double(), leaves, [], []
         activated = []
@@ -97,7 +147,6 @@ class Case:
             "forward": [t.detach() for t in exact],
             "backward": [t.detach() for t in torch.autograd.grad(objective, leaves)],
         }
-        self.truth["backward"].append(self.truth["backward"][0].sum(0))  # by clusters only
         self.activated, self.c_given = (
             torch.stack(activated).detach().to(dtype),
             torch.cat((self.c0[None], exact[1].detach().float())),
@@ -106,7 +155,7 @@ class Case:
 
     def fill(self, name: str, layout: Layout) -> tuple[Tensor, ...]:
         x, ring = lstm_cuda.exchange_of(layout, T, self.B, self.c0.device)
-        return x, self.d_bias if layout.cluster > 1 else ring
+        return x, ring
 
     def run(self, name: str, layout: Layout, kernel: nvrtc.Kernel) -> None:
         x, scratch = self.fill(name, layout)
@@ -125,8 +174,6 @@ class Case:
             self.worked.copy_(self.gates)
             self.run(name, layout, kernel)
             results = (self.y[1:], self.c[1:]) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0)
-            if name == "backward" and layout.cluster > 1:
-                results = *results, self.d_bias
             runs.append([t.clone() for t in results])
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(runs[0], self.truth[name], strict=False)]
         patient = not self.trouble.item()
@@ -144,9 +191,7 @@ def worker(H: int, B: int, kind: str, each: int, start: int) -> None:
     idle = {}
     for name in lstm_cuda.LAYOUTS:
         one = next(layout for n, layout in jobs if n == name)
-        plain = one._replace(macros=(*one.macros, ("CLUSTER", 2)))
-        idle[name, 1] = gpu_time(lambda name=name, one=one: case.fill(name, one), graph=False, repeats=5)
-        idle[name, 2] = gpu_time(lambda name=name, plain=plain: case.fill(name, plain), graph=False, repeats=5)
+        idle[name] = gpu_time(lambda name=name, one=one: case.fill(name, one), graph=False, repeats=5)
     for number, (name, layout) in enumerate(jobs[start:], start):
         line: dict[str, Any] = {"n": number, "name": name, "layout": dict(layout.macros), "blocks": layout.blocks}
         line |= {"shared": layout.shared, "estimated": round(layout.cost * T, 1)}
@@ -159,7 +204,7 @@ def worker(H: int, B: int, kind: str, each: int, start: int) -> None:
                 spent = gpu_time(
                     lambda name=name, layout=layout, k=kernel: case.run(name, layout, k), graph=False, repeats=7
                 )
-                line["us"] = round(spent - idle[name, min(layout.cluster, 2)], 1)
+                line["us"] = round(spent - idle[name], 1)
         except Exception as error:  # whatever it is, the others are measured
             line["failed"] = " ".join(str(error).split())[:200]
         print(json.dumps(line), flush=True)
@@ -308,10 +353,6 @@ def steps() -> None:
                 )
 
 
-def many(shape: str) -> int:
-    return 1
-
-
 def profile(layouts: list[Layout]) -> None:
     """Where the time of a layer, forward and backward, goes outside of the two kernels."""
     H, B, kind = SHAPES[0].split(",")
@@ -370,7 +411,8 @@ def layers() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times every layout of the LSTM kernels.")
     parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--each", type=int, default=0, help="layouts of a kind; by default 1, and 2 for large batches")
+    parser.add_argument("--each", type=int, default=1, help="layouts of a kind")
+    parser.add_argument("--free", action="store_const", const=0, dest="each", help="the free choices on a few layouts")
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--worker", nargs=5)
     parser.add_argument("--layers", action="store_true")
@@ -397,7 +439,7 @@ def main() -> None:
     for shape in given.shapes:
         H, B, kind = shape.split(",")
         for name in lstm_cuda.LAYOUTS:
-            for layout in candidates(name, int(H), int(B), card, given.each or many(shape)):
+            for layout in candidates(name, int(H), int(B), card, given.each):
                 jobs.append((layout, kind == "fp16", card.capability))
     start = time.monotonic()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=torch.multiprocessing.get_context("spawn")) as pool:
@@ -406,7 +448,7 @@ def main() -> None:
                 print(f"does not compile: {dict(job[0].macros)} {why[:300]}", flush=True)
     print(f"# {len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s", flush=True)
     for shape in given.shapes:
-        sweep(shape, given.each or many(shape), until - 25)
+        sweep(shape, given.each, until - 25)
     left = until - time.monotonic()
     try:
         subprocess.run([sys.executable, __file__, "--layers"], timeout=max(left, 15), check=False)

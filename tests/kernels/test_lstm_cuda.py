@@ -79,22 +79,24 @@ PARAMETERS = {
     "forward": "const T16* weights, T16* gates, const T16* h0, const void* c0, T16* x, T16* y, float* c, T16* h_last, "
     "void* c_last, int is_short, int T, int* trouble, unsigned long long limit",
     "backward": "const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT, "
-    "const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* scratch, int T, int* trouble, "
+    "const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble, "
     "unsigned long long limit",
+    "bias_gradient": "const T16* d_gates, T16* d_bias, int rows",
 }
 
 
-def on_cpu(layout: Layout, half: bool, folder: Path, seed: int):
-    """The kernel as a function of its arguments, run by fibres in an order drawn from the seed."""
+def on_cpu(layout: Layout, half: bool, folder: Path, seed: int, name: str = ""):
+    """The kernel, or another of its source, as a function of its arguments, run by fibres in an order drawn from the seed."""
     folder.mkdir(parents=True)
-    signature = PARAMETERS[layout.name].replace("const ", "")
+    blocks, name = layout.get("H") // 8 if name else layout.blocks, name or layout.name
+    signature = PARAMETERS[name].replace("const ", "")
     parameters = [p.strip() for p in signature.split(",")]
     names = [p.split()[-1] for p in parameters]
     globals_ = "".join(f"static {p}_;\n" for p in parameters)
     assign = "".join(f"{n}_ = {n}; " for n in names)
     (folder / "kernel.cpp").write_text(
         f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n{lstm_cuda.source(layout)}'
-        f"{globals_}static void go() {{ {layout.name}({', '.join(n + '_' for n in names)}); }}\n"
+        f"{globals_}static void go() {{ {name}({', '.join(n + '_' for n in names)}); }}\n"
         f'extern "C" int run(int blocks, int warps, int bytes, unsigned seed, {signature}) '
         f"{{ {assign}return launch(go, blocks, warps, bytes, seed); }}\n"
     )
@@ -105,7 +107,7 @@ def on_cpu(layout: Layout, half: bool, folder: Path, seed: int):
 
     def call(arguments) -> bool:
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_longlong(a) for a in arguments]
-        return bool(run(layout.blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
+        return bool(run(blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
 
     return call
 
@@ -227,15 +229,16 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
     layout = picked("backward", H, B, cluster, back)
-    d_gates, (x, scratch) = torch.empty(T, B, 4 * H, dtype=dtype), lstm_cuda.exchange_of(layout, T, B, cpu)
-    if cluster > 1:
-        scratch = torch.full((B, 4 * H), float("nan"))
+    d_gates, (x, ring) = torch.empty(T, B, 4 * H, dtype=dtype), lstm_cuda.exchange_of(layout, T, B, cpu)
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "backward", 3)
-    arguments = weight_GH, gates, c, d_h, d_hT, d_cT, x, d_gates, d_h0, d_c0, scratch, T, trouble, limit
+    arguments = weight_GH, gates, c, d_h, d_hT, d_cT, x, d_gates, d_h0, d_c0, ring, T, trouble, limit
     assert run(arguments) and not trouble
-    results = d_gates, d_h0, d_c0, *([scratch] if cluster > 1 else [])
-    for found, exact in zip(results, (*expected, expected[0].sum(0)), strict=False):
+    d_bias = torch.empty(4 * H, dtype=dtype)
+    assert on_cpu(layout, half, tmp_path / "bias", 4, "bias_gradient")((d_gates, d_bias, T * B))
+    exact_bias = d_gates.double().sum((0, 1))
+    torch.testing.assert_close(d_bias.double(), exact_bias, rtol=unit, atol=1e-5 * exact_bias.abs().max().item())
+    for found, exact in zip((d_gates, d_h0, d_c0), expected, strict=True):
         scale = exact.abs().max().item()
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * T**0.5 * unit * scale)
 
@@ -267,7 +270,12 @@ def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tm
         run = on_cpu(layout, half, tmp_path / layout.name, 1)
         return lambda blocks, threads, arguments: run(arguments)
 
+    def bias_gradient(layout: Layout, half: bool, index: int | None):
+        run = on_cpu(layout, half, tmp_path / "bias", 1, "bias_gradient")
+        return lambda blocks, threads, arguments: run(arguments)
+
     monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
+    monkeypatch.setattr(lstm_cuda, "_bias_gradient", functools.cache(bias_gradient))
     monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
     choice = {} if cluster > 1 else 0
     layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)

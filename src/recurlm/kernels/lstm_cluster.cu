@@ -50,7 +50,6 @@ struct Places {
     uint4 *more, *stage;
     float* sums;
     Sums* inbox;
-    float4* totals;  // backward: of each item of this block, the sum over steps of its gates' gradients
     int thread, warp, lane, r, q, m, k, rank;
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
 
@@ -61,7 +60,6 @@ struct Places {
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
         sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);
         inbox = (Sums*)(sums + 2 * WARPS_K * TILES_N * 8 * STRIDE);
-        totals = (float4*)(inbox + INBOX);
     }
 
     DEVICE void begin() {  // before anything arrives
@@ -298,15 +296,14 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
 
 #else  // ---- backward --------------------------------------------------------------------------------------------------
 
-// d_bias (BATCH, 4H): the gradients of the gates, added over the steps.
+// As in lstm.cu; there is no ring.
 KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
-                const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* d_bias, int T, int* trouble,
+                const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float*, int T, int* trouble,
                 unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
     const int column0 = blockIdx.x / CLUSTER * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
     Patience patience = {limit, 0, trouble, 0};
-    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     at.begin();
 
     Kept kept;
@@ -396,34 +393,26 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
                 for (int p = 0; p < CLUSTER; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
             }
-            float4* total = at.totals + (g * SHARE + mine) * 2;
             if (t < 0) {
                 *(float2*)(d_h0 + b * H + unit) = d;
                 if (GROUPS == 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
-                for (int gate = 0; gate < 4; gate++) *(float2*)(d_bias + (b * 4 + gate) * H + unit) = ((float2*)total)[gate];
                 continue;
             }
             d.x += d_above[i].x, d.y += d_above[i].y;
             const float2 d_c = make_float2(d_cell[i].x + d.x * by_h[i].x, d_cell[i].y + d.y * by_h[i].y);
             T16* to = x + ((long long)t * GROUPS + g) * VECTORS + place_in_vectors(n, unit, 0);
             T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
-            float2 d_gate[4];
+            unsigned words[4];
 #pragma unroll
             for (int gate = 0; gate < 3; gate++)
-                d_gate[gate] = make_float2(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
-            d_gate[3] = make_float2(d.x * by_o[i].x, d.y * by_o[i].y);
+                words[gate] = packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
+            words[3] = packed(d.x * by_o[i].x, d.y * by_o[i].y);
 #pragma unroll
             for (int gate = 0; gate < 4; gate++)
-                store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 16, packed(d_gate[gate].x, d_gate[gate].y));
+                store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 16, words[gate]);
             // others wait for these alone
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) *(unsigned*)(place + gate * H) = packed(d_gate[gate].x, d_gate[gate].y);
-#pragma unroll
-            for (int two = 0; two < 2; two++) {
-                const float2 x = d_gate[2 * two], y = d_gate[2 * two + 1];
-                const float4 before = total[two];
-                total[two] = make_float4(before.x + x.x, before.y + x.y, before.z + y.x, before.w + y.y);
-            }
+            for (int gate = 0; gate < 4; gate++) *(unsigned*)(place + gate * H) = words[gate];
             d_cell[i] = make_float2(d_c.x * forget[i].x, d_c.y * forget[i].y);
             if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
         }

@@ -280,6 +280,35 @@ DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
     return total;
 }
 
+#ifdef ROW_UNITS
+// Launched after `backward`: d_bias (4H), the sums of the rows of d_gates (rows, 4H), 32 columns a block.
+KERNEL bias_gradient(const T16* d_gates, T16* d_bias, int rows) {
+    SHARED(shared);
+    float* sums = (float*)shared;
+    const int thread = threadIdx.x, column = thread % 32, first = thread % 4 * 8;
+    float total[8] = {};
+#pragma unroll 8
+    for (int row = thread / 4; row < rows; row += THREADS / 4) {
+        const uint4 v = load_words(d_gates + (long long)row * 4 * H + blockIdx.x * 32 + first, true);
+        const float2 two[4] = {unpacked(v.x), unpacked(v.y), unpacked(v.z), unpacked(v.w)};
+#pragma unroll
+        for (int e = 0; e < 4; e++) total[2 * e] += two[e].x, total[2 * e + 1] += two[e].y;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++) sums[thread / 4 * 32 + first + e] = total[e];
+    barrier();
+    float part = 0.0f;  // of a warp's 8 rows
+    for (int i = 0; i < 8; i++) part += sums[(thread / 32 * 8 + i) * 32 + column];
+    barrier();
+    sums[thread] = part;
+    barrier();
+    if (thread >= 32) return;
+    float all = 0.0f;
+    for (int i = 0; i < WARPS; i++) all += sums[i * 32 + thread];
+    d_bias[blockIdx.x * 32 + thread] = narrowed(all);
+}
+#endif
+
 // A partial sum on its way, its last bit the one that tells this use of a place from the next.
 DEVICE unsigned marked(unsigned v, unsigned bit) { return (v & ~1u) | bit; }
 DEVICE unsigned marked(float x, unsigned bit) { return marked(__float_as_uint(x), bit); }

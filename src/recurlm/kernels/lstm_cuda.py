@@ -127,7 +127,7 @@ def forward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
         for warps, blocks_k in _warps(_up(H, 32)):
             for groups, rows, tiles_n in dict.fromkeys(_groupings(batch)):
                 rounds = _up(units * rows, 32 * warps)
-                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 32 + 5 * rounds + blocks_k, here)
+                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 20 + 5 * rounds + blocks_k, here)
                 if fit is None:
                     continue
                 products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
@@ -224,7 +224,6 @@ def _clustered(
     free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, width * cluster)
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + warps_k * blocks_k * tiles_n * 512
-    shared += groups * share * 32 * (not forward)
     shared += CLUSTER_RING * groups * cluster * share * width * 4 + warps_k * tiles_n * 8 * (rows + 4) * 8
     if free < 0 or shared > here.shared - 1024:
         return None
@@ -276,9 +275,16 @@ def source(layout: Layout) -> str:
 
 @functools.cache
 def _kernel(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
-    macros = {**dict(layout.macros), "HALF": int(half)}
-    code = nvrtc.compiled(source(layout), macros, card(index).capability)
-    return nvrtc.Kernel(code, layout.name, layout.shared, layout.cluster)
+    return nvrtc.Kernel(_code(layout, half, index), layout.name, layout.shared, layout.cluster)
+
+
+@functools.cache
+def _bias_gradient(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
+    return nvrtc.Kernel(_code(layout, half, index), "bias_gradient", layout.warps * 1024)
+
+
+def _code(layout: Layout, half: bool, index: int) -> bytes:
+    return nvrtc.compiled(source(layout), {**dict(layout.macros), "HALF": int(half)}, card(index).capability)
 
 
 @functools.cache
@@ -378,9 +384,7 @@ class _Layer(torch.autograd.Function):
         d_hT, d_cT = (0 if d is None else d.contiguous() for d in (d_h, d_c if d_c is None else d_c.float()))
         d_h0, d_c0 = c.new_empty(2, B, H)
         d_gates, (exchange, ring) = torch.empty_like(gates_TBG), exchange_of(back, T, B, y.device)
-        # with clusters the kernel adds up the bias's gradient too
-        scratch = c.new_empty(B, G) if back.cluster > 1 else ring
-        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, scratch
+        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, ring
         _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
         d_NG = d_gates.view(T * B, G)
         needed = ctx.needs_input_grad
@@ -389,7 +393,8 @@ class _Layer(torch.autograd.Function):
         d_hh = d_NG.t() @ y[:T].view(T * B, H) if needed[2] else None
         d_bias = None
         if needed[3]:
-            d_bias = scratch.sum(0).to(d_gates.dtype) if back.cluster > 1 else d_NG.sum(0)
+            d_bias = d_gates.new_empty(G)
+            _bias_gradient(back, half, index)(G // 32, 32 * back.warps, (d_gates, d_bias, T * B))
         d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[4:], strict=False))
         return d_x, d_ih, d_hh, d_bias, d_h0, d_c0, None, None
 
