@@ -326,9 +326,8 @@ def measured(shape: str) -> dict[str, Layout]:
     return found
 
 
-def steps() -> None:
-    """Training steps with the fastest layouts found, and with large batches left to cuDNN or not."""
-    warnings.simplefilter("ignore")
+def use_measured() -> None:
+    """Makes the fastest layouts that the last sweep found those in use."""
     picked = lstm_cuda.best
 
     def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
@@ -337,6 +336,12 @@ def steps() -> None:
         return pair and (found.get("forward", pair[0]), found.get("backward", pair[1]))
 
     lstm_cuda.best = best  # type: ignore[assignment]
+
+
+def steps() -> None:
+    """Training steps with the fastest layouts found, and with large batches left to cuDNN or not."""
+    warnings.simplefilter("ignore")
+    use_measured()
     with tempfile.TemporaryDirectory() as scratch:
         for recipe, words, types, limits in (
             ("awd-lstm-ptb", 300_000, 10_000, (128,)),

@@ -31,7 +31,9 @@ Pair = tuple[Layout, Layout]
 
 
 def pair(H: int, B: int, clusters: bool, small: bool = False) -> Pair | None:
-    """The forward and the backward layout estimated best, with or without clusters."""
+    """The forward and the backward layout estimated best with clusters, or those that are used."""
+    if not clusters and not small:
+        return lstm_cuda.best(H, B, torch.cuda.current_device())
     H = -(-H // lstm_cuda.MULTIPLE) * lstm_cuda.MULTIPLE
     card = (SMALL_HOPPER if clusters else SMALL) if small else lstm_cuda.card(0)
     if not clusters:
@@ -132,7 +134,7 @@ def launches() -> None:
         late = lstm_cuda.waited_too_long(torch.device("cuda"))
         seconds = time.monotonic() - start
         print(
-            f"launches: 10000 forward, 1000 with backward, {'clusters' if clusters else 'no clusters'}: "
+            f"launches: 10000 forward, 1000 with backward, {'clusters' if clusters else 'layouts in use'}: "
             f"{int(different)} and {backward_differs} differ, waited in vain: {late}, {seconds:.1f} s",
             flush=True,
         )
