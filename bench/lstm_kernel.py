@@ -74,6 +74,8 @@ CHOICES: dict[tuple[str, int, int], list[tuple[dict[str, int], dict[str, tuple[i
         ({"CLUSTER": 8, "WARPS_M": 5, "WARPS_K": 3, "GROUPS": 5}, {}),
         ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8, "GROUPS": 3}, {"EAGER": (0, 1)}),
     ],
+    ("forward", 400, 80): [({}, {}), *(({"CLUSTER": size, "GROUPS": groups}, {}) for size in (2, 3, 4) for groups in (3, 5))],
+    ("backward", 400, 80): [({}, {}), *(({"CLUSTER": size, "GROUPS": groups}, {}) for size in (2, 4, 8) for groups in (3, 5))],
     ("forward", 1024, 32): [({"UNITS": 12, "WARPS": 8, "GROUPS": 1}, FORWARD)],
     ("backward", 1024, 32): [
         ({"ROW_UNITS": 128, "COLUMNS": 64, "WARPS": 8}, {"EAGER": (0, 1), "PACE": (0, 2500, 3000)})

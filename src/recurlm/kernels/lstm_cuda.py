@@ -263,9 +263,11 @@ def measured(name: str, H: int, batch: int, here: Card, choice: dict[str, int]) 
     """The layout with these macros that is estimated best; None where there is none."""
     wanted = {key: value for key, value in choice.items() if key not in FREE}
     make = functools.partial(cluster_layouts, name) if "CLUSTER" in choice else LAYOUTS[name]
-    found = next((layout for layout in make(H, batch, here) if wanted.items() <= dict(layout.macros).items()), None)
     free = tuple((key, value) for key, value in choice.items() if key in FREE)
-    return found and found._replace(macros=found.macros + free)
+    for layout in make(H, batch, here):
+        if wanted.items() <= dict(layout.macros).items():
+            return layout._replace(macros=layout.macros + free)
+    return None
 
 
 def source(layout: Layout) -> str:
@@ -295,8 +297,8 @@ def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
         return None
     pair = []
     for name, layouts in LAYOUTS.items():
-        choice = FASTEST.get((name, H, batch))
-        known = choice and measured(name, H, batch, here, choice)
+        choice = FASTEST.get((name, H, batch)) if here.capability == CLUSTER_CAPABILITY else None
+        known = measured(name, H, batch, here, choice) if choice else None
         found = [known] if known else layouts(H, batch, here)[:1]
         if not known and batch > LEAST_CLUSTERED:
             found += cluster_layouts(name, H, batch, here)[:1]
