@@ -40,10 +40,13 @@ PATIENCE = 200_000_000
 KEPT = Path(tempfile.gettempdir()) / "lstm-kernel"  # the fastest layouts of each shape, for the layers' table
 
 
-# Layouts for --free, and what is tried on each: lists of values for the free choices.
-FORWARD, BACKWARD = {"PACE": (0, 900, 1200, 1500)}, {"EAGER": (0, 1), "PACE": (2000, 2500, 3000), "RING_PACE": (0, 500)}
-CLUSTERS = {"SHORT_SUMS": (0, 1), "PACE": (0, 1200, 1500, 1800, 2100)}
-CHOICES: dict[tuple[str, int, int], list[tuple[dict[str, int], dict[str, tuple[int, ...]]]]] = {
+# Layouts for --free, and what is tried on each: lists of values for the free choices, None to give none.
+FORWARD, BACKWARD = (
+    {"PACE": (None, 900, 1200, 1500)},
+    {"EAGER": (0, 1), "PACE": (2000, 2500, 3000), "RING_PACE": (0, 500)},
+)
+CLUSTERS = {"SHORT_SUMS": (0, 1), "PACE": (None, 1200, 1500, 1800, 2100)}
+CHOICES: dict[tuple[str, int, int], list[tuple[dict[str, int], dict[str, tuple[int | None, ...]]]]] = {
     ("forward", 1152, 20): [
         ({"UNITS": 12, "WARPS": 8, "GROUPS": 1}, FORWARD),
         ({"UNITS": 12, "WARPS": 12, "GROUPS": 1}, FORWARD),
@@ -55,13 +58,15 @@ CHOICES: dict[tuple[str, int, int], list[tuple[dict[str, int], dict[str, tuple[i
     ("backward", 1152, 20): [
         ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8}, BACKWARD),
         ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8}, {}),
-        ({"ROW_UNITS": 112, "COLUMNS": 96, "WARPS": 7}, {"EAGER": (1,), "PACE": (0, 2000, 2500), "RING_PACE": (0,)}),
+        ({"ROW_UNITS": 112, "COLUMNS": 96, "WARPS": 7}, {"EAGER": (0, 1), "PACE": (0, 2000, 2500), "RING_PACE": (500,)}),
+        ({"ROW_UNITS": 144, "COLUMNS": 80}, {"EAGER": (1,), "PACE": (2000, 2500), "RING_PACE": (500,)}),
+        ({"ROW_UNITS": 96, "COLUMNS": 112}, {"EAGER": (1,), "PACE": (2000, 2500), "RING_PACE": (500,)}),
         ({"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8}, {"EAGER": (1,), "PACE": (0, 2000, 2500), "RING_PACE": (0,)}),
         ({"CLUSTER": 8, "WARPS_M": 3, "WARPS_K": 3, "WARP_TILES": 2, "GROUPS": 1}, {"PACE": (0, 1500)}),
     ],
     ("forward", 400, 20): [
-        ({"UNITS": 8, "WARPS": 7, "GROUPS": 1}, {"PACE": (0, 700, 900, 1100)}),
-        ({"UNITS": 8, "WARPS": 5, "GROUPS": 1}, {"PACE": (0, 700, 900, 1100)}),
+        ({"UNITS": 8, "WARPS": 7, "GROUPS": 1}, {"PACE": (None, 700, 900, 1100)}),
+        ({"UNITS": 8, "WARPS": 5, "GROUPS": 1}, {"PACE": (None, 700, 900, 1100)}),
     ],
     ("backward", 400, 20): [
         ({"ROW_UNITS": 32, "COLUMNS": 64, "WARPS": 4}, {"PACE": (0, 1500, 2000, 2500), "RING_PACE": (0, 500)}),
@@ -88,7 +93,7 @@ def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]
     those of CHOICES if it is 0."""
     if not each:
         choices = [
-            base | dict(zip(free, values, strict=True))
+            base | {key: value for key, value in zip(free, values, strict=True) if value is not None}
             for base, free in CHOICES.get((name, H, B), [])
             for values in itertools.product(*free.values())
         ]

@@ -30,7 +30,9 @@
 template <int TILES_M, class Then>
 DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
                                 const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M], const uint4* more,
-                                const T16* from, unsigned present, int rows, Patience& patience, Then then) {
+                                const T16* from, unsigned present, int rows, Patience& patience, Pace& pace,
+                                Then then) {
+    bool too_early = false;
     uint4 vectors[BLOCKS_K][TILES_N];
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++)
@@ -47,6 +49,7 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #pragma unroll
             for (int n = 0; n < TILES_N; n++) waits |= is_empty(vectors[k][n]);
             if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+            too_early = true;
 #pragma unroll
             for (int later = k; later < (EAGER ? BLOCKS_K : k + 1); later++)
 #pragma unroll
@@ -63,6 +66,7 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
         if (k == BLOCKS_K - 1) then();
         product<TILES_M>(acc, weights, more, vectors[k], k);
     }
+    pace.judge(too_early);
 }
 
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
@@ -150,7 +154,6 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
         place_of[i] = place_in_vectors(item / UNITS, unit0 + item % UNITS);
     }
     Pace pace;
-    pace.begin();
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS; turn++) {
@@ -159,7 +162,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
         const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
         float acc[TILES][TILES_N][4] = {};
         pace.hold(turn ? PACE : 0);
-        product_of_arriving<TILES>(acc, kept, more, from, present, rows, patience,
+        product_of_arriving<TILES>(acc, kept, more, from, present, rows, patience, pace,
                                    [&] { if (turn + 1 < T * GROUPS) fetch(turn + 1); });
         float* place = sums + (turn & 1) * WARPS * TILES_N * 8 * STRIDE;
         put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);
@@ -308,7 +311,6 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         place_of[i] = place_in_vectors(item / PAIRS, column0 + item % PAIRS * 2, 0);
     }
     Pace pace;
-    pace.begin();
 
     int turn = 0;
     for (int t = T - 1; t >= -1; t--) {
@@ -384,7 +386,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
             float acc[TILES][TILES_N][4] = {};
             pace.hold(t < T - 1 && !g ? PACE : 0);
-            product_of_arriving<TILES>(acc, kept, more, from + g * VECTORS, present, rows, patience,
+            product_of_arriving<TILES>(acc, kept, more, from + g * VECTORS, present, rows, patience, pace,
                                        [&] { if (t > 0 && g == GROUPS - 1) fetch(t - 1, 0); });
             float* place = sums + turn * WARPS * TILES_N * 8 * STRIDE;
             put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);

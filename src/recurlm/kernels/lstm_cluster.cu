@@ -104,11 +104,14 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, uns
         reload_shared_words(words[i], from + i * WARPS_M * 256, present >> i & 1 && row < batch_rows);
     }
     patience.renew();
-    for (;;) {
+    for (bool too_early = false;; too_early = true) {
         bool waits = false;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
-        if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+        if (!any_lane(waits) || !any_lane(patience.lasts())) {
+            pace.judge(too_early);
+            break;
+        }
 #pragma unroll
         for (int i = 0; i < LOADS; i++) reload_shared_words(words[i], from + i * WARPS_M * 256, is_empty(words[i]));
     }
@@ -204,7 +207,6 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
         present |= (fragment < FRAGMENTS && column < H) << i;
     }
     Pace pace;
-    pace.begin();
 
     unsigned input[ROUNDS][4];
     float cell[ROUNDS] = {};
@@ -333,7 +335,6 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         present |= (fragment < FRAGMENTS && row_unit0 + chunk_unit(chunk) < H) << i;
     }
     Pace pace;
-    pace.begin();
 
     // With d the gradient of h, the gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of
     // i, f, g that of c times by_c.

@@ -218,18 +218,31 @@ DEVICE int place_in_vectors(int row, int unit, int gate) {
 }
 #endif
 
-#ifndef PACE
+// What is asked for too early costs a whole trip, and others' trips their time: so a warp waits for PACE cycles after a barrier
+// before it asks for vectors, and RING_PACE for partial sums. Where PACE is not given, the forward kernel with one group finds it.
+#ifdef PACE
+#define FINDS_PACE 0
+#else
 #define PACE 0
+#if defined(UNITS) && GROUPS == 1
+#define FINDS_PACE 1
+#else
+#define FINDS_PACE 0
+#endif
 #endif
 #ifndef RING_PACE
 #define RING_PACE 0
 #endif
-// Cycles after `begin` before which it is not worth asking: what comes too early costs a whole trip, and others' trips their time.
 struct Pace {
-    unsigned start;
+    unsigned start, found;
+    DEVICE Pace() : found(0) { begin(); }
     DEVICE void begin() { start = cycles(); }
-    DEVICE void hold(unsigned wait) {
+    DEVICE void hold(unsigned given) {
+        const unsigned wait = FINDS_PACE ? found : given;
         if (wait) while (cycles() - start < wait);
+    }
+    DEVICE void judge(bool too_early) {
+        if (FINDS_PACE) found = too_early ? min((int)found + 200, 5000) : found > 20 ? found - 20 : 0;
     }
 };
 

@@ -162,7 +162,7 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
         for warps, blocks_k in _warps(row_units // 8):
             for groups, batch_rows, tiles_n in dict.fromkeys(_groupings(batch)):
                 rounds = _up(_up(columns // 2 * batch_rows, rows), 32 * warps)
-                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 32 + 20 * rounds + 2 * rows + blocks_k, here)
+                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 18 + 20 * rounds + 2 * rows + blocks_k, here)
                 if fit is None:
                     continue
                 products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
@@ -247,7 +247,7 @@ def _clustered(
 
 
 # What was fastest of many layouts on an H200 (bench/results/h200/lstm-clusters.txt, lstm-pace.txt), by kernel, units and batch. The
-# macros PACE, RING_PACE, EAGER and SHORT_SUMS are free choices, which a layout does not have otherwise.
+# macros of FREE are free choices, which a layout does not have otherwise.
 FASTEST = {
     ("forward", 1152, 20): {"UNITS": 12, "WARPS": 8, "GROUPS": 1, "PACE": 1200},
     ("backward", 1152, 20): {"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8, "PACE": 2500, "RING_PACE": 500, "EAGER": 1},
