@@ -70,8 +70,8 @@ def padded(size: int, multiple: int = 128) -> int:
     return -(-size // multiple) * multiple
 
 
-def rows() -> list[dict[str, Any]]:
-    """The layers, and for the first shape cuDNN in every type."""
+def rows(show: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+    """The layers, and for the first shape cuDNN in every type; each is shown as soon as it is measured."""
     found = []
 
     def add(
@@ -83,6 +83,7 @@ def rows() -> list[dict[str, Any]]:
             measure=measure, shape=f"T {T}, B {B}, {width} -> {H}, {dtype}", ours_us=ours, peer_us=peer, peer=name, target=target,
             limit_us=of * 8e6 * T * B * H * (width + H) / rate,
         ).as_dict())  # fmt: skip
+        show(found[-1])
 
     for T, B, width, H, dtype, both, forward in SHAPES:
         shape, aligned = (T, B, width, H), (T, B, padded(width), padded(H))
@@ -141,19 +142,15 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
             )
 
 
+def show(row: dict[str, Any]) -> None:
+    peer = "" if row["peer_us"] is None else f"{row['peer']} {duration(row['peer_us'])}"
+    of = row["measure"], row["shape"], duration(row["ours_us"]), peer, f"{row['share']:.0%}", row["target"]
+    print(*of, flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--layouts"]:
         steps, batch, units = map(int, sys.argv[2:5])
         layouts(steps, batch, units, torch.float16 if sys.argv[5:] == ["fp16"] else torch.bfloat16)
     else:
-        for row in rows():
-            peer = "" if row["peer_us"] is None else f"{row['peer']} {duration(row['peer_us'])}"
-            print(
-                row["measure"],
-                row["shape"],
-                duration(row["ours_us"]),
-                peer,
-                f"{row['share']:.0%}",
-                row["target"],
-                flush=True,
-            )
+        rows(show)
