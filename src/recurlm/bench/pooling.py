@@ -135,10 +135,9 @@ def variants() -> list[Variant]:
     add("forward", first, (four,), (4, 8))
     add("forward", second, (four, (256, 2)), (4, 8))
     add("forward", second, (two,), (4, 8))
-    add("forward", short, (narrow,), (12, 16, 20))
-    add("forward", short, ((64, 2), wide), (16,))
-    add("forward", long, (one,), (8,), (48, 64, 72, 96))
-    add("forward", long, (narrow,), (16,), (80,))
+    add("forward", short, (narrow,), (16, 20))
+    found += [("forward", short, bf16, (64, 8, unroll, whole, True, "approx", 8)) for unroll in (9, 10)]
+    add("forward", long, (one,), (8,), (64, 72, 80))
     add("backward", first, (four,), (4, 8), aheads=(True, False))
     add("backward", second, (four, (256, 2)), (8,), aheads=(False,))
     add("backward", short, (narrow, (64, 2)), (8, 12))

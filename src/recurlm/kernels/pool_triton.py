@@ -32,7 +32,6 @@ from torch import Tensor
 from recurlm.kernels import reference
 
 INTERPRETED = triton.knobs.runtime.interpret
-MAPS_UNROLL = 1
 WHOLE = 1 << 30
 """A chunk that holds any time: it is not split."""
 
@@ -80,7 +79,7 @@ def _overlaps(device: torch.device) -> bool:
 def _chunk(T: int, columns: int, unroll: int) -> int:
     """Steps a chunk, a multiple of `unroll`: so many chunks that about 120,000 columns run at once; WHOLE if < 3."""
     chunks = min(120_000 // columns, T // 64)
-    return WHOLE if chunks < 3 else triton.cdiv(triton.cdiv(T, chunks), unroll) * unroll
+    return WHOLE if chunks < 3 else triton.cdiv(T, chunks) // unroll * unroll
 
 
 def _short(T: int, gates_TBG: Tensor) -> bool:
@@ -617,9 +616,7 @@ def _launch(
         for find_maps in (True, False) if chunks > 1 else (False,):
             grid = programs, chunks - find_maps
             early = {"launch_pdl": True} if overlap and not find_maps else {}
-            if find_maps:
-                early = {"K": plan.unroll * MAPS_UNROLL}
-            kernel[grid](*inputs, *others, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **(options | early))
+            kernel[grid](*inputs, *others, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options, **early)
 
 
 def run_forward(
