@@ -1,18 +1,17 @@
 """Every way to lay out the LSTM kernels, checked against float64 and timed; then layers with the fastest ones beside cuDNN.
 
-    python bench/lstm_kernel.py [--seconds 150] [--each 2 | --free] [--shapes 1152,20,bf16 ...]
+    python bench/lstm_kernel.py [--seconds 150] [--each 2 | --paces] [--shapes 1152,20,bf16 ...]
 
 All kernels are compiled first, in parallel. Each shape has a process of its own, which goes on behind a layout that broke the
 GPU's context; a layout that waits in vain for a fifth of a second is reported and counts for nothing. What is printed:
 microseconds of the kernel alone at T 70 (the fill of its outputs taken off), the largest relative error of its results, whether
-two runs gave the same bits, and the layout. A table of layers comes last. --free tries the free choices of lstm_cuda.FREE on
+two runs gave the same bits, and the layout. A table of layers comes last. --paces tries several paces on
 a few layouts instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -40,64 +39,22 @@ PATIENCE = 200_000_000
 KEPT = Path(tempfile.gettempdir()) / "lstm-kernel"  # the fastest layouts of each shape, for the layers' table
 
 
-# Layouts for --free, and what is tried on each: lists of values for the free choices, None to give none.
-FORWARD, BACKWARD = (
-    {"PACE": (None, 900, 1200, 1500)},
-    {"EAGER": (0, 1), "PACE": (2000, 2500, 3000), "RING_PACE": (0, 500)},
-)
-CLUSTERS = {"SHORT_SUMS": (0, 1), "PACE": (None, 1200, 1500, 1800, 2100)}
-CHOICES: dict[tuple[str, int, int], list[tuple[dict[str, int], dict[str, tuple[int | None, ...]]]]] = {
-    ("forward", 1152, 20): [
-        ({"UNITS": 12, "WARPS": 8, "GROUPS": 1}, FORWARD),
-        ({"UNITS": 12, "WARPS": 12, "GROUPS": 1}, FORWARD),
-        ({"UNITS": 16, "WARPS": 8, "GROUPS": 1}, FORWARD),
-        ({"UNITS": 12, "WARPS": 12, "GROUPS": 2}, {}),
-        ({"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 2, "WARP_TILES": 2, "GROUPS": 1}, CLUSTERS),
-        ({"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "WARP_TILES": 2, "GROUPS": 1}, CLUSTERS),
-    ],
-    ("backward", 1152, 20): [
-        ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8}, BACKWARD),
-        ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8}, {}),
-        ({"ROW_UNITS": 112, "COLUMNS": 96, "WARPS": 7}, {"EAGER": (0, 1), "PACE": (0, 2000, 2500), "RING_PACE": (500,)}),
-        ({"ROW_UNITS": 144, "COLUMNS": 80}, {"EAGER": (1,), "PACE": (2000, 2500), "RING_PACE": (500,)}),
-        ({"ROW_UNITS": 96, "COLUMNS": 112}, {"EAGER": (1,), "PACE": (2000, 2500), "RING_PACE": (500,)}),
-        ({"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8}, {"EAGER": (1,), "PACE": (0, 2000, 2500), "RING_PACE": (0,)}),
-        ({"CLUSTER": 8, "WARPS_M": 3, "WARPS_K": 3, "WARP_TILES": 2, "GROUPS": 1}, {"PACE": (0, 1500)}),
-    ],
-    ("forward", 400, 20): [
-        ({"UNITS": 8, "WARPS": 7, "GROUPS": 1}, {"PACE": (None, 700, 900, 1100)}),
-        ({"UNITS": 8, "WARPS": 5, "GROUPS": 1}, {"PACE": (None, 700, 900, 1100)}),
-    ],
-    ("backward", 400, 20): [
-        ({"ROW_UNITS": 32, "COLUMNS": 64, "WARPS": 4}, {"PACE": (0, 1500, 2000, 2500), "RING_PACE": (0, 500)}),
-        ({"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6}, {"PACE": (0, 1500, 2000, 2500), "RING_PACE": (0, 500)}),
-    ],
-    ("forward", 1152, 80): [
-        ({"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": groups}, {"SHORT_SUMS": (0, 1)}) for groups in (3, 4)
-    ],
-    ("backward", 1152, 80): [
-        ({"CLUSTER": 8, "WARPS_M": 5, "WARPS_K": 3, "GROUPS": 5}, {}),
-        ({"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8, "GROUPS": 3}, {"EAGER": (0, 1)}),
-    ],
-    ("forward", 400, 80): [({}, {}), *(({"CLUSTER": size, "GROUPS": groups}, {}) for size in (2, 3, 4) for groups in (3, 5))],
-    ("backward", 400, 80): [({}, {}), *(({"CLUSTER": size, "GROUPS": groups}, {}) for size in (2, 4, 8) for groups in (3, 5))],
-    ("forward", 1024, 32): [({"UNITS": 12, "WARPS": 8, "GROUPS": 1}, FORWARD)],
-    ("backward", 1024, 32): [
-        ({"ROW_UNITS": 128, "COLUMNS": 64, "WARPS": 8}, {"EAGER": (0, 1), "PACE": (0, 2500, 3000)})
-    ],
-}  # fmt: skip
+PACES = None, 0, 700, 900, 1200, 1500, 2000, 2500
 
 
 def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]:
     """Four layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising;
-    those of CHOICES if it is 0."""
+    if it is 0, three of both kinds and the one in use with every pace."""
     if not each:
-        choices = [
-            base | {key: value for key, value in zip(free, values, strict=True) if value is not None}
-            for base, free in CHOICES.get((name, H, B), [])
-            for values in itertools.product(*free.values())
+        known = lstm_cuda.FASTEST.get((name, H, B), {})
+        found = [lstm_cuda.measured(name, H, B, card, {k: v for k, v in known.items() if k != "PACE"})]
+        found += lstm_cuda.LAYOUTS[name](H, B, card)[:3] + lstm_cuda.cluster_layouts(name, H, B, card)[:3]
+        layouts = dict.fromkeys(layout for layout in found if layout)
+        return [
+            layout._replace(macros=layout.macros + (() if pace is None else (("PACE", pace),)))
+            for layout in layouts
+            for pace in PACES
         ]
-        return [layout for c in choices if (layout := lstm_cuda.measured(name, H, B, card, c))]
     counts: Counter[tuple[int, ...]] = Counter()
     found = lstm_cuda.LAYOUTS[name](H, B, card)[:4]
     for layout in lstm_cuda.cluster_layouts(name, H, B, card):
@@ -352,13 +309,13 @@ def steps() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for recipe, words, types, limits in (
             ("awd-lstm-ptb", 300_000, 10_000, (128,)),
-            ("awd-lstm-wt2", 900_000, 33_278, (128, lstm_cuda.MOST_BATCH)),
+            ("awd-lstm-wt2", 900_000, 33_278, (128, 48)),
         ):
             folder = Path(scratch) / recipe
             folder.mkdir()
             store = step.text(folder, words, types)
             for most in limits:
-                lstm_cuda.MOST_BATCH = most
+                lstm_cuda._left_to_cudnn = lambda units, batch, index, most=most: batch > most
                 spent, _ = step.microseconds(recipe, store, "train.dtype=bf16")
                 print(
                     f"step {recipe} bf16, weights resident up to batches of {most}: {spent / 1000:.3f} ms", flush=True
@@ -424,7 +381,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times every layout of the LSTM kernels.")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--each", type=int, default=1, help="layouts of a kind")
-    parser.add_argument("--free", action="store_const", const=0, dest="each", help="the free choices on a few layouts")
+    parser.add_argument("--paces", action="store_const", const=0, dest="each", help="several paces on a few layouts")
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--worker", nargs=5)
     parser.add_argument("--layers", action="store_true")

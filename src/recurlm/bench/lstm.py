@@ -5,8 +5,8 @@
 Ours has its sizes padded to a multiple of 16, as training pads them. The peer of a row is the fastest of cuDNN's in the same
 type, with its sizes as they are and padded to a multiple of 128;
 the other rows are cuDNN as it is commonly called. All are CUDA graphs but those called eager. Large batches are measured
-with our kernel too, though `kernels.lstm` leaves them to cuDNN. The limit is that of the products' arithmetic at the rate of
-a large product. --layouts times the kernels' layouts instead, the best first.
+with our kernel too, though `kernels.lstm` leaves most of them to cuDNN. The limit is that of the products' arithmetic at the
+rate of a large product. --layouts times the kernels' layouts instead, the best first.
 """
 
 from __future__ import annotations

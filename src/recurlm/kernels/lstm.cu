@@ -17,13 +17,6 @@
 // (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K.
 // Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work.
 
-#ifdef EAGER
-#elif defined(UNITS)
-#define EAGER 1  // a warp that waits asks for all its words again, or only for the next block of them
-#else
-#define EAGER 0
-#endif
-
 // acc = weights * vectors over this warp's share of k, of which bit k of `present` says whether this lane has any of block k, and
 // whose words for this lane begin at `from`; `rows` tiles of batch rows are there for it. Waits for words that are EMPTY, block by
 // block. `then` is called when all are there: loads asked for before would be waited for with them, or even before they are.
@@ -51,14 +44,7 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
             if (!any_lane(waits) || !any_lane(patience.lasts())) break;
             too_early = true;
 #pragma unroll
-            for (int later = k; later < (EAGER ? BLOCKS_K : k + 1); later++)
-#pragma unroll
-                for (int n = 0; n < TILES_N; n++)
-                    reload_shared_words(vectors[later][n], from + (later * TILES_N + n) * 256, is_empty(vectors[later][n]));
-        }
-        if (!EAGER && k == 0) {
-#pragma unroll
-            for (int later = 1; later < BLOCKS_K; later++)
+            for (int later = k; later < BLOCKS_K; later++)
 #pragma unroll
                 for (int n = 0; n < TILES_N; n++)
                     reload_shared_words(vectors[later][n], from + (later * TILES_N + n) * 256, is_empty(vectors[later][n]));
@@ -314,7 +300,6 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 
     int turn = 0;
     for (int t = T - 1; t >= -1; t--) {
-        pace.hold(t < T - 1 ? RING_PACE : 0);
         // the gradients of h from step t + 1, and the share of the gates' gradients of step t
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {

@@ -24,12 +24,11 @@
 #define RING 2
 #define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
 
-// An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group. With
-// SHORT_SUMS those of the forward kernel travel in fp16 where the type is bf16: they are of moderate size, and of what was rounded
-// to bf16.
+// An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group. The
+// sums of the forward kernel travel in fp16 where the type is bf16: they are of moderate size, and of what was rounded to bf16.
 #ifdef UNITS
 #define WIDTH 4
-#if SHORT_SUMS && !HALF
+#if !HALF
 #define IN_FP16 1
 typedef uint2 Sums;
 #else

@@ -219,7 +219,7 @@ DEVICE int place_in_vectors(int row, int unit, int gate) {
 #endif
 
 // What is asked for too early costs a whole trip, and others' trips their time: so a warp waits for PACE cycles after a barrier
-// before it asks for vectors, and RING_PACE for partial sums. Where PACE is not given, the forward kernel with one group finds it.
+// before it asks for vectors. Where PACE is not given, the forward kernel with one group finds it.
 #ifdef PACE
 #define FINDS_PACE 0
 #else
@@ -229,9 +229,6 @@ DEVICE int place_in_vectors(int row, int unit, int gate) {
 #else
 #define FINDS_PACE 0
 #endif
-#endif
-#ifndef RING_PACE
-#define RING_PACE 0
 #endif
 struct Pace {
     unsigned start, found;

@@ -24,7 +24,9 @@ CLUSTER_CAPABILITY = (9, 0)
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 CLUSTER_RING = 2  # the same within clusters
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
-MOST_BATCH = 48  # for more, several layers of cuDNN's, which overlap, are as fast (docs/log.md)
+MOST_BATCH = (
+    48  # for more, several layers of cuDNN's, which overlap, are as fast unless FASTEST says more (docs/log.md)
+)
 
 
 class Card(NamedTuple):
@@ -246,24 +248,27 @@ def _clustered(
     return Layout(name, tuple(macros.items()), strips * cluster, warps, shared, cost)
 
 
-# What was fastest of many layouts on an H200 (bench/results/h200/lstm-clusters.txt, lstm-pace.txt), by kernel, units and batch. The
-# macros of FREE are free choices, which a layout does not have otherwise.
+# What was fastest of many layouts on an H200 (bench/results/h200/lstm-pace.txt), by kernel, units and batch. PACE is free: no
+# layout has it otherwise. Batches over MOST_BATCH are computed here for these sizes only.
 FASTEST = {
-    ("forward", 1152, 20): {"UNITS": 12, "WARPS": 8, "GROUPS": 1, "PACE": 1200},
-    ("backward", 1152, 20): {"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8, "PACE": 2500, "RING_PACE": 500, "EAGER": 1},
-    ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 900},
-    ("backward", 400, 20): {"ROW_UNITS": 32, "COLUMNS": 64, "WARPS": 4, "PACE": 2500, "RING_PACE": 500},
-    ("forward", 1152, 80): {"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": 3},
-    ("backward", 1152, 80): {"CLUSTER": 8, "WARPS_M": 5, "WARPS_K": 3, "GROUPS": 5},
+    ("forward", 1152, 20): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
+    ("backward", 1152, 20): {"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8, "GROUPS": 1},
+    ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 700},
+    ("backward", 400, 20): {"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6, "GROUPS": 1},
+    ("forward", 1152, 80): {"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": 4},
+    ("backward", 1152, 80): {"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8, "GROUPS": 3},
+    ("forward", 400, 80): {"UNITS": 8, "WARPS": 7, "GROUPS": 3},
+    ("backward", 400, 80): {"ROW_UNITS": 32, "COLUMNS": 48, "WARPS": 4, "GROUPS": 3},
+    ("forward", 1024, 32): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
+    ("backward", 1024, 32): {"ROW_UNITS": 128, "COLUMNS": 64, "WARPS": 8, "GROUPS": 1, "PACE": 2500},
 }
-FREE = "PACE", "RING_PACE", "EAGER", "SHORT_SUMS"
 
 
 def measured(name: str, H: int, batch: int, here: Card, choice: dict[str, int]) -> Layout | None:
     """The layout with these macros that is estimated best; None where there is none."""
-    wanted = {key: value for key, value in choice.items() if key not in FREE}
+    wanted = {key: value for key, value in choice.items() if key != "PACE"}
     make = functools.partial(cluster_layouts, name) if "CLUSTER" in choice else LAYOUTS[name]
-    free = tuple((key, value) for key, value in choice.items() if key in FREE)
+    free = tuple((key, value) for key, value in choice.items() if key == "PACE")
     for layout in make(H, batch, here):
         if wanted.items() <= dict(layout.macros).items():
             return layout._replace(macros=layout.macros + free)
@@ -289,15 +294,23 @@ def _code(layout: Layout, half: bool, index: int) -> bytes:
     return nvrtc.compiled(source(layout), {**dict(layout.macros), "HALF": int(half)}, card(index).capability)
 
 
+def _is_measured(H: int, batch: int, here: Card) -> bool:
+    return ("forward", H, batch) in FASTEST and here.capability == CLUSTER_CAPABILITY
+
+
+def _left_to_cudnn(units: int, batch: int, index: int) -> bool:
+    return batch > MOST_BATCH and not _is_measured(_up(units, MULTIPLE) * MULTIPLE, batch, card(index))
+
+
 @functools.cache
 def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
     """The forward and the backward layout for a GPU of torch's; None where one of the kernels does not fit."""
     here, H = card(index), _up(units, MULTIPLE) * MULTIPLE
     if here.capability < LEAST_CAPABILITY:
         return None
-    pair = []
+    pair, is_measured = [], _is_measured(H, batch, here)
     for name, layouts in LAYOUTS.items():
-        choice = FASTEST.get((name, H, batch)) if here.capability == CLUSTER_CAPABILITY else None
+        choice = FASTEST[name, H, batch] if is_measured else None
         known = measured(name, H, batch, here, choice) if choice else None
         found = [known] if known else layouts(H, batch, here)[:1]
         if not known and batch > LEAST_CLUSTERED:
@@ -313,8 +326,8 @@ def obstacle(units: int, batch: int, device: torch.device) -> str:
     index = torch.cuda.current_device() if device.index is None else device.index
     if card(index).capability < LEAST_CAPABILITY:
         return "this GPU is older than compute capability {}.{}".format(*LEAST_CAPABILITY)
-    if batch > MOST_BATCH:
-        return f"cuDNN is as fast for batches of more than {MOST_BATCH}"
+    if _left_to_cudnn(units, batch, index):
+        return f"cuDNN is as fast for batches of more than {MOST_BATCH}, or this is not measured"
     return "" if best(units, batch, index) else f"{units} units with batches of {batch} do not fit on this GPU at once"
 
 
@@ -411,7 +424,7 @@ def lstm(
     """
     w_ih, w_hh, b_ih, b_hh = weights
     H = h_BH.shape[-1]
-    if layouts is None and x_TBI.shape[1] > MOST_BATCH:
+    if layouts is None and _left_to_cudnn(H, x_TBI.shape[1], x_TBI.device.index):
         return reference.lstm(x_TBI, h_BH, c_BH, weights)
     layouts = layouts or best(H, x_TBI.shape[1], x_TBI.device.index)
     if layouts is None:
