@@ -591,7 +591,6 @@ def _launch(
         gates_TBG, scale if mask else gates_TBG, 1.0 if mask or scale is None else float(scale),
         gates_TBG if bias_G is None else bias_G,
     )  # fmt: skip
-    overlap = chunks > 1 and _overlaps(gates_TBG.device)
     options = constants | {
         "H": H,
         "GATES": reference.GATES[pooling],
@@ -610,6 +609,7 @@ def _launch(
         with torch.cuda.device_of(gates_TBG):
             _forward_at_once[(programs,)](*inputs, *others, T, B, ROWS=plan.rows, **options)
         return
+    overlap = chunks > 1 and _overlaps(gates_TBG.device)
     options |= {"SPLIT": chunks > 1, "OVERLAP": overlap}
     maps = torch.empty((chunks - 1, 2, B, H) if chunks > 1 else (1,), dtype=torch.float32, device=gates_TBG.device)
     with torch.cuda.device_of(gates_TBG):  # Triton launches on the current device
