@@ -14,7 +14,7 @@
 // a tile is row 2 i of the product, row i + 8 is row 2 i + 1: what a lane has of a tile are neighbours too.
 //
 // Compiled at run time with the sizes as macros: H (a multiple of 16), BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF
-// (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K.
+// (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K; PACE or not.
 // Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work.
 
 // acc = weights * vectors over this warp's share of k, of which bit k of `present` says whether this lane has any of block k, and
