@@ -15,7 +15,7 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 
 .PHONY: demo test check chaos docs bench golden clean
 
-demo: $(VENV)/demo.stamp  ## train a small model on Shakespeare on the CPU and show what it can do (about 80 s)
+demo: $(VENV)/demo.stamp  ## train a small model on Shakespeare on the CPU and show what it can do (two minutes after installing)
 	$(BIN)/recurlm demo
 
 test: $(VENV)/dev.stamp  ## every test

@@ -1,11 +1,12 @@
 """Every way to lay out the LSTM kernels, checked against float64 and timed; then layers with the fastest ones beside cuDNN.
 
-    python bench/lstm_kernel.py [--seconds 150] [--each 2] [--shapes 1152,20,bf16 ...]
+    python bench/lstm_kernel.py [--seconds 150] [--each 2 | --paces] [--shapes 1152,20,bf16 ...]
 
 All kernels are compiled first, in parallel. Each shape has a process of its own, which goes on behind a layout that broke the
 GPU's context; a layout that waits in vain for a fifth of a second is reported and counts for nothing. What is printed:
 microseconds of the kernel alone at T 70 (the fill of its outputs taken off), the largest relative error of its results, whether
-two runs gave the same bits, and the layout. A table of layers comes last.
+two runs gave the same bits, and the layout. A table of layers comes last. --paces tries several paces on
+a few layouts instead.
 """
 
 from __future__ import annotations
@@ -38,8 +39,22 @@ PATIENCE = 200_000_000
 KEPT = Path(tempfile.gettempdir()) / "lstm-kernel"  # the fastest layouts of each shape, for the layers' table
 
 
+PACES = None, 0, 700, 900, 1200, 1500, 2000, 2500
+
+
 def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]:
-    """Four layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising."""
+    """Four layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising;
+    if it is 0, three of both kinds and the one in use with every pace."""
+    if not each:
+        known = lstm_cuda.FASTEST.get((name, H, B), {})
+        found = [lstm_cuda.measured(name, H, B, card, {k: v for k, v in known.items() if k != "PACE"})]
+        found += lstm_cuda.LAYOUTS[name](H, B, card)[:3] + lstm_cuda.cluster_layouts(name, H, B, card)[:3]
+        layouts = dict.fromkeys(layout for layout in found if layout)
+        return [
+            layout._replace(macros=layout.macros + (() if pace is None else (("PACE", pace),)))
+            for layout in layouts
+            for pace in PACES
+        ]
     counts: Counter[tuple[int, ...]] = Counter()
     found = lstm_cuda.LAYOUTS[name](H, B, card)[:4]
     for layout in lstm_cuda.cluster_layouts(name, H, B, card):
@@ -71,15 +86,12 @@ class Case:
         self.H, self.B, self.dtype = H, B, dtype
         self.weight = (values(4 * H, H) * H**-0.5).to(dtype)
         self.gates, self.h0, self.c0 = values(T, B, 4 * H).to(dtype), values(B, H).to(dtype), values(B, H)
-        self.d_h, self.d_hT, self.d_cT = values(T, B, H).to(dtype), values(B, H), values(B, H)
+        self.d_h, self.d_hT, self.d_cT = values(T, B, H).to(dtype), values(B, H).to(dtype), values(B, H)
         self.trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self.y, self.c = torch.empty_like(self.d_h), torch.empty(T, B, H, device="cuda")
-        self.d_gates, self.d_h0, self.d_c0 = (
-            torch.empty_like(self.gates),
-            torch.empty_like(self.c0),
-            torch.empty_like(self.c0),
-        )
-        self.d_bias = torch.empty(B, 4 * H, device="cuda")
+        self.y, self.c = values(T + 1, B, H).to(dtype), torch.empty(T + 1, B, H, device="cuda")
+        self.d_gates = torch.empty_like(self.gates)
+        self.last = torch.empty_like(self.h0), torch.empty_like(self.c0)
+        self.d_h0, self.d_c0 = torch.empty_like(self.c0), torch.empty_like(self.c0)
         leaves = [t.double().requires_grad_() for t in (self.gates, self.h0, self.c0)]
         weight, (x, h, c), hs, cs = self.weight.double(), leaves, [], []
         activated = []
@@ -99,25 +111,24 @@ class Case:
             "forward": [t.detach() for t in exact],
             "backward": [t.detach() for t in torch.autograd.grad(objective, leaves)],
         }
-        self.truth["backward"].append(self.truth["backward"][0].sum(0))  # by clusters only
-        self.activated, self.c_given = torch.stack(activated).detach().to(dtype), exact[1].detach().float()
+        self.activated, self.c_given = (
+            torch.stack(activated).detach().to(dtype),
+            torch.cat((self.c0[None], exact[1].detach().float())),
+        )
         self.worked = self.gates.clone()
 
     def fill(self, name: str, layout: Layout) -> tuple[Tensor, ...]:
-        out = self.y if name == "forward" else self.d_gates
-        out.view(torch.int16).fill_(-1)
-        if name == "forward":
-            return ()
-        return (self.d_bias if layout.cluster > 1 else lstm_cuda.ring_of(layout, self.B, out.device),)
+        x, ring = lstm_cuda.exchange_of(layout, T, self.B, self.c0.device)
+        return x, ring
 
     def run(self, name: str, layout: Layout, kernel: nvrtc.Kernel) -> None:
-        ring = self.fill(name, layout)
+        x, scratch = self.fill(name, layout)
         last = T, self.trouble, PATIENCE
         if name == "forward":
-            arguments = self.weight, self.worked, self.h0, self.c0, self.y, self.c, *last
+            arguments = self.weight, self.worked, self.h0, self.c0, x, self.y, self.c, *self.last, 0, *last
         else:
-            given = self.weight, self.activated, self.c_given, self.c0, self.d_h, self.d_hT, self.d_cT
-            arguments = *given, self.d_gates, self.d_h0, self.d_c0, *ring, *last
+            given = self.weight, self.activated, self.c_given, self.d_h, self.d_hT, self.d_cT
+            arguments = *given, x, self.d_gates, self.d_h0, self.d_c0, scratch, *last
         kernel(layout.blocks, 32 * layout.warps, arguments)
 
     def checked(self, name: str, layout: Layout, kernel: nvrtc.Kernel) -> tuple[float, bool, bool]:
@@ -126,9 +137,7 @@ class Case:
         for _ in range(2):
             self.worked.copy_(self.gates)
             self.run(name, layout, kernel)
-            results = (self.y, self.c) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0)
-            if name == "backward" and layout.cluster > 1:
-                results = *results, self.d_bias
+            results = (self.y[1:], self.c[1:]) if name == "forward" else (self.d_gates, self.d_h0, self.d_c0)
             runs.append([t.clone() for t in results])
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(runs[0], self.truth[name], strict=False)]
         patient = not self.trouble.item()
@@ -146,9 +155,7 @@ def worker(H: int, B: int, kind: str, each: int, start: int) -> None:
     idle = {}
     for name in lstm_cuda.LAYOUTS:
         one = next(layout for n, layout in jobs if n == name)
-        plain = one._replace(macros=(*one.macros, ("CLUSTER", 2)))
-        idle[name, 1] = gpu_time(lambda name=name, one=one: case.fill(name, one), graph=False, repeats=5)
-        idle[name, 2] = gpu_time(lambda name=name, plain=plain: case.fill(name, plain), graph=False, repeats=5)
+        idle[name] = gpu_time(lambda name=name, one=one: case.fill(name, one), graph=False, repeats=5)
     for number, (name, layout) in enumerate(jobs[start:], start):
         line: dict[str, Any] = {"n": number, "name": name, "layout": dict(layout.macros), "blocks": layout.blocks}
         line |= {"shared": layout.shared, "estimated": round(layout.cost * T, 1)}
@@ -161,7 +168,7 @@ def worker(H: int, B: int, kind: str, each: int, start: int) -> None:
                 spent = gpu_time(
                     lambda name=name, layout=layout, k=kernel: case.run(name, layout, k), graph=False, repeats=7
                 )
-                line["us"] = round(spent - idle[name, min(layout.cluster, 2)], 1)
+                line["us"] = round(spent - idle[name], 1)
         except Exception as error:  # whatever it is, the others are measured
             line["failed"] = " ".join(str(error).split())[:200]
         print(json.dumps(line), flush=True)
@@ -283,9 +290,8 @@ def measured(shape: str) -> dict[str, Layout]:
     return found
 
 
-def steps() -> None:
-    """Training steps with the fastest layouts found, and with large batches left to cuDNN or not."""
-    warnings.simplefilter("ignore")
+def use_measured() -> None:
+    """Makes the fastest layouts that the last sweep found those in use."""
     picked = lstm_cuda.best
 
     def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
@@ -294,24 +300,26 @@ def steps() -> None:
         return pair and (found.get("forward", pair[0]), found.get("backward", pair[1]))
 
     lstm_cuda.best = best  # type: ignore[assignment]
+
+
+def steps() -> None:
+    """Training steps with the fastest layouts found, and with large batches left to cuDNN or not."""
+    warnings.simplefilter("ignore")
+    use_measured()
     with tempfile.TemporaryDirectory() as scratch:
         for recipe, words, types, limits in (
             ("awd-lstm-ptb", 300_000, 10_000, (128,)),
-            ("awd-lstm-wt2", 900_000, 33_278, (128, lstm_cuda.MOST_BATCH)),
+            ("awd-lstm-wt2", 900_000, 33_278, (128, 48)),
         ):
             folder = Path(scratch) / recipe
             folder.mkdir()
             store = step.text(folder, words, types)
             for most in limits:
-                lstm_cuda.MOST_BATCH = most
+                lstm_cuda._left_to_cudnn = lambda units, batch, index, most=most: batch > most
                 spent, _ = step.microseconds(recipe, store, "train.dtype=bf16")
                 print(
                     f"step {recipe} bf16, weights resident up to batches of {most}: {spent / 1000:.3f} ms", flush=True
                 )
-
-
-def many(shape: str) -> int:
-    return 1
 
 
 def profile(layouts: list[Layout]) -> None:
@@ -372,7 +380,8 @@ def layers() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times every layout of the LSTM kernels.")
     parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--each", type=int, default=0, help="layouts of a kind; by default 1, and 2 for large batches")
+    parser.add_argument("--each", type=int, default=1, help="layouts of a kind")
+    parser.add_argument("--paces", action="store_const", const=0, dest="each", help="several paces on a few layouts")
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--worker", nargs=5)
     parser.add_argument("--layers", action="store_true")
@@ -399,7 +408,7 @@ def main() -> None:
     for shape in given.shapes:
         H, B, kind = shape.split(",")
         for name in lstm_cuda.LAYOUTS:
-            for layout in candidates(name, int(H), int(B), card, given.each or many(shape)):
+            for layout in candidates(name, int(H), int(B), card, given.each):
                 jobs.append((layout, kind == "fp16", card.capability))
     start = time.monotonic()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=torch.multiprocessing.get_context("spawn")) as pool:
@@ -408,7 +417,7 @@ def main() -> None:
                 print(f"does not compile: {dict(job[0].macros)} {why[:300]}", flush=True)
     print(f"# {len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s", flush=True)
     for shape in given.shapes:
-        sweep(shape, given.each or many(shape), until - 25)
+        sweep(shape, given.each, until - 25)
     left = until - time.monotonic()
     try:
         subprocess.run([sys.executable, __file__, "--layers"], timeout=max(left, 15), check=False)

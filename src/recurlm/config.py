@@ -605,6 +605,10 @@ def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:
     """The Config with every `section.key=value` applied in order."""
     for text in assignments:
         section, key, value = parse_assignment(text)
+        if section == "model" and key in ("hidden_size", "num_layers") and (sizes := config.model.hidden_sizes):
+            raise ConfigError(
+                f"--set {shown(text)} has no effect, for model.hidden_sizes is {list(sizes)}: set that, one number a layer."
+            )
         of_stage = section == "stages"
         config = _assign_to_stage(config, text, key, value) if of_stage else from_dict({section: {key: value}}, config)
     return config

@@ -102,6 +102,8 @@ class LanguageModel:
         """
         if unit not in UNITS:
             raise RequestError(f"unit {unit!r} is not known; expected one of {', '.join(UNITS)}.")
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise RequestError("score takes one text, score_all a list of texts.")
         sequences = [self._line_ids(text) for text in texts]
         boundary, out = self.tokenizer.boundary_id, []
         read = [[*(ids[::-1] if self.backward else ids), *([boundary] if end else [])] for ids in sequences]

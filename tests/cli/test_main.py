@@ -86,15 +86,17 @@ def test_eval_prints_and_keeps_the_metrics(trained):
         run("eval", str(trained), "--json", "--split", "valid", "--batch-size", "7", "--no-ranks").stdout
     )
     assert "top1" not in other and other["split"] == "valid"
+    both = [json.loads((trained / name).read_text()) for name in ("eval.json", "eval-valid.json")]
+    assert [b["split"] for b in both] == ["test", "valid"] and both[0]["step"] == both[1]["step"] > 0
     assert "ppl " in run("eval", str(trained)).stdout
 
 
 def test_eval_reads_another_text(trained, tmp_path):
     (tmp_path / "new.txt").write_text(small_text(40, seed=9))
-    before = (trained / "eval.json").read_text()
+    before = {path.name: path.read_text() for path in trained.glob("eval*.json")}
     values = json.loads(run("eval", str(trained), "--json", "--data", str(tmp_path / "new.txt")).stdout)
     assert values["targets"] == 40 * 12
-    assert (trained / "eval.json").read_text() == before
+    assert {path.name: path.read_text() for path in trained.glob("eval*.json")} == before
 
 
 def test_score_writes_rows(trained):

@@ -81,7 +81,7 @@ def test_mixtures(call, store, tmp_path):
     )
     assert sum(mixed["weights"].values()) == pytest.approx(1) and len(mixed["weights"]) == 4
     assert (
-        json.loads((neural / "eval.json").read_text())["loss_nats"] == alone[0]
+        json.loads((neural / "eval-valid.json").read_text())["loss_nats"] == alone[0]
     )  # a mixture is not the run's own figure
     code, _, err = call("eval", neural, "--with", kn, "--tune-on", "dev")
     assert code == 2 and "no split 'dev'" in err

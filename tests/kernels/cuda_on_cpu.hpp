@@ -47,6 +47,7 @@ static Fibre* fibre;
 static ucontext_t scheduler;
 static unsigned long long rounds;
 
+static unsigned cycles() { static unsigned n; return n += 500; }
 static void give_way() { swapcontext(&fibre->context, &scheduler); }
 
 static void meet(Meeting& meeting, int all) {
@@ -87,6 +88,7 @@ static void send_word(Place to, unsigned v) {
     abort();
 }
 static void send(Place to, uint4 v) { send_word(to, v.x), send_word(to + 4, v.y), send_word(to + 8, v.z), send_word(to + 12, v.w); }
+static void send(Place to, uint2 v) { send_word(to, v.x), send_word(to + 4, v.y); }
 static uint4 load_arriving(const uint4* p) { give_way(); return *p; }
 static uint2 load_arriving(const uint2* p) { give_way(); return *p; }
 #else
@@ -128,6 +130,13 @@ static T16 narrowed(float x) {
     return (v + 0x7fff + (v >> 16 & 1)) >> 16;
 #endif
 }
+static unsigned halves(float low, float high) {
+    _Float16 both[2] = {(_Float16)low, (_Float16)high};
+    unsigned v;
+    memcpy(&v, both, 4);
+    return v;
+}
+static float2 from_halves(unsigned v) { _Float16 both[2]; memcpy(both, &v, 4); return {(float)both[0], (float)both[1]}; }
 static unsigned packed(float low, float high) { return narrowed(low) | (unsigned)narrowed(high) << 16; }
 static float2 unpacked(unsigned v) { return {widened((T16)v), widened((T16)(v >> 16))}; }
 

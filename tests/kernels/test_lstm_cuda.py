@@ -76,25 +76,27 @@ def test_a_layer_too_large_for_the_card_has_no_layout():
 # ---- on the CPU ---------------------------------------------------------------------------------------------
 
 PARAMETERS = {
-    "forward": "const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble, "
+    "forward": "const T16* weights, T16* gates, const T16* h0, const void* c0, T16* x, T16* y, float* c, T16* h_last, "
+    "void* c_last, int is_short, int T, int* trouble, unsigned long long limit",
+    "backward": "const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT, "
+    "const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble, "
     "unsigned long long limit",
-    "backward": "const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT, "
-    "const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* scratch, int T, int* trouble, "
-    "unsigned long long limit",
+    "bias_gradient": "const T16* d_gates, T16* d_bias, int rows",
 }
 
 
-def on_cpu(layout: Layout, half: bool, folder: Path, seed: int):
-    """The kernel as a function of its arguments, run by fibres in an order drawn from the seed."""
+def on_cpu(layout: Layout, half: bool, folder: Path, seed: int, name: str = ""):
+    """The kernel, or another of its source, as a function of its arguments, run by fibres in an order drawn from the seed."""
     folder.mkdir(parents=True)
-    signature = PARAMETERS[layout.name].replace("const ", "")
+    blocks, name = layout.get("H") // 8 if name else layout.blocks, name or layout.name
+    signature = PARAMETERS[name].replace("const ", "")
     parameters = [p.strip() for p in signature.split(",")]
     names = [p.split()[-1] for p in parameters]
     globals_ = "".join(f"static {p}_;\n" for p in parameters)
     assign = "".join(f"{n}_ = {n}; " for n in names)
     (folder / "kernel.cpp").write_text(
         f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n{lstm_cuda.source(layout)}'
-        f"{globals_}static void go() {{ {layout.name}({', '.join(n + '_' for n in names)}); }}\n"
+        f"{globals_}static void go() {{ {name}({', '.join(n + '_' for n in names)}); }}\n"
         f'extern "C" int run(int blocks, int warps, int bytes, unsigned seed, {signature}) '
         f"{{ {assign}return launch(go, blocks, warps, bytes, seed); }}\n"
     )
@@ -105,7 +107,7 @@ def on_cpu(layout: Layout, half: bool, folder: Path, seed: int):
 
     def call(arguments) -> bool:
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_longlong(a) for a in arguments]
-        return bool(run(layout.blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
+        return bool(run(blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
 
     return call
 
@@ -126,10 +128,10 @@ def picked(name: str, H: int, B: int, cluster: int, choice: int | dict[str, int]
     """The layout of this number; or with clusters the first with these macros, its weights in shared memory if they say so."""
     if isinstance(choice, int):
         return lstm_cuda.LAYOUTS[name](H, B, SMALL)[choice]
-    layouts = lstm_cuda.cluster_layouts(name, H, B, SMALL_HOPPER)
-    wanted = {"CLUSTER": cluster, **choice}
+    wanted = {"CLUSTER": cluster, **choice} if cluster > 1 else dict(choice)
     kept = wanted.pop("REGISTERS_K", None)
-    layout = next(layout for layout in layouts if wanted.items() <= dict(layout.macros).items())
+    layout = lstm_cuda.measured(name, H, B, SMALL_HOPPER if cluster > 1 else SMALL, wanted)
+    assert layout
     if kept is None:
         return layout
     of = dict(layout.macros)
@@ -143,7 +145,8 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (32, 3, 11, 2, 1, True, 1),
     (16, 1, 1, 0, 0, False, 1),
     (64, 17, 2, -1, -1, True, 1),
-    (48, 5, 9, {}, {}, False, 2),
+    (48, 5, 4, {"PACE": 600}, {"PACE": 900}, False, 1),
+    (48, 5, 9, {"PACE": 600}, {"PACE": 600}, False, 2),
     (128, 9, 9, {"WARPS_K": 2}, {"WARPS_K": 2}, False, 2),
     (128, 5, 5, {"WARPS_K": 2, "GROUPS": 1}, {"WARPS_K": 4, "REGISTERS_K": 0}, True, 2),
     (112, 25, 4, {"GROUPS": 3}, {"GROUPS": 3}, False, 4),
@@ -170,30 +173,72 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     trouble, limit = torch.zeros(1, dtype=torch.int32), 10**9
 
     layout = picked("forward", H, B, cluster, fore)
-    gates, y = x_TBG.clone(), torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
-    c = torch.full((T, B, H), float("nan"))
+    gates, y = x_TBG.clone(), torch.empty(T + 1, B, H, dtype=dtype)
+    cpu = torch.device("cpu")
+    c, h_last, c_last = torch.full((T + 1, B, H), float("nan")), torch.empty_like(h_BH), torch.empty_like(c_BH)
     run = on_cpu(layout, half, tmp_path / "forward", 1)
-    assert run((weight_GH, gates, h_BH, c_BH, y, c, T, trouble, limit)) and not trouble
-    torch.testing.assert_close(y.double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
-    torch.testing.assert_close(c.double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
-    again = torch.full((T, B, H), -1, dtype=torch.int16).view(dtype)
+    assert (
+        run(
+            (
+                weight_GH,
+                gates,
+                h_BH,
+                c_BH,
+                lstm_cuda.exchange_of(layout, T, B, cpu)[0],
+                y,
+                c,
+                h_last,
+                c_last,
+                0,
+                T,
+                trouble,
+                limit,
+            )
+        )
+        and not trouble
+    )
+    assert (
+        torch.equal(y[0], h_BH)
+        and torch.equal(c[0], c_BH)
+        and torch.equal(h_last, y[-1])
+        and torch.equal(c_last, c[-1])
+    )
+    torch.testing.assert_close(y[1:].double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
+    torch.testing.assert_close(c[1:].double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
+    again = torch.empty(T + 1, B, H, dtype=dtype)
     assert on_cpu(layout, half, tmp_path / "again", 2)(
-        (weight_GH, x_TBG.clone(), h_BH, c_BH, again, c, T, trouble, limit)
+        (
+            weight_GH,
+            x_TBG.clone(),
+            h_BH,
+            c_BH,
+            lstm_cuda.exchange_of(layout, T, B, cpu)[0],
+            again,
+            c,
+            h_last,
+            c_last,
+            0,
+            T,
+            trouble,
+            limit,
+        )
     )
     assert torch.equal(again.view(torch.int16), y.view(torch.int16)), "the order of threads changes the result"
 
-    d_h, d_hT, d_cT = values(T, B, H), values(B, H, of=torch.float32), values(B, H, of=torch.float32)
+    d_h, d_hT, d_cT = values(T, B, H), values(B, H), values(B, H, of=torch.float32)
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
     layout = picked("backward", H, B, cluster, back)
-    scratch = torch.full((B, 4 * H), float("nan")) if cluster > 1 else lstm_cuda.ring_of(layout, B, torch.device("cpu"))
-    d_gates = torch.full((T, B, 4 * H), -1, dtype=torch.int16).view(dtype)
+    d_gates, (x, ring) = torch.empty(T, B, 4 * H, dtype=dtype), lstm_cuda.exchange_of(layout, T, B, cpu)
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "backward", 3)
-    arguments = weight_GH, gates, c, c_BH, d_h, d_hT, d_cT, d_gates, d_h0, d_c0, scratch, T, trouble, limit
+    arguments = weight_GH, gates, c, d_h, d_hT, d_cT, x, d_gates, d_h0, d_c0, ring, T, trouble, limit
     assert run(arguments) and not trouble
-    results = d_gates, d_h0, d_c0, *([scratch] if cluster > 1 else [])
-    for found, exact in zip(results, (*expected, expected[0].sum(0)), strict=False):
+    d_bias = torch.empty(4 * H, dtype=dtype)
+    assert on_cpu(layout, half, tmp_path / "bias", 4, "bias_gradient")((d_gates, d_bias, T * B))
+    exact_bias = d_gates.double().sum((0, 1))
+    torch.testing.assert_close(d_bias.double(), exact_bias, rtol=unit, atol=1e-5 * exact_bias.abs().max().item())
+    for found, exact in zip((d_gates, d_h0, d_c0), expected, strict=True):
         scale = exact.abs().max().item()
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * T**0.5 * unit * scale)
 
@@ -204,12 +249,13 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     H, B, T = 48, 2, 4
     layout = lstm_cuda.forward_layouts(H, B, SMALL)[0]
     lonely = layout._replace(blocks=layout.blocks - 1)  # as if one block could not be resident
-    y = torch.full((T, B, H), -1, dtype=torch.int16).view(torch.bfloat16)
-    c, trouble = torch.zeros(T, B, H), torch.zeros(1, dtype=torch.int32)
+    x, y = lstm_cuda.exchange_of(layout, T, B, torch.device("cpu"))[0], torch.zeros(T + 1, B, H, dtype=torch.bfloat16)
+    last = torch.zeros(B, H, dtype=torch.bfloat16), torch.zeros(B, H)
+    c, trouble = torch.zeros(T + 1, B, H), torch.zeros(1, dtype=torch.int32)
     zeros = torch.zeros(4 * H, H, dtype=torch.bfloat16)
     gates, h = torch.zeros(T, B, 4 * H, dtype=torch.bfloat16), torch.zeros(B, H, dtype=torch.bfloat16)
     run = on_cpu(lonely, False, tmp_path / "forward", 1)
-    assert run((zeros, gates, h, torch.zeros(B, H), y, c, T, trouble, 2000))
+    assert run((zeros, gates, h, torch.zeros(B, H), x, y, c, *last, 0, T, trouble, 2000))
     assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
 
 
@@ -224,7 +270,12 @@ def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tm
         run = on_cpu(layout, half, tmp_path / layout.name, 1)
         return lambda blocks, threads, arguments: run(arguments)
 
+    def bias_gradient(layout: Layout, half: bool, index: int | None):
+        run = on_cpu(layout, half, tmp_path / "bias", 1, "bias_gradient")
+        return lambda blocks, threads, arguments: run(arguments)
+
     monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
+    monkeypatch.setattr(lstm_cuda, "_bias_gradient", functools.cache(bias_gradient))
     monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
     choice = {} if cluster > 1 else 0
     layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)

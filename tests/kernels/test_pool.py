@@ -129,7 +129,9 @@ def check_triton_cases(shapes, plans):
 WHOLE = ((16, 1, 8, 10**6, True, "plain"), (16, 1, 2, 10**6, False, "plain"))
 SPLIT = ((16, 1, 2, 6, True, "plain"), (32, 2, 2, 4, True, "plain"))
 SPARSE = ((16, 1, 2, 10**6, True, "plain"), (16, 1, 4, 10**6, True, "plain"))  # fewer marks than rounds of loads
+AT_ONCE = ((16, 1, 3, 10**6, True, "plain", 4), (16, 1, 3, 10**6, True, "plain"))
 IN_THE_INTERPRETER = (
+    ([(1, 1, 1), (12, 1, 18), (7, 3, 5)], AT_ONCE),
     ([(1, 1, 1), (7, 3, 5), (2, 1, 37), (5, 1, 18)], WHOLE),
     ([(1, 2, 3), (7, 1, 5), (13, 2, 18), (41, 1, 4)], SPLIT),
     ([(7, 2, 5)], SPARSE),
@@ -154,6 +156,8 @@ ON_THE_GPU = (
     ((701, 1, 18), "fo", torch.bfloat16, None, SPLIT),
     ((13, 2, 18), "fo", torch.float16, "mask", SPARSE),
     ((1, 1, 1), "fo", torch.float32, "mask", WHOLE),
+    ((12, 2, 18), "f", torch.float32, 0.85, AT_ONCE),
+    ((77, 3, 67), "ifo", torch.float16, "mask", None),
     ((70, 20, 1550), "fo", torch.bfloat16, None, None),
     ((140, 60, 2500), "fo", torch.bfloat16, "mask", None),
     ((65, 30, 2500), "fo", torch.float32, None, None),

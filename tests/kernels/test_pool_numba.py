@@ -78,8 +78,8 @@ def check(shape, pooling, scale):
     for name, t, a, b in zip(NAMES, truth, eager, found, strict=True):
         size = max(1.0, t.abs().max().item())
         allowed = (
-            2 * (a - t).abs().max().item() + 2**-24 * size
-        )  # half a unit in the last place more: few elements are few draws
+            2 * (a - t).abs().max().item() + 2**-23 * size
+        )  # a unit in the last place more: few elements are few draws
         assert (b - t).abs().max().item() <= allowed, name
 
 

@@ -115,7 +115,7 @@ def check_against_the_plain_step(store, folder: Path) -> None:
 def check_that_a_resumed_run_is_equal(store, folder: Path) -> None:
     from recurlm.training import checkpoint
 
-    for layer in LAYERS:
+    for layer in LAYERS if CUDA else ("lstm", "qrnn"):
         settings = (
             f"model.layer={layer}",
             "averaging.name=ema",
@@ -249,22 +249,19 @@ def check_that_moved_streams_are_read_alike(store, folder: Path) -> None:
     for moved in (("random_offset",), ("partial_shuffle",), ("random_offset", "partial_shuffle")):
         settings = (
             "model.num_layers=1",
-            "data.batch_size=40",
-            "data.bptt=40",
+            "data.batch_size=5",
+            "data.bptt=8",
             *(f"data.{name}=true" for name in moved),
         )
         one = trainer_of(store, folder, *settings)
-        steps = 2 + one.batches.length // 40
         step, length = one.stepper, one.batches.length
-        for at in range(steps):
-            window = one.batches.window(at * 40 % length, 30, at * 40 // length)
-            order = Order(at, window, at * 40 % length, 0.0, 0.0)
-            step._control(order)
+        for at in range(0, 2 * length, 37):
+            window = one.batches.window(at % length, 30, at // length)
+            step._control(Order(at, window, at % length, 0.0, 0.0))
             inputs_TB, targets_TB = step._window(len(window.inputs_TB))
             assert (inputs_TB.cpu().numpy() == window.inputs_TB).all()
             assert (targets_TB.cpu().numpy() == window.targets_TB).all()
-        for _ in range(3):
-            one.step()
+        one.step()
 
 
 CHECKS = (check_that_lengths_are_captured_when_they_come_again, check_against_the_plain_step, check_that_a_resumed_run_is_equal,

@@ -60,6 +60,11 @@ def test_a_row_says_what_the_run_was(runs):
     assert seven["unit"] == "bits a character" and seven["valid"] == pytest.approx(min(valid) / math.log(2))
     assert seven["seed"] == 7 and seven["test"] is None  # only valid was measured
     assert found["short"]["state"] == "not finished"
+    assert two["unit"] == f"perplexity a word of {api.load(runs['two']).tokenizer.vocab_size}"
+    for step, shown in ((json.loads((runs["two"] / "manifest.json").read_text())["facts"]["step"], True), (1, False)):
+        (runs["two"] / "eval.json").write_text(json.dumps({"split": "test", "loss_nats": 2.5, "step": step}))
+        assert (rows(api.compare([runs["two"]]))["two"].get("test") is not None) == shown  # not that of other weights
+    (runs["two"] / "eval.json").write_text(json.dumps({"split": "test", "loss_nats": 2.5}))
     facts = json.loads((runs["trigrams"] / "manifest.json").read_text())["facts"]
     trigrams = found["trigrams"]
     assert trigrams["model"] == "3-gram" and trigrams["valid"] == pytest.approx(facts["ppl"])

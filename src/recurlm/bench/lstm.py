@@ -2,10 +2,11 @@
 
     python -m recurlm.bench.lstm [--layouts T B H [fp16]]
 
-The peer of a row is the fastest of cuDNN's in the same type, with its sizes as they are and padded to a multiple of 128;
+Ours has its sizes padded to a multiple of 16, as training pads them. The peer of a row is the fastest of cuDNN's in the same
+type, with its sizes as they are and padded to a multiple of 128;
 the other rows are cuDNN as it is commonly called. All are CUDA graphs but those called eager. Large batches are measured
-with our kernel too, though `kernels.lstm` leaves them to cuDNN. The limit is that of the products' arithmetic at the rate of
-a large product. --layouts times the kernels' layouts instead, the best first.
+with our kernel too, though `kernels.lstm` leaves most of them to cuDNN. The limit is that of the products' arithmetic at the
+rate of a large product. --layouts times the kernels' layouts instead, the best first.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ def resident(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Sequence[Tensor
     return lstm_cuda.lstm(x_TBI, h_BH, c_BH, weights, layouts)
 
 
-def padded(size: int) -> int:
-    return -(-size // 128) * 128
+def padded(size: int, multiple: int = 128) -> int:
+    return -(-size // multiple) * multiple
 
 
-def rows() -> list[dict[str, Any]]:
-    """The layers, and for the first shape cuDNN in every type."""
+def rows(show: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+    """The layers, and for the first shape cuDNN in every type; each is shown as soon as it is measured."""
     found = []
 
     def add(
@@ -82,11 +83,12 @@ def rows() -> list[dict[str, Any]]:
             measure=measure, shape=f"T {T}, B {B}, {width} -> {H}, {dtype}", ours_us=ours, peer_us=peer, peer=name, target=target,
             limit_us=of * 8e6 * T * B * H * (width + H) / rate,
         ).as_dict())  # fmt: skip
+        show(found[-1])
 
     for T, B, width, H, dtype, both, forward in SHAPES:
         shape, aligned = (T, B, width, H), (T, B, padded(width), padded(H))
         for backward, target in ((True, both), (False, forward)):
-            ours = time(resident, shape, dtype, backward)
+            ours = time(resident, (T, B, padded(width, 16), padded(H, 16)), dtype, backward)
             peers = {
                 "cuDNN": time(reference.lstm, shape, dtype, backward),
                 "cuDNN, padded": time(reference.lstm, aligned, dtype, backward),
@@ -109,8 +111,12 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
     index, half = torch.cuda.current_device(), dtype == torch.float16
     weight = (torch.randn(4 * H, H, device="cuda") * H**-0.5).to(dtype)
     gates, state = torch.randn(T, B, 4 * H, device="cuda").to(dtype), torch.zeros(B, H, device="cuda")
-    h, y, c = state.to(dtype), torch.empty(T, B, H, device="cuda", dtype=dtype), torch.empty(T, B, H, device="cuda")
-    d_gates, d_h0, d_c0 = torch.empty_like(gates), torch.empty_like(state), torch.empty_like(state)
+    h, y, c = (
+        state.to(dtype),
+        torch.empty(T + 1, B, H, device="cuda", dtype=dtype),
+        torch.empty(T + 1, B, H, device="cuda"),
+    )
+    h_last, c_last, d_h0, d_c0, d_gates = (torch.empty_like(t) for t in (h, state, state, state, gates))
     trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
     for name, make in lstm_cuda.LAYOUTS.items():
         measured = []
@@ -118,14 +124,12 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
             kernel = lstm_cuda._kernel(layout, half, index)
 
             def work(layout=layout, kernel=kernel, name=name) -> None:
+                x, ring = lstm_cuda.exchange_of(layout, T, B, gates.device)
                 if name == "forward":
-                    y.view(torch.int16).fill_(-1)
-                    arguments = weight, gates, h, state, y, c, T, trouble, lstm_cuda.PATIENCE
+                    arguments = weight, gates, h, state, x, y, c, h_last, c_last, 0, T, trouble, lstm_cuda.PATIENCE
                 else:
-                    d_gates.view(torch.int16).fill_(-1)
-                    ring = lstm_cuda.ring_of(layout, B, gates.device)
-                    ends = state, state, d_gates, d_h0, d_c0, ring
-                    arguments = weight, gates, c, state, y, *ends, T, trouble, lstm_cuda.PATIENCE
+                    ends = h, state, x, d_gates, d_h0, d_c0, ring
+                    arguments = weight, gates, c, y[1:], *ends, T, trouble, lstm_cuda.PATIENCE
                 kernel(layout.blocks, 32 * layout.warps, arguments)
 
             measured.append((gpu_time(work, repeats=3), layout))
@@ -138,19 +142,15 @@ def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
             )
 
 
+def show(row: dict[str, Any]) -> None:
+    peer = "" if row["peer_us"] is None else f"{row['peer']} {duration(row['peer_us'])}"
+    of = row["measure"], row["shape"], duration(row["ours_us"]), peer, f"{row['share']:.0%}", row["target"]
+    print(*of, flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--layouts"]:
         steps, batch, units = map(int, sys.argv[2:5])
         layouts(steps, batch, units, torch.float16 if sys.argv[5:] == ["fp16"] else torch.bfloat16)
     else:
-        for row in rows():
-            peer = "" if row["peer_us"] is None else f"{row['peer']} {duration(row['peer_us'])}"
-            print(
-                row["measure"],
-                row["shape"],
-                duration(row["ours_us"]),
-                peer,
-                f"{row['share']:.0%}",
-                row["target"],
-                flush=True,
-            )
+        rows(show)

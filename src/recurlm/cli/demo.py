@@ -101,7 +101,7 @@ def demo(
     ),
     as_json: Json = False,
 ) -> None:
-    """Train a small character model on Shakespeare, on the CPU, and show what it can do (about 80 s)."""
+    """Train a small character model on Shakespeare, on the CPU, and show what it can do (about two minutes)."""
     started = time.perf_counter()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file; choose a folder with -o.")

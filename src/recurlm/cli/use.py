@@ -146,6 +146,7 @@ def eval_(
         evaluate.report(run, report, *others, data, split, batch_size, force, device, dtype, as_json)
         return
     from recurlm import api, files
+    from recurlm.model import directory
 
     values = api.evaluate(
         run,
@@ -168,10 +169,12 @@ def eval_(
     else:
         print_table(values)
     if not (data or mixed_with or cache or dynamic or mc_dropout):
+        kept = run / ("eval.json" if values["split"] == "test" else f"eval-{values['split']}.json")
+        step = files.read_manifest(run / directory.MANIFEST, directory.FORMAT)["facts"].get("step")  # of these weights
         try:
-            files.write_atomic(run / "eval.json", files.to_json(values))
+            files.write_atomic(kept, files.to_json(values | {"step": step}))
         except OSError as error:
-            note(f"{run / 'eval.json'} could not be written ({error.strerror}); the figures above stand.")
+            note(f"{kept} could not be written ({error.strerror}); the figures above stand.")
 
 
 def _lines(path: str) -> Iterator[str]:
@@ -233,11 +236,9 @@ def _print_scores(model, batch: list[str], first: int, level: str, unit: str, en
 
     scores = model.score_all(batch, unit=unit, end=end)
     if not as_json and first == 0:
-        print(
-            "sentence_id\ttoken_id\ttoken\tsurprisal"
-            if level == "token"
-            else "sentence_id\ttokens\tsurprisal\tsentence"
-        )
+        value = "log10_probability" if unit == "log10" else "surprisal"
+        columns = f"token_id\ttoken\t{value}" if level == "token" else f"tokens\t{value}\tsentence"
+        print(f"sentence_id\t{columns}")
     for number, (line, scored) in enumerate(zip(batch, scores, strict=True), first + 1):
         if as_json:
             row: dict = {"sentence_id": number, "text": line, "unit": unit, "total": scored.total}

@@ -122,10 +122,18 @@ def _logarithmic(axes: Any, chart: Chart) -> None:
     low = 0.97 * min([*lowest, *chart.levels])
     most = max(y for s in chart.series for y in s.y)
     high = 1.03 * max(min(most, 2 * low), 1.2 * max(lowest), *chart.levels)
-    ticks = [m * 10.0**e for e in range(-3, 9) for m in (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8, 9)]
+    for marks in (
+        (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 8, 9),
+        (1, 1.5, 2, 3, 4, 5, 7),
+        (1, 2, 5),
+        (1,),
+    ):
+        ticks = [t for e in range(-3, 300) for m in marks if low <= (t := m * 10.0**e) <= high]
+        if len(ticks) <= 12:  # more would be printed over each other
+            break
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    axes.set_yticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
 
 

@@ -37,6 +37,9 @@ class Totals:
 def totals_of(model: StatefulModel, batches: Batches, steps: int, with_ranks: bool = False) -> Totals:
     """Totals over all counted targets, in windows of `steps`; the state is carried where a window goes on with one."""
     totals, state = Totals(), None
+    nats = torch.zeros(
+        (), dtype=torch.float64, device=model.device
+    )  # stays there: the next window need not wait for it
     for window in batches.windows(steps):
         inputs_TB, targets_TB = (torch.from_numpy(a).to(model.device) for a in (window.inputs_TB, window.targets_TB))
         if window.fresh:
@@ -54,8 +57,9 @@ def totals_of(model: StatefulModel, batches: Batches, steps: int, with_ranks: bo
         else:
             nll_TB, state = model.score(inputs_TB, targets_TB, state)
         nll_N = nll_TB.flatten() if counted_TB is None else nll_TB[counted_TB]
-        totals.nats += float(nll_N.double().sum())
+        nats += nll_N.double().sum()
         totals.targets += nll_N.numel()
+    totals.nats = float(nats)
     return totals
 
 

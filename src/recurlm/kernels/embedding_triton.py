@@ -1,7 +1,8 @@
 """The embedding's gradient on the GPU: gradient rows added up by id, in a fixed order and in fp32.
 
 Positions are sorted by id by counting how many come before each (all pairs are compared, which is quick for the few
-thousand positions of a training step); then one program for each id that occurs adds up its rows.
+thousand positions of a training step; more are sorted by torch); then one program for each id that occurs adds up its
+rows.
 """
 
 # Triton's kernels are not Python to a type checker:
@@ -73,15 +74,22 @@ def gradient(rows_NE: Tensor, ids_N: Tensor, words: int) -> Tensor:
     """grad_VE, V = `words`: the sum of the rows of each id, in the type of the rows; every id must be below V."""
     rows_NE, ids_N = rows_NE.contiguous(), ids_N.contiguous()
     N, E = rows_NE.shape
-    if N == 0 or N > MOST:
-        return torch.ops.aten.embedding_dense_backward(rows_NE, ids_N, words, -1, False)
-    out_VE = rows_NE.new_empty(words, E)
-    places, counts, order = torch.empty(3, N, dtype=torch.int32, device=ids_N.device)
-    rankers = triton.cdiv(N, POSITIONS)
+    if N == 0:
+        return rows_NE.new_zeros(words, E)
     with torch.cuda.device_of(rows_NE):  # Triton launches on the current device
-        _rank[(rankers + triton.cdiv(words * E, CLEARED),)](
-            ids_N, places, counts, order, out_VE, N, words * E, rankers, POSITIONS, OTHERS, CLEARED, num_warps=4
-        )
+        if N > MOST:
+            out_VE = rows_NE.new_zeros(words, E)
+            ids_N, order = torch.sort(ids_N, stable=True)
+            places = torch.arange(N, device=ids_N.device)
+            counts = torch.searchsorted(ids_N, ids_N, right=True) - places
+            counts[1:] *= ids_N[1:] != ids_N[:-1]
+        else:
+            out_VE = rows_NE.new_empty(words, E)
+            places, counts, order = torch.empty(3, N, dtype=torch.int32, device=ids_N.device)
+            rankers = triton.cdiv(N, POSITIONS)
+            _rank[(rankers + triton.cdiv(words * E, CLEARED),)](
+                ids_N, places, counts, order, out_VE, N, words * E, rankers, POSITIONS, OTHERS, CLEARED, num_warps=4
+            )
         _add_up[(N, triton.cdiv(E, FEATURES))](
             ids_N, places, counts, order, rows_NE, out_VE, E, ROWS, FEATURES, num_warps=4
         )

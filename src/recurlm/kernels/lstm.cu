@@ -14,28 +14,25 @@
 // a tile is row 2 i of the product, row i + 8 is row 2 i + 1: what a lane has of a tile are neighbours too.
 //
 // Compiled at run time with the sizes as macros: H (a multiple of 16), BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF
-// (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K.
+// (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K; PACE or not.
 // Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work.
 
-#ifdef UNITS
-#define EAGER 1  // a warp that waits asks for all its words again, or only for the next block of them
-#else
-#define EAGER 0
-#endif
-
-// acc = weights * vectors over this warp's share of k. Block k of the vectors begins at from + offsets[k], and each next 8
-// batch rows `stride` after; `rows` of them are there for this lane. Waits for words that are EMPTY, block by block.
-template <int TILES_M>
+// acc = weights * vectors over this warp's share of k, of which bit k of `present` says whether this lane has any of block k, and
+// whose words for this lane begin at `from`; `rows` tiles of batch rows are there for it. Waits for words that are EMPTY, block by
+// block. `then` is called when all are there: loads asked for before would be waited for with them, or even before they are.
+template <int TILES_M, class Then>
 DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
                                 const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M], const uint4* more,
-                                const T16* from, const int (&offsets)[BLOCKS_K], int stride, int rows, Patience& patience) {
+                                const T16* from, unsigned present, int rows, Patience& patience, Pace& pace,
+                                Then then) {
+    bool too_early = false;
     uint4 vectors[BLOCKS_K][TILES_N];
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++)
 #pragma unroll
         for (int n = 0; n < TILES_N; n++) {
             vectors[k][n] = make_uint4(0, 0, 0, 0);
-            reload_shared_words(vectors[k][n], from + offsets[k] + n * stride, n < rows && offsets[k] >= 0);
+            reload_shared_words(vectors[k][n], from + (k * TILES_N + n) * 256, n < rows && present >> k & 1);
         }
     patience.renew();
 #pragma unroll
@@ -45,21 +42,17 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #pragma unroll
             for (int n = 0; n < TILES_N; n++) waits |= is_empty(vectors[k][n]);
             if (!any_lane(waits) || !any_lane(patience.lasts())) break;
+            too_early = true;
 #pragma unroll
-            for (int later = k; later < (EAGER ? BLOCKS_K : k + 1); later++)
-#pragma unroll
-                for (int n = 0; n < TILES_N; n++)
-                    reload_shared_words(vectors[later][n], from + offsets[later] + n * stride, is_empty(vectors[later][n]));
-        }
-        if (!EAGER && k == 0) {
-#pragma unroll
-            for (int later = 1; later < BLOCKS_K; later++)
+            for (int later = k; later < BLOCKS_K; later++)
 #pragma unroll
                 for (int n = 0; n < TILES_N; n++)
-                    reload_shared_words(vectors[later][n], from + offsets[later] + n * stride, is_empty(vectors[later][n]));
+                    reload_shared_words(vectors[later][n], from + (later * TILES_N + n) * 256, is_empty(vectors[later][n]));
         }
+        if (k == BLOCKS_K - 1) then();
         product<TILES_M>(acc, weights, more, vectors[k], k);
     }
+    pace.judge(too_early);
 }
 
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
@@ -69,13 +62,16 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #define ITEMS (UNITS * GROUP_BATCH)
 #define ROUNDS ((ITEMS + THREADS - 1) / THREADS)
 
-// weights R (4H, H); gates (T, BATCH, 4H): pre-activations without R h, become the gates; h0, c0 (BATCH, H); h (T, BATCH, H):
-// every word EMPTY before; c (T, BATCH, H).
-KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble,
-               unsigned long long limit) {
+// weights R (4H, H); gates (T, BATCH, 4H): pre-activations without R h, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
+// h0 and h; x (T, GROUPS, VECTORS): the same of all but the last step, to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
+// c0 and c_last have 16 bits if `is_short`.
+KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T16* x, T16* y, float* c, T16* h_last,
+               void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
     const int unit0 = blockIdx.x * UNITS;
+    T16* h = y + BATCH * H;
+    copy_words(y, h0, BATCH * H / 2, (H + UNITS - 1) / UNITS);
     uint4* more = shared + warp * SHARED_K * 2 * TILES * 32 + lane;
     float* sums = (float*)(shared + WARPS * SHARED_K * 2 * TILES * 32);
     Patience patience = {limit, 0, trouble, 0};
@@ -104,70 +100,96 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
     }
 
     // an item is a unit and a batch row
-    unsigned input[ROUNDS][4];  // as loaded: what depends on a load waits for it
-    float cell[ROUNDS] = {};
-    auto fetch = [&](int t, int g) {  // what the turn of group g at step t needs of memory
+    unsigned input[ROUNDS][4], next_input[ROUNDS][4];  // as loaded: what depends on a load waits for it
+    float cell[ROUNDS] = {}, next_cell[ROUNDS];
+    auto fetch = [&](int turn) {  // what a turn needs of memory
+        const int t = turn / GROUPS, g = turn % GROUPS;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
             const bool there = item < ITEMS && b < BATCH && unit < H;
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) input[i][gate] = there ? place[gate * H] : 0;
-            if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
+            for (int gate = 0; gate < 4; gate++) next_input[i][gate] = there ? place[gate * H] : 0;
+            if (t == 0 || GROUPS > 1) next_cell[i] = there ? c[((long long)t * BATCH + b) * H + unit] : 0.0f;
         }
     };
-    fetch(0, 0);
-    int offsets[BLOCKS_K];
+    auto take = [&](int turn) {
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++) {
-        const int column = (warp * BLOCKS_K + k) * 32 + q * 8;
-        offsets[k] = column < H ? column : -1;
-    }
-
-    int turn = 0;
-    for (int t = 0; t < T; t++) {
-        const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
-#pragma unroll 1
-        for (int g = 0; g < GROUPS; g++) {
-            const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
-            float acc[TILES][TILES_N][4] = {};
-            product_of_arriving<TILES>(acc, kept, more, before + (g * GROUP_BATCH + r) * H, offsets, 8 * H, rows, patience);
-            float* place = sums + turn * WARPS * TILES_N * 8 * STRIDE;
-            put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);
-            barrier();
-            turn ^= 1;
-
-            float gate_of[ROUNDS][4];
+        for (int i = 0; i < ROUNDS; i++) {
 #pragma unroll
-            for (int i = 0; i < ROUNDS; i++) {
-                const int item = thread + i * THREADS, n = item / UNITS, b = g * GROUP_BATCH + n, unit = unit0 + item % UNITS;
-                const bool there = item < ITEMS && b < BATCH && unit < H;
-                float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (item < ITEMS) x = sum_of_warps<WARPS, STRIDE>(place, n, item % UNITS * 4);
-                const float in = sigmoid(x.x + widened(input[i][0])), forget = sigmoid(x.y + widened(input[i][1]));
-                const float value = tangent(x.z + widened(input[i][2])), out = sigmoid(x.w + widened(input[i][3]));
-                cell[i] = forget * cell[i] + in * value;
-                const float now = out * tangent(cell[i]), next = from_neighbour(now);
-                const long long at = ((long long)t * BATCH + b) * H + unit;
-                if (there && !(item & 1)) store_shared_word(h + at, packed(now, next));
-                gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
-            }
-            // others wait for h alone: the rest is written after it
-#pragma unroll
-            for (int i = 0; i < ROUNDS; i++) {
-                const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
-                if (item < ITEMS && b < BATCH && unit < H) {
-                    const long long at = ((long long)t * BATCH + b) * H + unit;
-                    c[at] = cell[i];
-#pragma unroll
-                    for (int gate = 0; gate < 4; gate++) gates[(at - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
-                }
-            }
-            if (g + 1 < GROUPS) fetch(t, g + 1);
-            else if (t + 1 < T) fetch(t + 1, 0);
+            for (int gate = 0; gate < 4; gate++) input[i][gate] = next_input[i][gate];
+            if (turn < GROUPS || GROUPS > 1) cell[i] = next_cell[i];
         }
+    };
+    for (int g = 0; g < GROUPS; g++)
+        for (int item = thread; item < ITEMS; item += THREADS) {
+            const int b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            if (b >= BATCH || unit >= H) continue;
+            c[b * H + unit] = state_at(c0, b * H + unit, is_short);
+            if (!(unit & 1)) store_shared_word(x + g * VECTORS + place_in_vectors(item / UNITS, unit), *(const unsigned*)(h0 + b * H + unit));
+        }
+    fetch(0), take(0);
+    unsigned present = 0;
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) present |= ((warp * BLOCKS_K + k) * 32 + q * 8 < H) << k;
+    int place_of[ROUNDS];  // of an item's h in the exchanged vectors
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int item = thread + i * THREADS;
+        place_of[i] = place_in_vectors(item / UNITS, unit0 + item % UNITS);
     }
+    Pace pace;
+
+#pragma unroll 1
+    for (int turn = 0; turn < T * GROUPS; turn++) {
+        const int t = turn / GROUPS, g = turn % GROUPS;
+        const T16* from = x + (long long)turn * VECTORS + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
+        const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
+        float acc[TILES][TILES_N][4] = {};
+        pace.hold(turn ? PACE : 0);
+        product_of_arriving<TILES>(acc, kept, more, from, present, rows, patience, pace,
+                                   [&] { if (turn + 1 < T * GROUPS) fetch(turn + 1); });
+        float* place = sums + (turn & 1) * WARPS * TILES_N * 8 * STRIDE;
+        put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);
+        barrier();
+        pace.begin();
+
+        float gate_of[ROUNDS][4];
+        unsigned word[ROUNDS];
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int item = thread + i * THREADS, n = item / UNITS, b = g * GROUP_BATCH + n, unit = unit0 + item % UNITS;
+            const bool there = item < ITEMS && b < BATCH && unit < H;
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (item < ITEMS) sum = sum_of_warps<WARPS, STRIDE>(place, n, item % UNITS * 4);
+            const float in = sigmoid(sum.x + widened(input[i][0])), forget = sigmoid(sum.y + widened(input[i][1]));
+            const float value = tangent(sum.z + widened(input[i][2])), out = sigmoid(sum.w + widened(input[i][3]));
+            cell[i] = forget * cell[i] + in * value;
+            const float now = out * tangent(cell[i]), next = from_neighbour(now);
+            word[i] = packed(now, next);
+            if (there && !(item & 1) && t + 1 < T) store_shared_word(x + (long long)(turn + GROUPS) * VECTORS + place_of[i], word[i]);
+            gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
+        }
+        // others wait for x alone: the rest is written after it
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            if (item < ITEMS && b < BATCH && unit < H) {
+                const long long at = ((long long)t * BATCH + b) * H + unit;
+                c[at + BATCH * H] = cell[i];
+                if (!(item & 1)) *(unsigned*)(h + at) = word[i];
+#pragma unroll
+                for (int gate = 0; gate < 4; gate++) gates[(at - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
+            }
+        }
+        take(turn + 1);
+    }
+    for (int g = 0; g < GROUPS; g++)  // the last state: each thread copies what it wrote
+        for (int item = thread; item < ITEMS; item += THREADS) {
+            const int b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            if (b < BATCH && unit < H) copy_last(h_last, c_last, is_short, y, c, T, b * H + unit);
+        }
 }
 
 #else  // ---- backward --------------------------------------------------------------------------------------------------
@@ -181,11 +203,10 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
 #define ROUNDS ((SHARE + THREADS - 1) / THREADS)
 #define RING 4
 
-// weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (T, BATCH, H); c0 (BATCH, H); d_h (T, BATCH, H) the gradient
-// of h, d_hT, d_cT (BATCH, H) of the last state; d_gates (T, BATCH, 4H), every word EMPTY before, of the pre-activations;
-// d_h0, d_c0 (BATCH, H) of the first state; ring (RING, ROWS, BATCH, ALL_COLUMNS), zeros before.
-KERNEL backward(const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT,
-                const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble,
+// weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (1 + T, BATCH, H); d_h (T, BATCH, H) the gradient of h, d_hT, d_cT (BATCH, H) of the last state or null; d_gates (T, BATCH, 4H) of the pre-activations; x (T, GROUPS,
+// VECTORS) the same to exchange, every word EMPTY before; d_h0, d_c0 (BATCH, H) of the first state; ring (RING, ROWS, BATCH, ALL_COLUMNS), EMPTY before.
+KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
+                const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble,
                 unsigned long long limit) {
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
@@ -237,9 +258,9 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             for (int gate = 0; gate < 4; gate++)
                 gates_of[i][gate] = *(const unsigned*)(gates + (at - unit) * 4 + gate * H + unit);
             d_h_of[i] = *(const unsigned*)(d_h + at);
-            cell[i] = *(const float2*)(c + at);
-            cell_before[i] = *(const float2*)(t ? c + at - BATCH * H : c0 + b * H + unit);
-            if (t == T - 1) d_cell[i] = *(const float2*)(d_cT + b * H + unit);
+            cell[i] = *(const float2*)(c + at + BATCH * H);
+            cell_before[i] = *(const float2*)(c + at);
+            if (t == T - 1) d_cell[i] = d_cT ? *(const float2*)(d_cT + b * H + unit) : make_float2(0.0f, 0.0f);
             else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
         }
     };
@@ -263,12 +284,19 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
 #undef EACH
     };
     fetch(T - 1, 0);
-    int offsets[BLOCKS_K];
+    unsigned present = 0;
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) {
-        const int chunk = (warp * BLOCKS_K + k) * 4 + q, unit = row_unit0 + chunk_unit(chunk);
-        offsets[k] = chunk < ROW_UNITS / 2 && unit < H ? chunk_gate(chunk) * H + unit : -1;
+        const int chunk = (warp * BLOCKS_K + k) * 4 + q;
+        present |= (chunk < ROW_UNITS / 2 && row_unit0 + chunk_unit(chunk) < H) << k;
     }
+    int place_of[ROUNDS];  // of an item's gradient of gate i in the exchanged vectors
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int item = row * SHARE + thread + i * THREADS;
+        place_of[i] = place_in_vectors(item / PAIRS, column0 + item % PAIRS * 2, 0);
+    }
+    Pace pace;
 
     int turn = 0;
     for (int t = T - 1; t >= -1; t--) {
@@ -283,10 +311,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                 float2 d = make_float2(0.0f, 0.0f);
                 if (t == T - 1) {
                     prepare(i);
-                    d = *(const float2*)(d_hT + b * H + unit);
+                    if (d_hT) d = unpacked(*(const unsigned*)(d_hT + b * H + unit));
                 } else {
                     const int use = T - 2 - t;
-                    const unsigned bit = (use / RING + 1) & 1;
+                    const unsigned bit = (use / RING) & 1;
                     const float* from = ring + ((long long)(use % RING) * ROWS * BATCH + b) * ALL_COLUMNS + unit;
                     uint2 parts[ROWS];
 #pragma unroll
@@ -314,32 +342,41 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                 }
                 d.x += d_above[i].x, d.y += d_above[i].y;
                 const float2 d_c = make_float2(d_cell[i].x + d.x * by_h[i].x, d_cell[i].y + d.y * by_h[i].y);
-                T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
+                unsigned words[4];
 #pragma unroll
                 for (int gate = 0; gate < 3; gate++)
-                    store_shared_word(place + gate * H, packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y));
-                store_shared_word(place + 3 * H, packed(d.x * by_o[i].x, d.y * by_o[i].y));
+                    words[gate] = packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
+                words[3] = packed(d.x * by_o[i].x, d.y * by_o[i].y);
+                T16* to = x + ((long long)t * GROUPS + g) * VECTORS + place_of[i];
+                T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
+#pragma unroll
+                for (int gate = 0; gate < 4; gate++)
+                    store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 16, words[gate]);
+#pragma unroll
+                for (int gate = 0; gate < 4; gate++) *(unsigned*)(place + gate * H) = words[gate];
                 d_cell[i] = make_float2(d_c.x * forget[i].x, d_c.y * forget[i].y);
                 if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
             }
             if (t >= 0 && g + 1 < GROUPS) fetch(t, g + 1);
-            else if (t > 0) fetch(t - 1, 0);
         }
         if (t < 0) break;
 
         // this block's part of the gradients of h before step t
-        const T16* from = d_gates + (long long)t * BATCH * 4 * H;
+        const T16* from = x + (long long)t * GROUPS * VECTORS + row * (ROW_UNITS / 8 * TILES_N * 256) + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
         const int use = T - 1 - t;
-        const unsigned bit = (use / RING + 1) & 1;
+        const unsigned bit = (use / RING) & 1;
         float* to = ring + ((long long)(use % RING) * ROWS + row) * BATCH * ALL_COLUMNS + column0;
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
             const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
             float acc[TILES][TILES_N][4] = {};
-            product_of_arriving<TILES>(acc, kept, more, from + (g * GROUP_BATCH + r) * 4 * H, offsets, 32 * H, rows, patience);
+            pace.hold(t < T - 1 && !g ? PACE : 0);
+            product_of_arriving<TILES>(acc, kept, more, from + g * VECTORS, present, rows, patience, pace,
+                                       [&] { if (t > 0 && g == GROUPS - 1) fetch(t - 1, 0); });
             float* place = sums + turn * WARPS * TILES_N * 8 * STRIDE;
             put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);
             barrier();
+            pace.begin();
             turn ^= 1;
             for (int item = thread; item < COLUMNS / 4 * batch_rows; item += THREADS) {
                 const int n = item / (COLUMNS / 4), m = item % (COLUMNS / 4) * 4;

@@ -24,10 +24,16 @@
 #define RING 2
 #define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
 
-// An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group.
+// An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group. The
+// sums of the forward kernel travel in fp16 where the type is bf16: they are of moderate size, and of what was rounded to bf16.
 #ifdef UNITS
 #define WIDTH 4
+#if !HALF
+#define IN_FP16 1
+typedef uint2 Sums;
+#else
 typedef uint4 Sums;
+#endif
 #else
 #define WIDTH 2
 typedef uint2 Sums;
@@ -43,7 +49,6 @@ struct Places {
     uint4 *more, *stage;
     float* sums;
     Sums* inbox;
-    float4* totals;  // backward: of each item of this block, the sum over steps of its gates' gradients
     int thread, warp, lane, r, q, m, k, rank;
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
 
@@ -54,11 +59,10 @@ struct Places {
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
         sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);
         inbox = (Sums*)(sums + 2 * WARPS_K * TILES_N * 8 * STRIDE);
-        totals = (float4*)(inbox + INBOX);
     }
 
     DEVICE void begin() {  // before anything arrives
-        for (int i = thread; i < INBOX * WIDTH; i += THREADS) ((float*)inbox)[i] = 0.0f;
+        for (int i = thread; i < INBOX * (int)(sizeof(Sums) / 4); i += THREADS) ((float*)inbox)[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < SENDS; i++) {
             const int item = (thread + i * THREADS) * (4 / WIDTH);
@@ -67,6 +71,9 @@ struct Places {
         }
         cluster_barrier();
     }
+
+    // Of the exchanged vectors, what this lane's loads begin with.
+    DEVICE int first_load() { return (((rank * WARPS_K + k) * FRAGMENTS + m) * 32 + lane) * 8; }
 
     DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * CLUSTER * SHARE; }
 };
@@ -82,29 +89,30 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
     }
 }
 
-// The turn of group g: this block's part of the sums, sent to their blocks. The vector of the group's first batch row begins at
-// `from`, the next after `length`; what this lane loads of it at `offsets`, or nowhere where that is negative.
-DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int length, const int (&offsets)[LOADS], int use,
-                              int g, Patience& patience) {
+// The turn of group g: this block's part of the sums, sent to their blocks. What this lane loads of the group's vectors begins at
+// `from`; bit i of `present` says whether load i is of any.
+DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, unsigned present, int use, int g,
+                              Patience& patience, Pace& pace) {
     const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+    pace.hold(use ? PACE : 0);
     uint4 words[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
         const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
         words[i] = make_uint4(0, 0, 0, 0);
-        reload_shared_words(words[i], from + row * length + offsets[i], offsets[i] >= 0 && row < batch_rows);
+        reload_shared_words(words[i], from + i * WARPS_M * 256, present >> i & 1 && row < batch_rows);
     }
     patience.renew();
-    for (;;) {
+    for (bool too_early = false;; too_early = true) {
         bool waits = false;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) waits |= is_empty(words[i]);
-        if (!any_lane(waits) || !any_lane(patience.lasts())) break;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
-            reload_shared_words(words[i], from + row * length + offsets[i], is_empty(words[i]));
+        if (!any_lane(waits) || !any_lane(patience.lasts())) {
+            pace.judge(too_early);
+            break;
         }
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) reload_shared_words(words[i], from + i * WARPS_M * 256, is_empty(words[i]));
     }
     // One barrier a turn lets a warp be a turn ahead of another: what it writes before that barrier has two places.
     const int odd = (use * GROUPS + g) & 1;
@@ -126,12 +134,17 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
     put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
     barrier();
+    pace.begin();
 #pragma unroll
     for (int i = 0; i < SENDS; i++) {
         const int item = at.thread + i * THREADS;
         if (item < ROWS / 4 * batch_rows) {
             const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
+#if IN_FP16
+            send(at.to[i] + offset, make_uint2(marked(halves(x.x, x.y), bit), marked(halves(x.z, x.w), bit)));
+#else
             send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
+#endif
         }
     }
 }
@@ -160,10 +173,12 @@ DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g
 
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
 
-KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T16* h, float* c, int T, int* trouble,
-               unsigned long long limit) {
+KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T16* x, T16* y, float* c, T16* h_last,
+               void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
+    T16* h = y + BATCH * H;
+    copy_words(y, h0, BATCH * H / 2, (H + UNITS - 1) / UNITS * CLUSTER);
     const int unit0 = blockIdx.x / CLUSTER * UNITS, column0 = at.rank * WARPS_K * BLOCKS_K * 32;
     Patience patience = {limit, 0, trouble, 0};
     at.begin();
@@ -184,12 +199,13 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
                  make_uint4(rows[0].z, rows[1].z, rows[0].w, rows[1].w));
         }
     }
-    int offsets[LOADS];
+    unsigned present = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
         const int fragment = at.m + i * WARPS_M, column = column0 + (at.k * BLOCKS_K + fragment / TILES_N) * 32 + at.q * 8;
-        offsets[i] = fragment < FRAGMENTS && column < H ? column : -1;
+        present |= (fragment < FRAGMENTS && column < H) << i;
     }
+    Pace pace;
 
     unsigned input[ROUNDS][4];
     float cell[ROUNDS] = {};
@@ -202,53 +218,68 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) input[i][gate] = there ? place[gate * H] : 0;
-            if (there && (t == 0 || GROUPS > 1)) cell[i] = t ? c[((long long)(t - 1) * BATCH + b) * H + unit] : c0[b * H + unit];
+            if (there && (t == 0 || GROUPS > 1)) cell[i] = c[((long long)t * BATCH + b) * H + unit];
         }
     };
+    for (int g = 0; g < GROUPS; g++)
+        for (int mine = at.thread; mine < SHARE; mine += THREADS) {
+            const int item = at.rank * SHARE + mine, n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            if (n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
+            c[b * H + unit] = state_at(c0, b * H + unit, is_short);
+            if (!(unit & 1)) store_shared_word(x + g * VECTORS + place_in_vectors(n, unit), *(const unsigned*)(h0 + b * H + unit));
+        }
     fetch(0, 0);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
         if (turn < T * GROUPS) {
             const int t = turn / GROUPS, g = turn % GROUPS;
-            const T16* before = t ? h + (long long)(t - 1) * BATCH * H : h0;
-            multiply_and_send(at, kept, before + g * GROUP_BATCH * H, H, offsets, t, g, patience);
+            const T16* from = x + (long long)turn * VECTORS + at.first_load();
+            multiply_and_send(at, kept, from, present, t, g, patience, pace);
         }
         if (turn < LAG) continue;
         const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;
         float gate_of[ROUNDS][4];
+        unsigned word[ROUNDS];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
-            float x[4];
+            float sum[4];
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) x[gate] = widened(input[i][gate]);
+            for (int gate = 0; gate < 4; gate++) sum[gate] = widened(input[i][gate]);
             if (there) {
                 Sums parts[CLUSTER];
                 receive(parts, at, mine, t, g, patience);
 #pragma unroll
                 for (int p = 0; p < CLUSTER; p++) {
-                    x[0] += __uint_as_float(parts[p].x), x[1] += __uint_as_float(parts[p].y);
-                    x[2] += __uint_as_float(parts[p].z), x[3] += __uint_as_float(parts[p].w);
+#if IN_FP16
+                    const float2 low = from_halves(parts[p].x), high = from_halves(parts[p].y);
+                    sum[0] += low.x, sum[1] += low.y, sum[2] += high.x, sum[3] += high.y;
+#else
+                    sum[0] += __uint_as_float(parts[p].x), sum[1] += __uint_as_float(parts[p].y);
+                    sum[2] += __uint_as_float(parts[p].z), sum[3] += __uint_as_float(parts[p].w);
+#endif
                 }
             }
-            const float in = sigmoid(x[0]), forget = sigmoid(x[1]), value = tangent(x[2]), out = sigmoid(x[3]);
+            const float in = sigmoid(sum[0]), forget = sigmoid(sum[1]), value = tangent(sum[2]), out = sigmoid(sum[3]);
             cell[i] = forget * cell[i] + in * value;
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
-            const long long place = ((long long)t * BATCH + b) * H + unit;
-            if (there && !(item & 1)) store_shared_word(h + place, packed(now, next));
+            word[i] = packed(now, next);
+            if (there && !(item & 1) && t + 1 < T)
+                store_shared_word(x + (long long)((t + 1) * GROUPS + g) * VECTORS + place_in_vectors(n, unit), word[i]);
             gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
-        // others wait for h alone: the rest is written after it
+        // others wait for x alone: the rest is written after it
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
                 const long long place = ((long long)t * BATCH + b) * H + unit;
-                c[place] = cell[i];
+                c[place + BATCH * H] = cell[i];
+                if (!(item & 1)) *(unsigned*)(h + place) = word[i];
 #pragma unroll
                 for (int gate = 0; gate < 4; gate++)
                     gates[(place - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
@@ -256,20 +287,24 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const float* c0, T
         }
         if (turn + 1 - LAG < T * GROUPS) fetch((turn + 1 - LAG) / GROUPS, (turn + 1 - LAG) % GROUPS);
     }
+    for (int g = 0; g < GROUPS; g++)  // the last state: each thread copies what it wrote
+        for (int mine = at.thread; mine < SHARE; mine += THREADS) {
+            const int item = at.rank * SHARE + mine, n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            if (n < GROUP_BATCH && b < BATCH && unit < H) copy_last(h_last, c_last, is_short, y, c, T, b * H + unit);
+        }
     cluster_barrier();  // a block that has ended has no shared memory to write to
 }
 
 #else  // ---- backward --------------------------------------------------------------------------------------------------
 
-// d_bias (BATCH, 4H): the gradients of the gates, added over the steps.
-KERNEL backward(const T16* weights, const T16* gates, const float* c, const float* c0, const T16* d_h, const float* d_hT,
-                const float* d_cT, T16* d_gates, float* d_h0, float* d_c0, float* d_bias, int T, int* trouble,
+// As in lstm.cu; there is no ring.
+KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
+                const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float*, int T, int* trouble,
                 unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
     const int column0 = blockIdx.x / CLUSTER * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
     Patience patience = {limit, 0, trouble, 0};
-    for (int i = at.thread; i < GROUPS * SHARE * 2; i += THREADS) at.totals[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     at.begin();
 
     Kept kept;
@@ -291,14 +326,14 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
                  make_uint4(words[0][2], words[1][2], words[0][3], words[1][3]));
         }
     }
-    int offsets[LOADS];
+    unsigned present = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
         const int fragment = at.m + i * WARPS_M;
         const int chunk = (at.k * BLOCKS_K + fragment / TILES_N) * 4 + at.q;
-        const int unit = row_unit0 + chunk_unit(chunk);
-        offsets[i] = fragment < FRAGMENTS && unit < H ? chunk_gate(chunk) * H + unit : -1;
+        present |= (fragment < FRAGMENTS && row_unit0 + chunk_unit(chunk) < H) << i;
     }
+    Pace pace;
 
     // With d the gradient of h, the gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of
     // i, f, g that of c times by_c.
@@ -316,9 +351,9 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             for (int gate = 0; gate < 4; gate++)
                 gates_of[i][gate] = *(const unsigned*)(gates + (place - unit) * 4 + gate * H + unit);
             d_h_of[i] = *(const unsigned*)(d_h + place);
-            cell[i] = *(const float2*)(c + place);
-            cell_before[i] = *(const float2*)(t ? c + place - BATCH * H : c0 + b * H + unit);
-            if (t == T - 1) d_cell[i] = *(const float2*)(d_cT + b * H + unit);
+            cell[i] = *(const float2*)(c + place + BATCH * H);
+            cell_before[i] = *(const float2*)(c + place);
+            if (t == T - 1) d_cell[i] = d_cT ? *(const float2*)(d_cT + b * H + unit) : make_float2(0.0f, 0.0f);
             else if (GROUPS > 1) d_cell[i] = *(const float2*)(d_c0 + b * H + unit);
         }
     };
@@ -351,37 +386,33 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
             if (t >= 0) prepare(i);
             float2 d = make_float2(0.0f, 0.0f);
             if (t == T - 1) {
-                d = *(const float2*)(d_hT + b * H + unit);
+                if (d_hT) d = unpacked(*(const unsigned*)(d_hT + b * H + unit));
             } else {
                 Sums parts[CLUSTER];
                 receive(parts, at, mine, T - 2 - t, g, patience);
 #pragma unroll
                 for (int p = 0; p < CLUSTER; p++) d.x += __uint_as_float(parts[p].x), d.y += __uint_as_float(parts[p].y);
             }
-            float4* total = at.totals + (g * SHARE + mine) * 2;
             if (t < 0) {
                 *(float2*)(d_h0 + b * H + unit) = d;
                 if (GROUPS == 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
-                for (int gate = 0; gate < 4; gate++) *(float2*)(d_bias + (b * 4 + gate) * H + unit) = ((float2*)total)[gate];
                 continue;
             }
             d.x += d_above[i].x, d.y += d_above[i].y;
             const float2 d_c = make_float2(d_cell[i].x + d.x * by_h[i].x, d_cell[i].y + d.y * by_h[i].y);
+            T16* to = x + ((long long)t * GROUPS + g) * VECTORS + place_in_vectors(n, unit, 0);
             T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
-            float2 d_gate[4];
+            unsigned words[4];
 #pragma unroll
             for (int gate = 0; gate < 3; gate++)
-                d_gate[gate] = make_float2(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
-            d_gate[3] = make_float2(d.x * by_o[i].x, d.y * by_o[i].y);
+                words[gate] = packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
+            words[3] = packed(d.x * by_o[i].x, d.y * by_o[i].y);
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) store_shared_word(place + gate * H, packed(d_gate[gate].x, d_gate[gate].y));
+            for (int gate = 0; gate < 4; gate++)
+                store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 16, words[gate]);
             // others wait for these alone
 #pragma unroll
-            for (int two = 0; two < 2; two++) {
-                const float2 x = d_gate[2 * two], y = d_gate[2 * two + 1];
-                const float4 before = total[two];
-                total[two] = make_float4(before.x + x.x, before.y + x.y, before.z + y.x, before.w + y.y);
-            }
+            for (int gate = 0; gate < 4; gate++) *(unsigned*)(place + gate * H) = words[gate];
             d_cell[i] = make_float2(d_c.x * forget[i].x, d_c.y * forget[i].y);
             if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
         }
@@ -394,8 +425,8 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const floa
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
         if (turn < T * GROUPS) {
             const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
-            const T16* from = d_gates + ((long long)t * BATCH + g * GROUP_BATCH) * 4 * H;
-            multiply_and_send(at, kept, from, 4 * H, offsets, T - 1 - t, g, patience);
+            const T16* from = x + ((long long)t * GROUPS + g) * VECTORS + at.first_load();
+            multiply_and_send(at, kept, from, present, T - 1 - t, g, patience, pace);
         }
         if (turn < LAG) continue;
         const int t = T - 2 - (turn - LAG) / GROUPS;

@@ -80,6 +80,10 @@ DEVICE void send(Place to, uint4 v) {
                  ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+DEVICE void send(Place to, uint2 v) {
+    asm volatile("st.relaxed.cluster.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // Words of this block's shared memory that the cluster's blocks may be writing.
 DEVICE uint4 load_arriving(const uint4* p) {
     uint4 v;
@@ -96,8 +100,27 @@ DEVICE uint2 load_arriving(const uint2* p) {
 }
 #endif
 
+// Two numbers in fp16 in a word.
+DEVICE unsigned halves(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+
+DEVICE float2 from_halves(unsigned v) {
+    float2 x;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
+    return x;
+}
+
 DEVICE float from_neighbour(float v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
+
+DEVICE unsigned cycles() {
+    unsigned t;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
+    return t;
+}
 
 DEVICE unsigned long long nanoseconds() {
     unsigned long long t;
@@ -114,16 +137,8 @@ DEVICE float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); the hardware's 2^x 
 
 #if HALF
 #define KIND "f16"
-DEVICE unsigned packed(float low, float high) {
-    unsigned v;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-DEVICE float2 unpacked(unsigned v) {
-    float2 x;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(v));
-    return x;
-}
+DEVICE unsigned packed(float low, float high) { return halves(low, high); }
+DEVICE float2 unpacked(unsigned v) { return from_halves(v); }
 #else
 #define KIND "bf16"
 DEVICE unsigned packed(float low, float high) {
@@ -150,6 +165,22 @@ DEVICE void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 #define SHARED_K (BLOCKS_K - REGISTERS_K)
 DEVICE bool is_empty(uint4 v) { return v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY; }
 
+// `count` words, in turn by all threads of so many blocks.
+DEVICE void copy_words(void* to, const void* from, int count, int blocks) {
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < count; i += blocks * THREADS) ((unsigned*)to)[i] = ((const unsigned*)from)[i];
+}
+
+// A number of a first or last state, in 16 bits or 32.
+DEVICE float state_at(const void* p, int at, int is_short) { return is_short ? widened(((const T16*)p)[at]) : ((const float*)p)[at]; }
+
+// Place `at` of the last step's h, by words of two, and c.
+DEVICE void copy_last(T16* h_last, void* c_last, int is_short, const T16* y, const float* c, int T, int at) {
+    const long long from = (long long)T * BATCH * H + at;
+    if (!(at & 1)) *(unsigned*)(h_last + at) = *(const unsigned*)(y + from);
+    if (is_short) ((T16*)c_last)[at] = narrowed(c[from]);
+    else ((float*)c_last)[at] = c[from];
+}
+
 // Whether to go on waiting. A reader that has waited for too long goes on with what is there: NaN, which then spreads to
 // every block, so that all of them end, and the loss says it.
 struct Patience {
@@ -167,6 +198,49 @@ struct Patience {
         return false;
     }
     DEVICE void renew() { rounds = 0, start = 0; }
+};
+
+// Vectors are exchanged in the order in which the products load them, [block of 32 k][tile of 8 batch rows][row][chunk of 8 k], so
+// that a warp's 32 loads of 16 bytes are 4 whole lines of the L2 cache. A step's group of batch rows has VECTORS numbers.
+#ifdef UNITS
+#define VECTORS ((H + 31) / 32 * TILES_N * 256)
+DEVICE int place_in_vectors(int row, int unit) {
+    return ((unit / 32 * TILES_N + row / 8) * 32 + row % 8 * 4 + unit % 32 / 8) * 8 + unit % 8;
+}
+#else
+#define VECTORS ((H + ROW_UNITS - 1) / ROW_UNITS * ROW_UNITS / 8 * TILES_N * 256)
+// Chunk k of a block's rows: 16 units of a gate, then the same of the next gate.
+DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
+DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
+DEVICE int place_in_vectors(int row, int unit, int gate) {
+    const int of_block = unit % ROW_UNITS, chunk = of_block / 16 * 8 + gate * 2 + of_block % 16 / 8;
+    return (((unit / ROW_UNITS * (ROW_UNITS / 8) + chunk / 4) * TILES_N + row / 8) * 32 + row % 8 * 4 + chunk % 4) * 8 + unit % 8;
+}
+#endif
+
+// What is asked for too early costs a whole trip, and others' trips their time: so a warp waits for PACE cycles after a barrier
+// before it asks for vectors. Where PACE is not given, the forward kernel with one group finds it.
+#ifdef PACE
+#define FINDS_PACE 0
+#else
+#define PACE 0
+#if defined(UNITS) && GROUPS == 1
+#define FINDS_PACE 1
+#else
+#define FINDS_PACE 0
+#endif
+#endif
+struct Pace {
+    unsigned start, found;
+    DEVICE Pace() : found(0) { begin(); }
+    DEVICE void begin() { start = cycles(); }
+    DEVICE void hold(unsigned given) {
+        const unsigned wait = FINDS_PACE ? found : given;
+        if (wait) while (cycles() - start < wait);
+    }
+    DEVICE void judge(bool too_early) {
+        if (FINDS_PACE) found = too_early ? min((int)found + 200, 5000) : found > 20 ? found - 20 : 0;
+    }
 };
 
 DEVICE float tangent(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
@@ -216,9 +290,35 @@ DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
     return total;
 }
 
-// A partial sum on its way, its last bit the one that tells this use of a place from the next.
-DEVICE unsigned marked(float x, unsigned bit) { return (__float_as_uint(x) & ~1u) | bit; }
+#ifdef ROW_UNITS
+// Launched after `backward`: d_bias (4H), the sums of the rows of d_gates (rows, 4H), 32 columns a block.
+KERNEL bias_gradient(const T16* d_gates, T16* d_bias, int rows) {
+    SHARED(shared);
+    float* sums = (float*)shared;
+    const int thread = threadIdx.x, column = thread % 32, first = thread % 4 * 8;
+    float total[8] = {};
+#pragma unroll 8
+    for (int row = thread / 4; row < rows; row += THREADS / 4) {
+        const uint4 v = load_words(d_gates + (long long)row * 4 * H + blockIdx.x * 32 + first, true);
+        const float2 two[4] = {unpacked(v.x), unpacked(v.y), unpacked(v.z), unpacked(v.w)};
+#pragma unroll
+        for (int e = 0; e < 4; e++) total[2 * e] += two[e].x, total[2 * e + 1] += two[e].y;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++) sums[thread / 4 * 32 + first + e] = total[e];
+    barrier();
+    float part = 0.0f;  // of a warp's 8 rows
+    for (int i = 0; i < 8; i++) part += sums[(thread / 32 * 8 + i) * 32 + column];
+    barrier();
+    sums[thread] = part;
+    barrier();
+    if (thread >= 32) return;
+    float all = 0.0f;
+    for (int i = 0; i < WARPS; i++) all += sums[i * 32 + thread];
+    d_bias[blockIdx.x * 32 + thread] = narrowed(all);
+}
+#endif
 
-// Chunk k of 8 gate gradients of a block's rows: 16 units of a gate, then the same of the next gate.
-DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
-DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
+// A partial sum on its way, its last bit the one that tells this use of a place from the next.
+DEVICE unsigned marked(unsigned v, unsigned bit) { return (v & ~1u) | bit; }
+DEVICE unsigned marked(float x, unsigned bit) { return marked(__float_as_uint(x), bit); }

@@ -24,7 +24,9 @@ CLUSTER_CAPABILITY = (9, 0)
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 CLUSTER_RING = 2  # the same within clusters
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
-MOST_BATCH = 48  # for more, several layers of cuDNN's, which overlap, are as fast (docs/log.md)
+MOST_BATCH = (
+    48  # for more, several layers of cuDNN's, which overlap, are as fast unless FASTEST says more (docs/log.md)
+)
 
 
 class Card(NamedTuple):
@@ -127,7 +129,7 @@ def forward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
         for warps, blocks_k in _warps(_up(H, 32)):
             for groups, rows, tiles_n in dict.fromkeys(_groupings(batch)):
                 rounds = _up(units * rows, 32 * warps)
-                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 32 + 5 * rounds + blocks_k, here)
+                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 20 + 5 * rounds + blocks_k, here)
                 if fit is None:
                     continue
                 products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
@@ -162,7 +164,7 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
         for warps, blocks_k in _warps(row_units // 8):
             for groups, batch_rows, tiles_n in dict.fromkeys(_groupings(batch)):
                 rounds = _up(_up(columns // 2 * batch_rows, rows), 32 * warps)
-                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 32 + 20 * rounds + 2 * rows + blocks_k, here)
+                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 18 + 20 * rounds + 2 * rows + blocks_k, here)
                 if fit is None:
                     continue
                 products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
@@ -187,16 +189,9 @@ def _splits(count: int) -> Iterator[tuple[int, int]]:
             yield warps, each
 
 
-# The fastest of many layouts on an H200 (bench/results/h200/lstm-clusters.txt), by kernel, units and batch.
-FASTEST = {
-    ("forward", 1152, 80): {"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": 3},
-    ("backward", 1152, 80): {"CLUSTER": 8, "WARPS_M": 5, "WARPS_K": 3, "GROUPS": 5},
-}
-
-
 def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
-    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one measured or estimated best first."""
-    found, forward, fastest = [], name == "forward", FASTEST.get((name, H, batch), {}).items()
+    """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first."""
+    found, forward = [], name == "forward"
     for cluster, most in here.clusters:
         if not most:
             continue
@@ -208,7 +203,7 @@ def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
             layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), grouping)
             if layout is not None:
                 found.append(layout)
-    return sorted(found, key=lambda layout: (not fastest <= dict(layout.macros).items(), layout.cost))
+    return sorted(found, key=lambda layout: layout.cost)
 
 
 def _clustered(
@@ -231,7 +226,6 @@ def _clustered(
     free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, width * cluster)
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + warps_k * blocks_k * tiles_n * 512
-    shared += groups * share * 32 * (not forward)
     shared += CLUSTER_RING * groups * cluster * share * width * 4 + warps_k * tiles_n * 8 * (rows + 4) * 8
     if free < 0 or shared > here.shared - 1024:
         return None
@@ -254,6 +248,33 @@ def _clustered(
     return Layout(name, tuple(macros.items()), strips * cluster, warps, shared, cost)
 
 
+# What was fastest of many layouts on an H200 (bench/results/h200/lstm-pace.txt), by kernel, units and batch. PACE is free: no
+# layout has it otherwise. Batches over MOST_BATCH are computed here for these sizes only.
+FASTEST = {
+    ("forward", 1152, 20): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
+    ("backward", 1152, 20): {"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8, "GROUPS": 1},
+    ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 700},
+    ("backward", 400, 20): {"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6, "GROUPS": 1},
+    ("forward", 1152, 80): {"CLUSTER": 3, "WARPS_M": 4, "WARPS_K": 3, "GROUPS": 4},
+    ("backward", 1152, 80): {"ROW_UNITS": 176, "COLUMNS": 64, "WARPS": 8, "GROUPS": 3},
+    ("forward", 400, 80): {"UNITS": 8, "WARPS": 7, "GROUPS": 3},
+    ("backward", 400, 80): {"ROW_UNITS": 32, "COLUMNS": 48, "WARPS": 4, "GROUPS": 3},
+    ("forward", 1024, 32): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
+    ("backward", 1024, 32): {"ROW_UNITS": 128, "COLUMNS": 64, "WARPS": 8, "GROUPS": 1, "PACE": 2500},
+}
+
+
+def measured(name: str, H: int, batch: int, here: Card, choice: dict[str, int]) -> Layout | None:
+    """The layout with these macros that is estimated best; None where there is none."""
+    wanted = {key: value for key, value in choice.items() if key != "PACE"}
+    make = functools.partial(cluster_layouts, name) if "CLUSTER" in choice else LAYOUTS[name]
+    free = tuple((key, value) for key, value in choice.items() if key == "PACE")
+    for layout in make(H, batch, here):
+        if wanted.items() <= dict(layout.macros).items():
+            return layout._replace(macros=layout.macros + free)
+    return None
+
+
 def source(layout: Layout) -> str:
     """The CUDA C++ of a layout's kernel."""
     return nvrtc.source("lstm_common.cu") + nvrtc.source("lstm_cluster.cu" if layout.cluster > 1 else "lstm.cu")
@@ -261,9 +282,24 @@ def source(layout: Layout) -> str:
 
 @functools.cache
 def _kernel(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
-    macros = {**dict(layout.macros), "HALF": int(half)}
-    code = nvrtc.compiled(source(layout), macros, card(index).capability)
-    return nvrtc.Kernel(code, layout.name, layout.shared, layout.cluster)
+    return nvrtc.Kernel(_code(layout, half, index), layout.name, layout.shared, layout.cluster)
+
+
+@functools.cache
+def _bias_gradient(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
+    return nvrtc.Kernel(_code(layout, half, index), "bias_gradient", layout.warps * 1024)
+
+
+def _code(layout: Layout, half: bool, index: int) -> bytes:
+    return nvrtc.compiled(source(layout), {**dict(layout.macros), "HALF": int(half)}, card(index).capability)
+
+
+def _is_measured(H: int, batch: int, here: Card) -> bool:
+    return ("forward", H, batch) in FASTEST and here.capability == CLUSTER_CAPABILITY
+
+
+def _left_to_cudnn(units: int, batch: int, index: int) -> bool:
+    return batch > MOST_BATCH and not _is_measured(_up(units, MULTIPLE) * MULTIPLE, batch, card(index))
 
 
 @functools.cache
@@ -272,10 +308,12 @@ def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
     here, H = card(index), _up(units, MULTIPLE) * MULTIPLE
     if here.capability < LEAST_CAPABILITY:
         return None
-    pair = []
+    pair, is_measured = [], _is_measured(H, batch, here)
     for name, layouts in LAYOUTS.items():
-        found = layouts(H, batch, here)[:1]
-        if batch > LEAST_CLUSTERED:
+        choice = FASTEST[name, H, batch] if is_measured else None
+        known = measured(name, H, batch, here, choice) if choice else None
+        found = [known] if known else layouts(H, batch, here)[:1]
+        if not known and batch > LEAST_CLUSTERED:
             found += cluster_layouts(name, H, batch, here)[:1]
         if not found:
             return None
@@ -288,8 +326,8 @@ def obstacle(units: int, batch: int, device: torch.device) -> str:
     index = torch.cuda.current_device() if device.index is None else device.index
     if card(index).capability < LEAST_CAPABILITY:
         return "this GPU is older than compute capability {}.{}".format(*LEAST_CAPABILITY)
-    if batch > MOST_BATCH:
-        return f"cuDNN is as fast for batches of more than {MOST_BATCH}"
+    if _left_to_cudnn(units, batch, index):
+        return f"cuDNN is as fast for batches of more than {MOST_BATCH}, or this is not measured"
     return "" if best(units, batch, index) else f"{units} units with batches of {batch} do not fit on this GPU at once"
 
 
@@ -306,14 +344,22 @@ def waited_too_long(device: torch.device) -> bool:
     return found
 
 
-def ring_of(layout: Layout, batch: int, device: torch.device) -> Tensor:
-    """The ring of partial sums for one launch of a backward kernel: zeros."""
-    strips, rows = (_up(layout.get("H"), layout.get(name)) for name in ("COLUMNS", "ROW_UNITS"))
-    return torch.zeros(RING, rows, batch, strips * layout.get("COLUMNS"), device=device)
+def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(vectors that blocks exchange, ring of partial sums) for one launch of a kernel, EMPTY; only lstm.cu's backward has one."""
+    of, ring = dict(layout.macros), 0
+    blocks = _up(of["H"], 32)
+    if layout.name == "backward":
+        rows = _up(of["H"], of["ROW_UNITS"])
+        blocks = rows * of["ROW_UNITS"] // 8
+        if layout.cluster == 1:
+            ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
+    vectors = T * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
+    return both[:vectors], both[vectors:]
 
 
 class _Layer(torch.autograd.Function):
-    """(y_TBH, last h_BH, last c_BH fp32) of a layer whose units are a multiple of MULTIPLE."""
+    """(y_TBH, last h_BH, last c_BH) of a layer whose units are a multiple of MULTIPLE."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -330,34 +376,30 @@ class _Layer(torch.autograd.Function):
         T, B, _ = x_TBI.shape
         H, index, half = h_BH.shape[-1], x_TBI.device.index, x_TBI.dtype == torch.float16
         gates_TBG = linear(x_TBI, w_ih, bias_G)
+        x, _ = exchange_of(fore, T, B, gates_TBG.device)
         y = gates_TBG.new_empty(T + 1, B, H)
-        y[1:].view(torch.int16).fill_(-1)
-        y[0].copy_(h_BH)
-        c = torch.empty(T, B, H, dtype=torch.float32, device=y.device)
-        first, w_hh = c_BH.float().contiguous(), w_hh.contiguous()
-        arguments = w_hh, gates_TBG, y[0], first, y[1:], c, T, _trouble(index), PATIENCE
+        c = torch.empty(T + 1, B, H, dtype=torch.float32, device=y.device)
+        h_BH, c_BH, w_hh = h_BH.to(y.dtype).contiguous(), c_BH.contiguous(), w_hh.contiguous()
+        h_last, c_last = torch.empty_like(h_BH), torch.empty_like(c_BH)
+        states = h_BH, c_BH, x, y, c, h_last, c_last, int(c_BH.dtype == y.dtype)
+        arguments = w_hh, gates_TBG, *states, T, _trouble(index), PATIENCE
         _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, arguments)
-        ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c, first)
+        ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         ctx.set_materialize_grads(False)
-        return y[1:], y[T].clone(), c[-1].clone()
+        return y[1:], h_last, c_last
 
     @staticmethod
     def backward(ctx, d_y: Tensor | None, d_h: Tensor | None, d_c: Tensor | None):  # type: ignore[override]
-        x_TBI, w_ih, w_hh, gates_TBG, y, c, first = ctx.saved_tensors
+        x_TBI, w_ih, w_hh, gates_TBG, y, c = ctx.saved_tensors
         T, B, G = gates_TBG.shape
         H, index, half = G // 4, gates_TBG.device.index, gates_TBG.dtype == torch.float16
         back: Layout = ctx.back
-        zeros = torch.zeros_like(first) if d_h is None or d_c is None else first
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
-        d_hT = zeros if d_h is None else d_h.float().contiguous()
-        d_cT = zeros if d_c is None else d_c.float().contiguous()
-        d_gates = torch.empty_like(gates_TBG)
-        d_gates.view(torch.int16).fill_(-1)
-        d_h0, d_c0 = torch.empty_like(first), torch.empty_like(first)
-        # with clusters the kernel adds up the bias's gradient too
-        scratch = first.new_empty(B, G) if back.cluster > 1 else ring_of(back, B, y.device)
-        given = w_hh, gates_TBG, c, first, d_y, d_hT, d_cT, d_gates, d_h0, d_c0, scratch
+        d_hT, d_cT = (0 if d is None else d.contiguous() for d in (d_h, d_c if d_c is None else d_c.float()))
+        d_h0, d_c0 = c.new_empty(2, B, H)
+        d_gates, (exchange, ring) = torch.empty_like(gates_TBG), exchange_of(back, T, B, y.device)
+        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, ring
         _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
         d_NG = d_gates.view(T * B, G)
         needed = ctx.needs_input_grad
@@ -366,8 +408,10 @@ class _Layer(torch.autograd.Function):
         d_hh = d_NG.t() @ y[:T].view(T * B, H) if needed[2] else None
         d_bias = None
         if needed[3]:
-            d_bias = scratch.sum(0).to(d_gates.dtype) if back.cluster > 1 else d_NG.sum(0)
-        return d_x, d_ih, d_hh, d_bias, d_h0.to(ctx.types[0]), d_c0.to(ctx.types[1]), None, None
+            d_bias = d_gates.new_empty(G)
+            _bias_gradient(back, half, index)(G // 32, 32 * back.warps, (d_gates, d_bias, T * B))
+        d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[4:], strict=False))
+        return d_x, d_ih, d_hh, d_bias, d_h0, d_c0, None, None
 
 
 def lstm(
@@ -380,7 +424,7 @@ def lstm(
     """
     w_ih, w_hh, b_ih, b_hh = weights
     H = h_BH.shape[-1]
-    if layouts is None and x_TBI.shape[1] > MOST_BATCH:
+    if layouts is None and _left_to_cudnn(H, x_TBI.shape[1], x_TBI.device.index):
         return reference.lstm(x_TBI, h_BH, c_BH, weights)
     layouts = layouts or best(H, x_TBI.shape[1], x_TBI.device.index)
     if layouts is None:
@@ -394,5 +438,4 @@ def lstm(
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
     y_TBH, h, c = _Layer.apply(x_TBI, w_ih, w_hh, b_ih + b_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
-    c = c.to(c_BH.dtype)
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)

@@ -8,7 +8,9 @@ reads the gates and these marks, recomputes c between two marks in registers, an
 
 Where there are too few columns to fill the GPU, time is split into chunks. The recurrence is linear in c, so a chunk
 maps the c before it to the c after it as c -> a c + e: a first launch finds (a, e) of each chunk, and in the second each
-chunk starts from the earlier ones' maps, applied in order. The same holds backwards for the gradient of c.
+chunk starts from the earlier ones' maps, applied in order. The same holds backwards for the gradient of c. The second
+launch begins while the first still runs, where the GPU can do so. Forwards, a short time of few columns takes one launch:
+all of its steps are on their way at once, and rows of a program walk parts of it side by side.
 
 Arithmetic is fp32 for every storage type, and its order is fixed: equal calls give equal bits.
 """
@@ -45,6 +47,8 @@ class Plan(NamedTuple):
     """Backwards, whether the next steps are loaded before the current ones are computed; forwards they always are."""
     activation: str
     """A key of ACTIVATIONS."""
+    rows: int = 1
+    """Forwards, how many parts of `unroll` steps a program walks side by side; if more than one, all of time."""
 
 
 ACTIVATIONS = {
@@ -65,10 +69,22 @@ def _activation(gates_TBG: Tensor) -> str:
     return "approx" if torch.cuda.get_device_capability(device) >= (7, 5) else "shared"
 
 
+def _overlaps(device: torch.device) -> bool:
+    """Whether a launch can begin while the one before it still runs: NVIDIA from 9.0."""
+    if INTERPRETED or device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _chunk(T: int, columns: int, unroll: int) -> int:
     """Steps a chunk, a multiple of `unroll`: so many chunks that about 120,000 columns run at once; WHOLE if < 3."""
     chunks = min(120_000 // columns, T // 64)
-    return WHOLE if chunks < 3 else triton.cdiv(triton.cdiv(T, chunks), unroll) * unroll
+    return WHOLE if chunks < 3 else triton.cdiv(T, chunks) // unroll * unroll
+
+
+def _short(T: int, gates_TBG: Tensor) -> bool:
+    """Whether all steps fit into the registers of 8 rows of 10."""
+    return T <= 80 and gates_TBG.dtype != torch.float32
 
 
 def _crowded(columns: int, device: torch.device) -> bool:
@@ -83,7 +99,9 @@ def forward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     chunk = _chunk(T, columns, 8)
     if chunk != WHOLE:
         return Plan(64, 1, 8, chunk, True, how)
-    if columns < 64_000:  # little parallelism: more bytes in flight a thread, one column each
+    if columns < 64_000:  # little parallelism: all of a short time on its way at once, or else 16 steps
+        if _short(T, gates_TBG):
+            return Plan(64, 8, 10, WHOLE, True, how, rows=8)
         return Plan(32, 1, 16, WHOLE, True, how)
     if gates_TBG.dtype != torch.float32 and _crowded(columns, c_BH.device):
         return Plan(128, 1, 4, WHOLE, True, how)
@@ -97,7 +115,7 @@ def backward_plan(gates_TBG: Tensor, c_BH: Tensor) -> Plan:
     if chunk != WHOLE:
         return Plan(64, 1, 8, chunk, True, how)
     if columns < 64_000:
-        return Plan(32, 1, 8, WHOLE, True, how)
+        return Plan(32, 1, 10 if _short(T, gates_TBG) else 8, WHOLE, True, how)
     if gates_TBG.dtype == torch.float32:
         return Plan(128, 2, 8, WHOLE, True, how)
     return Plan(128, 1, 8, WHOLE, False, how) if _crowded(columns, c_BH.device) else Plan(128, 1, 4, WHOLE, True, how)
@@ -177,8 +195,9 @@ def _activated(row, bias, WITH_Z: tl.constexpr, WITH_O: tl.constexpr, WITH_I: tl
 
 @triton.jit
 def _load_bias(bias, h, H: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr):
-    """The columns' biases of the gates Z, F, O, I; 0 where there is none."""
-    found = (0.0, 0.0, 0.0, 0.0)
+    """The columns' biases of the gates Z, F, O, I; -0 where there is none, for to add it is no operation (to add 0 is one)."""
+    none = tl.full((), -(1 << 31), tl.int32).to(tl.float32, bitcast=True)  # Triton writes -0.0 as 0
+    found = (none, none, none, none)
     if BIAS:
         z = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)
         f = tl.load(bias + H + h, mask=h < H, other=0.0).to(tl.float32)
@@ -229,8 +248,20 @@ def _load_rows(
 
 
 @triton.jit
-def _through(r, maps, h, n, N, last, H: tl.constexpr):
-    """r after the maps r -> a r + e of the chunks 0, 1, ... last - 1, whose (a, e) lie at `maps`."""
+def _let_begin(NOW: tl.constexpr):
+    """If NOW, the next launch may begin as soon as every program of this one is here, if it asked for it."""
+    if NOW:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _through(r, maps, h, n, N, last, H: tl.constexpr, OVERLAP: tl.constexpr):
+    """r after the maps r -> a r + e of the chunks 0, 1, ... last - 1, whose (a, e) lie at `maps`.
+
+    With OVERLAP this launch began before the one that writes the maps was done, and waits for it here.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     for k in range(0, last, 16):
         pairs = ()
         for j in tl.static_range(16):
@@ -246,7 +277,7 @@ def _through(r, maps, h, n, N, last, H: tl.constexpr):
 def _forward(
     gates, scale, factor, bias, c0, h_out, last, marks, maps, T, B, chunk,
     H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
-    SPACING: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
+    OVERLAP: tl.constexpr, SPACING: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """h_out and last, and marks if SPACING > 0; or, if FIND_MAPS, the map of each chunk of time but the last."""
     BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
@@ -265,6 +296,7 @@ def _forward(
     gates += begin * GATES * stride + (tl.cast(b, tl.int64) * (GATES * H) + h)
     scale += begin * stride + n
     h_out += begin * stride + n
+    _let_begin(FIND_MAPS and OVERLAP)
     rows = _load_rows(gates, scale, gates, stride, begin, 0, end, h, H, GATES, MASK, True, WITH_O, False, K)
     gates += K * GATES * stride
     scale += K * stride
@@ -274,7 +306,7 @@ def _forward(
     else:
         c = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
         if SPLIT:
-            c = _through(c, maps, h, n, B * H, place, H)
+            c = _through(c, maps, h, n, B * H, place, H, OVERLAP)
         if SPACING > 0:
             tl.static_assert(K % SPACING == 0 or SPACING % K == 0)
             marks += begin // SPACING * stride + n
@@ -326,11 +358,94 @@ def _forward(
         tl.store(last + n, c, mask=keep)
 
 
+@triton.jit
+def _again(x, ACT: tl.constexpr):
+    """x, which the compiler does not know to be x: it computes anew what it would keep in registers for long."""
+    if ACT == "plain":
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
+
+
+@triton.jit
+def _then(a, e, before_a, before_e, b, d, before_b, before_d):
+    """The maps c -> a c + e, then c -> b c + d; beside each the map of all but its last part, and so of the result."""
+    return b * a, b * e + d, before_b * a, before_b * e + before_d
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def _forward_at_once(
+    gates, scale, factor, bias, c0, h_out, last, marks, T, B,
+    H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    SPACING: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """As _forward, of at most ROWS x K steps: a program loads all of them at once, and row r walks the r-th K of them.
+
+    A row first finds the map of its steps; then it walks again, from where the earlier rows' maps lead.
+    """
+    BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    MASK: tl.constexpr = SCALE == "mask"
+    tl.static_assert(SPACING == 0 or K % SPACING == 0)
+    b, h = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)[None, :]
+    keep, n, row = h < H, b * H + h, tl.arange(0, ROWS)[:, None]
+    first, left = row * K, T - row * K
+    stride = tl.cast(B, tl.int64) * H
+    gates += first * (GATES * stride) + (tl.cast(b, tl.int64) * (GATES * H) + h)
+    scale += first * stride + n
+    rows = ()
+    for j in tl.static_range(K):
+        inside = h < tl.where(j < left, H, 0)
+        at = gates + j * GATES * stride
+        z = tl.load(at, mask=inside, other=0.0)
+        f = tl.load(at + H, mask=inside, other=float("-inf"))  # whose sigmoid is 0: c stays
+        o, i, s = f, f, f
+        if GATES >= 3:
+            o = tl.load(at + 2 * H, mask=inside)
+        if GATES == 4:
+            i = tl.load(at + 3 * H, mask=inside, other=float("-inf"))
+        if MASK:
+            s = tl.load(scale + j * stride, mask=inside, other=0.0)
+        rows = rows + ((z, f, o, i, s),)
+    biases = _load_bias(bias, h, H, GATES, BIAS)
+    c = tl.load(c0 + n, mask=keep, other=0.0).to(tl.float32)
+    one = tl.full((ROWS, BLOCK), 1.0, tl.float32)
+    a, e = one, one * 0.0
+    steps = ()
+    for j in tl.static_range(K):
+        z, f, o, i = _activated(rows[j], biases, True, False, GATES == 4, ACT)
+        if GATES < 4:
+            i = f
+        if MASK:
+            f = f * rows[j][4].to(tl.float32)
+            i = i * rows[j][4].to(tl.float32)
+        if SCALE == "constant":
+            f = f * factor
+            i = i * factor
+        fading, new = 1.0 - f, i * z
+        a, e = fading * a, fading * e + new
+        steps = steps + ((fading, new),)
+    _, _, a, e = tl.associative_scan((a, e, one, one * 0.0), 0, _then)
+    c = a * c + e
+    first, left = _again(first, ACT), _again(left, ACT)
+    h_out += first * stride + n
+    for j in tl.static_range(K):
+        inside = h < tl.where(j < left, H, 0)
+        if SPACING > 0:
+            if j % SPACING == 0:
+                tl.store(marks + ((first + j) // SPACING * stride + n), c, mask=inside)
+        c = steps[j][0] * c + steps[j][1]
+        y = c
+        if GATES >= 3:
+            y = _sigmoid(rows[j][2], biases[2], ACT) * c
+        tl.store(h_out, y, mask=inside)
+        h_out += stride
+    tl.store(last + (n + row * 0), c, mask=keep & (row == ROWS - 1))
+
+
 @triton.jit(do_not_specialize=["T", "B", "chunk"])
 def _backward(
     gates, scale, factor, bias, marks, dh, dlast, dgates, dc0, dbias, maps, T, B, chunk,
     H: tl.constexpr, GATES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FIND_MAPS: tl.constexpr, SPLIT: tl.constexpr,
-    K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
+    OVERLAP: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """dgates, dc0, and dbias of each chunk and batch row if BIAS; or, if FIND_MAPS, the map of dc over each chunk.
 
@@ -357,6 +472,7 @@ def _backward(
     a = tl.full((BLOCK,), 1.0, tl.float32)
     zero = tl.zeros((BLOCK,), tl.float32)
     sum_z, sum_f, sum_o, sum_i = zero, zero, zero, zero
+    _let_begin(FIND_MAPS and OVERLAP)
     if AHEAD:  # before what follows, so that nobody waits twice
         rows = _load_rows(gates, scale, dh, stride, start, begin, end, h, H, GATES, MASK, FULL, WITH_O, True, K)
     if FIND_MAPS:
@@ -364,7 +480,7 @@ def _backward(
     else:
         r = tl.load(dlast + n, mask=keep, other=0.0).to(tl.float32)
         if SPLIT:
-            r = _through(r, maps, h, n, B * H, tl.program_id(1), H)
+            r = _through(r, maps, h, n, B * H, tl.program_id(1), H, OVERLAP)
         marks += start // K * stride + n
         mark = tl.load(marks, mask=keep, other=0.0)
     for t in range(start, begin - 1, -K):
@@ -480,18 +596,27 @@ def _launch(
         "GATES": reference.GATES[pooling],
         "SCALE": "none" if scale is None else "mask" if mask else "constant",
         "BIAS": bias_G is not None,
-        "SPLIT": chunks > 1,
         "K": plan.unroll,
         "BLOCK": plan.block,
         "ACT": plan.activation,
         "num_warps": plan.warps,
         "enable_fp_fusion": True,
     }
+    if plan.rows > 1:
+        assert plan.rows * plan.unroll >= T, (plan, T)
+        if plan.activation != "plain":
+            options["maxnreg"] = 64  # so that 70 x 20 x 1,550 runs in one wave
+        with torch.cuda.device_of(gates_TBG):
+            _forward_at_once[(programs,)](*inputs, *others, T, B, ROWS=plan.rows, **options)
+        return
+    overlap = chunks > 1 and _overlaps(gates_TBG.device)
+    options |= {"SPLIT": chunks > 1, "OVERLAP": overlap}
     maps = torch.empty((chunks - 1, 2, B, H) if chunks > 1 else (1,), dtype=torch.float32, device=gates_TBG.device)
     with torch.cuda.device_of(gates_TBG):  # Triton launches on the current device
         for find_maps in (True, False) if chunks > 1 else (False,):
             grid = programs, chunks - find_maps
-            kernel[grid](*inputs, *others, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options)
+            early = {"launch_pdl": True} if overlap and not find_maps else {}
+            kernel[grid](*inputs, *others, maps, T, B, plan.chunk, FIND_MAPS=find_maps, **options, **early)
 
 
 def run_forward(

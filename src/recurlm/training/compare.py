@@ -10,14 +10,21 @@ from typing import Any, final
 
 from recurlm import files
 from recurlm.config import Config, from_toml, read_text_file, stage, stage_count
-from recurlm.errors import CheckpointError, UserError
+from recurlm.errors import CheckpointError, DataError, UserError
 from recurlm.evaluation.page import Cell, Chart, Section, Series, Table, page
 from recurlm.model import directory
 from recurlm.model.neural import layer_sizes
+from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training.monitor import METRICS, read_metrics
 
 HEADER = ("run", "model", "text", "parameters", "unit", "valid", "published valid", "test", "published test", "epochs",
           "minutes", "state", "seed", "device", "type", "commit")  # fmt: skip
+
+TOKENS = {"word": "word", "char": "character", "byte": "byte", "bpe": "piece", "unigram": "piece"}
+SAYS = (
+    "Best validation of each run; test as recurlm eval measured it with these weights. Perplexities of different tokens "
+    "cannot be compared: see the column unit."
+)
 
 
 @final
@@ -73,7 +80,8 @@ def read(folder: Path, name: str) -> Run:
         model, state, place = f"{facts.get('order', '?')}-gram", "finished", ""
     cells = (
         name, model, Path(config.data.path).name, _whole(facts.get("parameters", start.get("parameters"))),
-        "bits a character" if bits else "perplexity", figure(best), published.valid or None, figure(_tested(folder)),
+        "bits a character" if bits else f"perplexity a {_token(folder, config)}", figure(best), published.valid or None,
+        figure(_tested(folder, facts.get("step"))),
         published.test or None, records[-1]["epoch"] if records else None,
         records[-1]["seconds"] / 60 if records else None, place + state, config.train.seed if neural else None,
         _text(start.get("device")), _text(start.get("dtype")), _text(start.get("commit"))[:12],
@@ -97,13 +105,24 @@ def _places(records: Sequence[dict[str, Any]]) -> list[float]:
     return out
 
 
-def _tested(folder: Path) -> Any:
-    """The loss that `recurlm eval` kept of the test split; None when it kept none."""
+def _token(folder: Path, config: Config) -> str:
+    """What a token of the run is, and out of how many where its tokenizer can be read."""
+    try:
+        tokenizer = load_tokenizer(folder / directory.TOKENIZER)
+    except (UserError, DataError):
+        return TOKENS.get(config.tokenizer.kind, "token")
+    return f"{TOKENS[tokenizer.kind]} of {tokenizer.vocab_size:,}"
+
+
+def _tested(folder: Path, step: Any) -> Any:
+    """The loss that `recurlm eval` kept of the test split; None when it kept none, or that of other weights than `step`'s."""
     try:
         kept = files.parse_json(files.read_regular(folder / "eval.json", 1 << 20))
     except (OSError, ValueError):
         return None
-    return kept.get("loss_nats") if isinstance(kept, dict) and kept.get("split") == "test" else None
+    if not isinstance(kept, dict) or kept.get("split") != "test" or kept.get("step", step) != step:
+        return None
+    return kept.get("loss_nats")
 
 
 def _number(value: Any) -> bool:
@@ -127,11 +146,7 @@ def table(runs: Sequence[Run]) -> Table:
 def html(runs: Sequence[Run]) -> str:
     """The page: the table, and the validations by epoch and by minute."""
     curves = [run for run in runs if run.values]
-    sections = [
-        Section(
-            "runs", "The runs", "Best validation of each run; test as `recurlm eval` measured it.", tables=[table(runs)]
-        )
-    ]
+    sections = [Section("runs", "The runs", SAYS, tables=[table(runs)])]
     for axis, unit in (("epochs", "epoch"), ("minutes", "minute")):
         charts = []
         for what in sorted({str(run.cells[HEADER.index("unit")]) for run in curves}):
@@ -141,7 +156,7 @@ def html(runs: Sequence[Run]) -> str:
                 for n, run in some
             ]
             published = sorted({run.published for _, run in some if run.published})
-            charts.append(Chart(axis, f"valid {what}", lines, log_y=what == "perplexity", levels=published))
+            charts.append(Chart(axis, f"valid {what}", lines, log_y=what.startswith("perplexity"), levels=published))
         if charts:
             says = f"Validation by {unit}, training time alone. A grey line is a published figure."
             sections.append(Section(axis, f"By {unit}", says, charts))

@@ -38,6 +38,9 @@ class _Console(Console):
         self.quiet = True
 
 
+SECONDS_A_LINE = 60  # between two lines of progress where there is no terminal
+
+
 class Monitor:
     """Progress on stderr; records under the run directory. Records after `step` are dropped: they will come again.
 
@@ -59,6 +62,7 @@ class Monitor:
             console=self.console, transient=True, disable=quiet or not self.console.is_terminal, refresh_per_second=4,
         )  # fmt: skip
         self.task = self.bar.add_task("training", total=1.0, numbers="")
+        self.lines, self.told = not quiet and not self.console.is_terminal, time.perf_counter()  # in place of the bar
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -83,6 +87,9 @@ class Monitor:
             numbers = f"loss {self.smooth:.3f}  ppl {math.exp(min(self.smooth, 50)):,.1f}  {self.rate:,.0f} tokens/s"
             with contextlib.suppress(OSError):
                 self.bar.update(self.task, completed=share, description=place, numbers=numbers)
+            if self.lines and now - self.told >= SECONDS_A_LINE:
+                self.told = now
+                self.say(f"{place}  {share:.0%}  {numbers}")
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the numbers among `values` as TensorBoard scalars."""

@@ -244,11 +244,16 @@ class Trainer:
             "seconds": c.seconds + time.monotonic() - started, "done": self.done(),
         }  # fmt: skip
         monitor.record("valid" if keep else "stopped", c.step, values)
-        notes = ", ".join(n for n, on in (("averaged", averaged), ("best", best), ("averaging starts", fired)) if on)
+        guessing = math.log(self.model.vocab_size)
+        marks = (
+            ("averaged", averaged), ("best", best), ("averaging starts", fired),
+            (f"worse than guessing, {guessing:.2f}", loss > guessing + 0.1),
+        )  # fmt: skip
+        notes = ", ".join(mark for mark, on in marks if on)
         name = "valid" if self.valid_split == "valid" else "whole train text's"
         monitor.say(
             f"{self.place()}  step {c.step}  train loss {train_loss:.4f}  {name} loss {loss:.4f}  "
-            f"ppl {values['ppl']:,.2f}  {loss / math.log(2):.3f} bits/token  {values['seconds']:.0f} s"
+            f"ppl {values['ppl']:{',.2f' if loss < 20 else '.2e'}}  {loss / math.log(2):.3f} bits/token  {values['seconds']:.0f} s"
             + (f"  ({notes})" if notes else "")
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from recurlm import kernels
@@ -150,13 +151,42 @@ def _steps(
 ) -> tuple[Tensor, LayerState]:  # fmt: skip
     """(y_TBH, new state) step by step; `mask_BH` multiplies h before the product, `keeps` see `_keep`."""
     w_ih, w_hh, b_ih, b_hh = weights
-    rows = []
+    rows, waiting = [], []
     for t, x_BG in enumerate(linear(x_TBI, w_ih, b_ih)):
         h_BH = state[0] if mask_BH is None else state[0] * mask_BH
-        new = cell(x_BG, linear(h_BH, w_hh, b_hh), state)
+        r_BG: Tensor = _Recurrent.apply(h_BH, w_hh, b_hh, waiting, t)  # type: ignore[assignment]
+        new = cell(x_BG, r_BG, state)
         state = tuple(_zoned(before, after, keep, t) for before, after, keep in zip(state, new, keeps, strict=True))
         rows.append(state[0])
     return torch.stack(rows) if rows else x_TBI.new_empty(0, *state[0].shape), state
+
+
+class _Recurrent(torch.autograd.Function):
+    """The product of step t. Gradients of W and b wait for step 0, the last one backwards: one product of all steps.
+
+    A sum of one product a step would read and write all of W at each, and round to the compute type each time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, h_BH: Tensor, weight: Tensor, bias: Tensor, waiting: list[tuple[Tensor, Tensor]], t: int
+    ) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(h_BH, weight)
+        ctx.waiting, ctx.t = waiting, t
+        return linear(h_BH, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dr_BG: Tensor):  # type: ignore[override]
+        h_BH, weight = ctx.saved_tensors
+        dh_BH = dr_BG @ weight if ctx.needs_input_grad[0] else None
+        if any(ctx.needs_input_grad[1:3]):
+            ctx.waiting.append((dr_BG, h_BH))
+        if ctx.t or not ctx.waiting:
+            return dh_BH, None, None, None, None
+        dr_NG, h_NH = (torch.cat(all_steps) for all_steps in zip(*ctx.waiting, strict=True))
+        ctx.waiting.clear()
+        return dh_BH, dr_NG.T @ h_NH, dr_NG.sum(0), None, None
 
 
 def _keep(shape: tuple[int, ...], p: float, like: Tensor, generator: Source | None) -> Tensor | float:
