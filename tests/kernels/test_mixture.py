@@ -71,13 +71,21 @@ def test_the_mean_is_the_mean():
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"), [((840, 15, 10_000), 210), ((1050, 15, 33_280), 66), ((3, 15, 10**7), 1)]
+    ("shape", "expected"),
+    [
+        ((840, 15, 280, 10_000), 168),
+        ((1400, 15, 280, 10_000), 175),
+        ((1050, 15, 304, 33_280), 66),
+        ((3, 15, 280, 10**7), 1),
+    ],
 )
-def test_chunks_are_near_equal(shape, expected):
+def test_chunks_are_near_equal_and_their_rows_even(shape, expected):
     pytest.importorskip("triton", reason="triton is not installed")
     from recurlm.kernels import mixture_triton as fused
 
-    assert fused.chunk_tokens(*shape, 2) == expected
+    tokens, experts, depth, columns = shape
+    assert fused.chunk_tokens(tokens, experts, columns, depth, 2, 132) == expected
+    assert expected == 1 or 2 * expected * experts * columns <= fused.CHUNK_BYTES
 
 
 def interpreted():

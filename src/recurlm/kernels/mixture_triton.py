@@ -29,9 +29,9 @@ EXPONENTIALS = Tiles(256, 128, 64, 8, 3, 1, True)
 CHUNK_BYTES = 64 << 20  # of E at once
 COLUMNS = 8  # added to the experts' vectors, two of them for the bias: 16 bytes in bf16
 MULTIPLE = 16  # of columns of E: cuBLAS is six times slower where rows are not aligned
-SPLITS = 64  # of the vocabulary, at most
-ROWS = 8  # rows of a program of `_target_logits`
-PARTS = ["h", "targets", "logits", "log_prior", "tops", "sums", "nll", "lse2", "share", "factor"]  # begin anywhere
+TILES = 64  # of the vocabulary, that `_finish` looks at together
+ROWS = 8  # rows of a program of `_target_logits`, `_scaled` and `_unpack`
+PARTS = ["h", "targets", "logits", "log_prior", "sums", "nll", "lse2", "share", "factor"]  # begin anywhere
 FAR = {torch.bfloat16: 60.0, torch.float32: 60.0, torch.float16: 10.0}  # nats beyond the target that E can hold
 
 
@@ -49,55 +49,57 @@ def _target_logits(h, w, bias, targets, out, N, K, V, D, BD: tl.constexpr, ROWS:
     tl.store(out + n, logit, mask=n < N)
 
 
-@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["logits", "tops", "sums"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["logits"])
 def _exponentials(
-    h, w, bias, logits, tops, sums, kept, marks, N, V, splits, FAR: tl.constexpr,
+    h, w, bias, logits, marks, sums, kept, N, V, FAR: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """exp(logit - mark) and, of one of `splits` near-equal parts of the vocabulary's tiles, their sums.
+    """exp(logit - mark) and, of each tile of the vocabulary, their sums.
 
-    A row's mark is its target's logit; only a tile that goes beyond it by more than FAR has a higher one from there on.
+    A row's mark is its target's logit; only a tile that goes beyond it by more than FAR has its maximum as one of its own.
     """
-    row_tiles, v_tiles = tl.cdiv(N, BN), tl.cdiv(V, BV)
-    split, n0 = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles * BN
-    n = n0 + tl.arange(0, BN)
-    top = tl.load(logits + n, mask=n < N, other=0.0)
-    total = tl.zeros((BN,), tl.float32)
-    for tile in tl.range(split * v_tiles // splits, (split + 1) * v_tiles // splits, flatten=FLATTEN):
+    v_tiles = tl.cdiv(V, BV)
+    for tile in tl.range(tl.program_id(0), v_tiles * tl.cdiv(N, BN), tl.num_programs(0), flatten=FLATTEN):
+        v0, n0 = tile % v_tiles * BV, tile // v_tiles * BN
         acc = tl.zeros((BN, BV), tl.float32)
         for k in tl.range(0, D, BK):
-            acc = tl.dot(h.load([n0, k]), w.load([tile * BV, k]).T, acc)
-        v = tile * BV + tl.arange(0, BV)
+            acc = tl.dot(h.load([n0, k]), w.load([v0, k]).T, acc)
+        n, v = n0 + tl.arange(0, BN), v0 + tl.arange(0, BV)
         acc += tl.load(bias + v, mask=v < V, other=float("-inf")).to(tl.float32)[None, :]
-        most = tl.max(acc, 1)
-        above = tl.where(most > top + FAR, most, top)
-        acc = tl.exp2(acc * LOG2E - (above * LOG2E)[:, None])
-        total = total * tl.exp2((top - above) * LOG2E) + tl.sum(acc, 1)
-        top = above
-        tl.store(marks + tile * N + n, above, mask=n < N)
-        kept.store([n0, tile * BV], acc.to(kept.dtype))
-    tl.store(tops + split * N + n, top, mask=n < N)
-    tl.store(sums + split * N + n, total, mask=n < N)
+        mark, most = tl.load(logits + n, mask=n < N, other=0.0), tl.max(acc, 1)
+        mark = tl.where(most > mark + FAR, most, mark)
+        acc = tl.exp2(acc * LOG2E - (mark * LOG2E)[:, None])
+        at = tile % v_tiles * N + n
+        tl.store(marks + at, mark, mask=n < N)
+        tl.store(sums + at, tl.sum(acc, 1), mask=n < N)
+        kept.store([n0, v0], acc.to(kept.dtype))
 
 
-@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=PARTS)
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PARTS)
 def _finish(
-    h, targets, logits, log_prior, tops, sums, kept, marks, nll, lse2, share, factor, weighted, N, K, V, VP, D, splits,
-    FAR: tl.constexpr, SPLITS: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, BV: tl.constexpr,
+    h, targets, logits, log_prior, marks, sums, kept, nll, lse2, share, factor, weighted, N, K, V, VP, D,
+    FAR: tl.constexpr, TILES: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """A token: its loss and its experts' shares; its K rows of E at the target, and all of one whose marks were raised.
+    """A token: its loss and its experts' shares; its K rows of E at the target, and all of those whose target is far.
 
     nll = -log sum_k pi_k p_k(y). `factor` is s, by which E has to be multiplied; `weighted` is s h and two columns whose sum is s.
     """
-    t, k, s = tl.program_id(0), tl.arange(0, KP), tl.arange(0, SPLITS)
+    t, k, tiles = tl.program_id(0), tl.arange(0, KP), tl.cdiv(V, BV)
     n, own = t * K + k, k < K
-    at, keep = s[:, None] * N + n[None, :], (s < splits)[:, None] & own[None, :]
-    top = tl.load(tops + at, mask=keep, other=-1e30)
-    above = tl.max(top, 0)
-    total = tl.sum(tl.load(sums + at, mask=keep, other=1.0) * tl.exp2((top - above[None, :]) * LOG2E), 0)
-    scaled = tl.log2(total) + above * LOG2E
-    loss = tl.log2(total) / LOG2E + (above - tl.load(logits + n, mask=own, other=0.0))
+    logit = tl.load(logits + n, mask=own, other=0.0)
+    top, total = logit, tl.zeros((KP,), tl.float32)
+    for start in range(0, tiles, TILES):
+        one = start + tl.arange(0, TILES)
+        at, keep = one[:, None] * N + n[None, :], (one < tiles)[:, None] & own[None, :]
+        mark = tl.load(marks + at, mask=keep, other=-1e30)
+        above = tl.maximum(top, tl.max(mark, 0))
+        total = total * tl.exp2((top - above) * LOG2E)
+        total += tl.sum(tl.load(sums + at, mask=keep, other=1.0) * tl.exp2((mark - above[None, :]) * LOG2E), 0)
+        top = above
+    total = tl.where(own, total, 1.0)
+    loss = tl.log2(total) / LOG2E + (top - logit)
     loss = tl.where(loss < 0, 0.0, loss)  # below 0 only by rounding
+    scaled = tl.log2(total) + top * LOG2E
     tl.store(lse2 + n, scaled, mask=own)
 
     x = tl.where(own, tl.load(log_prior + n, mask=own, other=0.0) - loss, float("-inf"))
@@ -106,39 +108,46 @@ def _finish(
     part = tl.exp2((x - mixed) * LOG2E)
     tl.store(nll + t, -mixed)
     tl.store(share + n, part, mask=own)
-    far, p = loss > FAR - 1, tl.exp2(-loss * LOG2E)
+    # A tile's mark is raised beyond FAR; less is far already, whatever the rounding. NaN, as of a target outside of the
+    # vocabulary, is neither near nor far.
+    far, near, p = own & (loss > FAR - 1), own & (loss <= FAR - 1), tl.exp2(-loss * LOG2E)
     times = part * tl.where(far, 1.0, p)
     tl.store(factor + n, times, mask=own)
 
     y = tl.load(targets + t)
     row = kept + n.to(tl.int64) * VP
     at_target = tl.where(far, p - 1, 1 - tl.exp2(loss * LOG2E))
-    near = own & (loss <= FAR - 1)  # neither near nor far: NaN, as for a target outside of the vocabulary
     tl.store(row + tl.where(near, y, 0), at_target.to(kept.dtype.element_ty), mask=near)
-    d = tl.arange(0, BD)
-    wide = tl.load(h + n.to(tl.int64)[:, None] * D + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0).to(
-        tl.float32
-    )
-    wide = wide * times[:, None]
-    rounded = times.to(weighted.dtype.element_ty).to(tl.float32)  # the rest of s is in a column of its own
+    d, dtype = tl.arange(0, BD), weighted.dtype.element_ty
+    wide = tl.load(h + n.to(tl.int64)[:, None] * D + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
+    wide = wide.to(tl.float32) * times[:, None]
+    rounded = times.to(dtype).to(tl.float32)
     wide = tl.where((d == W - 8)[None, :], rounded[:, None], wide)
     wide = tl.where((d == W - 7)[None, :], (times - rounded)[:, None], wide)
-    there = weighted + n.to(tl.int64)[:, None] * W + d[None, :]
-    tl.store(there, wide.to(weighted.dtype.element_ty), mask=own[:, None] & (d < W)[None, :])
-    if tl.max((far & own).to(tl.int32), 0) > 0:
-        for tile in range(tl.cdiv(V, BV)):
+    tl.store(weighted + n.to(tl.int64)[:, None] * W + d[None, :], wide.to(dtype), mask=own[:, None] & (d < W)[None, :])
+    if tl.max(far.to(tl.int32), 0) > 0:
+        for tile in range(tiles):
             v = tile * BV + tl.arange(0, BV)
-            inside = (far & own)[:, None] & (v < V)[None, :]
-            mark = tl.load(marks + tile * N + n, mask=far & own, other=0.0)
+            inside = far[:, None] & (v < V)[None, :]
+            mark = tl.load(marks + tile * N + n, mask=far, other=0.0)
             e = tl.load(row[:, None] + v[None, :], mask=inside, other=0.0).to(tl.float32)
             e = e * tl.exp2(mark * LOG2E - scaled)[:, None]
             e = tl.where((v == y)[None, :], at_target[:, None], e)
             tl.store(row[:, None] + v[None, :], e.to(kept.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["R"])
+def _scaled(x, factor, scale, out, R, D, BD: tl.constexpr, ROWS: tl.constexpr):
+    """Rows times a number of each and one of all, rounded once."""
+    r, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
+    keep, g = (r < R)[:, None] & (d < D)[None, :], tl.load(factor + r, mask=r < R, other=0.0) * tl.load(scale)
+    at = r.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out + at, (tl.load(x + at, mask=keep, other=0.0) * g[:, None]).to(out.dtype.element_ty), mask=keep)
+
+
 @triton.jit
 def _unpack(both, scale, dw, db, V, D, W, BD: tl.constexpr, ROWS: tl.constexpr):
-    """dw and db: a matrix's columns to D and the sum of its columns W - 8 and W - 7, times a number."""
+    """dw and db: a matrix's columns to D, and the sum of its columns W - 8 and W - 7, times a number."""
     v, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
     g = tl.load(scale)
     keep = (v < V)[:, None] & (d < D)[None, :]
@@ -149,9 +158,15 @@ def _unpack(both, scale, dw, db, V, D, W, BD: tl.constexpr, ROWS: tl.constexpr):
     tl.store(db + v, (bias * g).to(db.dtype.element_ty), mask=v < V)
 
 
-def chunk_tokens(tokens: int, experts: int, columns: int, itemsize: int) -> int:
-    """Tokens whose rows of E are in memory at once: near-equal chunks."""
-    most = max(1, CHUNK_BYTES // (itemsize * experts * columns))
+def chunk_tokens(tokens: int, experts: int, columns: int, depth: int, itemsize: int, slots: int) -> int:
+    """Tokens whose rows of E are in memory at once: near-equal chunks within the allowed bytes, unless one token is more.
+
+    E W is a product of so few columns that cuBLAS makes 64 x 128 tiles of it: where there is a choice, they come out even.
+    """
+    rows, even = CHUNK_BYTES // (itemsize * columns), slots // triton.cdiv(depth, 128) * 64
+    if rows > even > 0:
+        rows -= rows % even
+    most = max(1, rows // experts)
     return triton.cdiv(tokens, triton.cdiv(tokens, most))
 
 
@@ -163,17 +178,15 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         (R, D), V, (N, K), dtype, device = h_RD.shape, len(w_VD), log_prior_NK.shape, h_RD.dtype, h_RD.device
         tiles = EXPONENTIALS if h_RD.is_cuda and whole.shared_memory(device.index) >= whole.HOPPER_SHARED else OLDER
         h, w = matrix(h_RD), matrix(w_VD, MULTIPLE)
-        VP, W, v_tiles = len(w), h.shape[1] + COLUMNS, triton.cdiv(V, tiles.v)
-        per = chunk_tokens(N, K, VP, h.element_size())
-        e = h.new_empty(per * K, VP)
-        weighted = h.new_empty(per * K, W)
+        slots, v_tiles, VP, DP = whole.slots_of(h, tiles), triton.cdiv(V, tiles.v), len(w), h.shape[1]
+        per, W = chunk_tokens(N, K, VP, DP, h.element_size(), slots), DP + COLUMNS
+        e, weighted = h.new_empty(per * K, VP), h.new_empty(per * K, W)
         logits_R, lse2_R, factor_R = torch.empty(3, R, device=device)
         nll_N, share_NK = torch.empty(N, device=device), torch.empty(N, K, device=device)
-        marks = torch.empty(v_tiles * per * K, device=device)
-        dh_RD = torch.empty_like(h_RD)
-        products, both = torch.empty(per * K, h.shape[1], device=device), torch.empty(VP, W, device=device)
+        marks, sums = torch.empty(2, v_tiles * per * K, device=device)
+        products_RD, both_VW = torch.empty(R, DP, device=device), torch.empty(VP, W, device=device)
         side = whole.side_stream(device) if whole.TWO_STREAMS and h.is_cuda else None
-        shape = triton.next_power_of_2(K), triton.next_power_of_2(W), W, tiles.v
+        shape = TILES, max(4, triton.next_power_of_2(K)), triton.next_power_of_2(W), W, tiles.v
         with torch.cuda.device_of(h_RD):  # Triton launches on the current device
             _target_logits[(triton.cdiv(R, ROWS),)](
                 h_RD, w_VD, bias_V, targets_N, logits_R, R, K, V, D, triton.next_power_of_2(D), ROWS
@@ -181,45 +194,42 @@ class _MixtureCrossEntropy(torch.autograd.Function):
             for first in range(0, N, per):
                 t, r = slice(first, min(first + per, N)), slice(first * K, min(first + per, N) * K)
                 rows = r.stop - r.start
-                row_tiles = triton.cdiv(rows, tiles.n)
-                splits = whole.even_splits(row_tiles, v_tiles, whole.slots_of(h, tiles))
-                partial = torch.empty(2, splits, rows, device=device)
-                _exponentials[(row_tiles * splits,)](
-                    described(h[r], tiles.n, tiles.k), described(w, tiles.v, tiles.k), bias_V, logits_R[r], *partial,
-                    described(e[:rows], tiles.n, tiles.v), marks, rows, V, splits, FAR[dtype],
-                    h.shape[1], tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
+                _exponentials[(min(slots, triton.cdiv(rows, tiles.n) * v_tiles),)](
+                    described(h[r], tiles.n, tiles.k), described(w, tiles.v, tiles.k), bias_V, logits_R[r], marks, sums,
+                    described(e[:rows], tiles.n, tiles.v), rows, V, FAR[dtype],
+                    DP, tiles.n, tiles.v, tiles.k, tiles.flatten, num_warps=tiles.warps, num_stages=tiles.stages,
                 )  # fmt: skip
                 _finish[(t.stop - t.start,)](
-                    h_RD[r], targets_N[t], logits_R[r], log_prior_NK[t], *partial, e, marks, nll_N[t], lse2_R[r],
-                    share_NK[t], factor_R[r], weighted, rows, K, V, VP, D, splits, FAR[dtype],
-                    SPLITS, *shape,
+                    h_RD[r], targets_N[t], logits_R[r], log_prior_NK[t], marks, sums, e, nll_N[t], lse2_R[r], share_NK[t],
+                    factor_R[r], weighted, rows, K, V, VP, D, FAR[dtype], *shape,
                 )  # fmt: skip
                 with beside(side):
-                    product(e[:rows].t(), weighted[:rows], both, add=first > 0)
-                product(e[:rows], w, products[:rows])
-                torch.mul(products[:rows, :D], factor_R[r, None], out=dh_RD[r])
+                    product(e[:rows].t(), weighted[:rows], both_VW, add=first > 0)
+                product(e[:rows], w, products_RD[r])
                 if side is not None:
                     torch.cuda.current_stream(device).wait_stream(side)
-        ctx.save_for_backward(h_RD, w_VD, bias_V, targets_N, lse2_R, share_NK, dh_RD, both)
+        ctx.save_for_backward(h_RD, w_VD, bias_V, targets_N, lse2_R, share_NK, factor_R, products_RD, both_VW)
         ctx.weight_dtype = weight_VD.dtype
         return nll_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_N: Tensor):  # type: ignore[override]
-        h_RD, w_VD, bias_V, targets_N, lse2_R, share_NK, dh_RD, both = ctx.saved_tensors
-        (V, D), K = w_VD.shape, share_NK.shape[1]
+        h_RD, w_VD, bias_V, targets_N, lse2_R, share_NK, factor_R, products_RD, both_VW = ctx.saved_tensors
+        (V, D), (R, DP), K = w_VD.shape, products_RD.shape, share_NK.shape[1]
         dprior_NK = share_NK * -upstream_N[:, None]
         if upstream_N.stride(0) and len(upstream_N) > 1:  # not one number for all
             upstream_R, targets_R = -dprior_NK.flatten(), targets_N[:, None].expand(-1, K).flatten()
             given = h_RD, w_VD, bias_V, targets_R, lse2_R, upstream_R
             return *whole.by_columns(*given, ctx.weight_dtype, ctx.needs_input_grad), None, dprior_NK
         scale = upstream_N[:1].float()
-        dw, db = torch.empty_like(w_VD, dtype=ctx.weight_dtype), torch.empty_like(bias_V)
+        dh, dw, db = h_RD.new_empty(R, DP), torch.empty_like(w_VD, dtype=ctx.weight_dtype), torch.empty_like(bias_V)
         with torch.cuda.device_of(h_RD):
-            _unpack[(triton.cdiv(V, ROWS),)](both, scale, dw, db, V, D, both.shape[1], triton.next_power_of_2(D), ROWS)
-        dh = torch.mul(dh_RD, scale, out=torch.empty_like(dh_RD))  # in fp32, rounded once
-        return dh, dw, db, None, dprior_NK
+            _scaled[(triton.cdiv(R, ROWS),)](products_RD, factor_R, scale, dh, R, DP, triton.next_power_of_2(DP), ROWS)
+            _unpack[(triton.cdiv(V, ROWS),)](
+                both_VW, scale, dw, db, V, D, both_VW.shape[1], triton.next_power_of_2(D), ROWS
+            )
+        return dh[:, :D], dw, db, None, dprior_NK
 
 
 def mixture_cross_entropy(
