@@ -118,13 +118,14 @@ def _finish(
     row = kept + n.to(tl.int64) * VP
     at_target = tl.where(far, p - 1, 1 - tl.exp2(loss * LOG2E))
     tl.store(row + tl.where(near, y, 0), at_target.to(kept.dtype.element_ty), mask=near)
-    d, dtype = tl.arange(0, BD), weighted.dtype.element_ty
+    d = tl.arange(0, BD)
     wide = tl.load(h + n.to(tl.int64)[:, None] * D + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
     wide = wide.to(tl.float32) * times[:, None]
-    rounded = times.to(dtype).to(tl.float32)
+    rounded = times.to(weighted.dtype.element_ty).to(tl.float32)
     wide = tl.where((d == W - 8)[None, :], rounded[:, None], wide)
     wide = tl.where((d == W - 7)[None, :], (times - rounded)[:, None], wide)
-    tl.store(weighted + n.to(tl.int64)[:, None] * W + d[None, :], wide.to(dtype), mask=own[:, None] & (d < W)[None, :])
+    wide = wide.to(weighted.dtype.element_ty)
+    tl.store(weighted + n.to(tl.int64)[:, None] * W + d[None, :], wide, mask=own[:, None] & (d < W)[None, :])
     if tl.max(far.to(tl.int32), 0) > 0:
         for tile in range(tiles):
             v = tile * BV + tl.arange(0, BV)
