@@ -25,6 +25,8 @@ from recurlm.kernels import cross_entropy_triton as whole
 from recurlm.kernels.cross_entropy_triton import OLDER, Tiles, beside, described, matrix, product
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Whether this file's way serves: as it stands it was interpreted, and compiled for compute capability 9.0, but never run there.
+ONCE = False
 EXPONENTIALS = Tiles(256, 128, 64, 8, 3, 1, True)
 CHUNK_BYTES = 64 << 20  # of E at once
 COLUMNS = 8  # added to the experts' vectors, two of them for the bias: 16 bytes in bf16
@@ -241,7 +243,7 @@ def mixture_cross_entropy(
     Without gradients, and where all of E is small, it is the experts' `linear_cross_entropy` and its logsumexp.
     """
     size = rows_RD.element_size() * len(rows_RD) * len(weight_VD)
-    if not torch.is_grad_enabled() or size <= whole.KEPT_BYTES:
+    if not ONCE or not torch.is_grad_enabled() or size <= whole.KEPT_BYTES:
         targets_R = targets_N[:, None].expand_as(log_prior_NK).flatten()
         return cross_entropy.mixed(log_prior_NK, whole.linear_cross_entropy(rows_RD, weight_VD, bias_V, targets_R))
     return _MixtureCrossEntropy.apply(rows_RD, weight_VD, bias_V, targets_N, log_prior_NK)  # type: ignore[return-value]
