@@ -76,10 +76,12 @@ def test_triton_on_the_gpu(shape, dtype):
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")
 def test_a_graph_replays_it():
-    raw, dropped = (torch.randn(7, 5, 40, device="cuda").bfloat16().requires_grad_() for _ in range(2))
-    expected = outcome(kernels.penalties, raw, dropped, 2, 1)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # where autograd first meets the leaves, it waits for them ever after
+        raw, dropped = (torch.randn(7, 5, 40, device="cuda").bfloat16().requires_grad_() for _ in range(2))
+        expected = outcome(kernels.penalties, raw, dropped, 2, 1)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         found = outcome(kernels.penalties, raw, dropped, 2, 1)
     graph.replay()
     torch.cuda.synchronize()

@@ -102,7 +102,7 @@ def check_triton(function, shape, pooling, dtype, scale, device, seed=0, with_bi
             plain = function(*given)
     for name, ours, twin, theirs, true in zip(NAMES, found, again, eager, exact, strict=False):
         # of a few numbers the reference may by luck have rounded none
-        floor = true.norm() * torch.finfo(dtype).eps if true.numel() < 1000 else 0.0
+        floor = 2 * true.norm() * torch.finfo(dtype).eps if true.numel() < 1000 else 0.0
         error, allowed = (ours - true).norm().item(), (2 * (theirs - true).norm() + floor).item()
         assert error <= allowed, (name, shape, pooling, dtype, error, allowed)
         assert torch.equal(ours, twin), (name, shape, pooling, dtype)
@@ -208,25 +208,25 @@ def test_triton_in_a_cuda_graph():
     """Split in time, with a bias: replayed on other numbers it gives what a call gives."""
     from recurlm.kernels.pool_triton import pool
 
-    gates, c, _ = inputs((700, 1, 130), torch.float32, "cuda", False, "fo")
-    bias = bias_of(gates)
+    side = torch.cuda.Stream()  # where autograd first meets the leaves, it waits for them ever after
+    with torch.cuda.stream(side):
+        gates, c, _ = inputs((700, 1, 130), torch.float32, "cuda", False, "fo")
+        bias = bias_of(gates)
 
     def call():
         h, last = pool(gates, c, 0.9, "fo", bias)
         return [h, last, *torch.autograd.grad(h.sum() + last.sum(), (gates, c, bias))]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         captured = call()
-    with torch.no_grad():
-        gates.mul_(0.5)
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+    with torch.cuda.stream(side):
+        with torch.no_grad():
+            gates.mul_(0.5)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
 
 
 def test_the_table_serves_what_it_names():

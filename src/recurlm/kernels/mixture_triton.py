@@ -25,6 +25,8 @@ from recurlm.kernels import cross_entropy_triton as whole
 from recurlm.kernels.cross_entropy_triton import OLDER, Tiles, beside, described, matrix, product
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Whether this file's way serves: as it stands it was interpreted, and compiled for compute capability 9.0, but never run there.
+ONCE = False
 EXPONENTIALS = Tiles(256, 128, 64, 8, 3, 1, True)
 CHUNK_BYTES = 64 << 20  # of E at once
 COLUMNS = 8  # added to the experts' vectors, two of them for the bias: 16 bytes in bf16
@@ -118,13 +120,14 @@ def _finish(
     row = kept + n.to(tl.int64) * VP
     at_target = tl.where(far, p - 1, 1 - tl.exp2(loss * LOG2E))
     tl.store(row + tl.where(near, y, 0), at_target.to(kept.dtype.element_ty), mask=near)
-    d, dtype = tl.arange(0, BD), weighted.dtype.element_ty
+    d = tl.arange(0, BD)
     wide = tl.load(h + n.to(tl.int64)[:, None] * D + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
     wide = wide.to(tl.float32) * times[:, None]
-    rounded = times.to(dtype).to(tl.float32)
+    rounded = times.to(weighted.dtype.element_ty).to(tl.float32)
     wide = tl.where((d == W - 8)[None, :], rounded[:, None], wide)
     wide = tl.where((d == W - 7)[None, :], (times - rounded)[:, None], wide)
-    tl.store(weighted + n.to(tl.int64)[:, None] * W + d[None, :], wide.to(dtype), mask=own[:, None] & (d < W)[None, :])
+    wide = wide.to(weighted.dtype.element_ty)
+    tl.store(weighted + n.to(tl.int64)[:, None] * W + d[None, :], wide, mask=own[:, None] & (d < W)[None, :])
     if tl.max(far.to(tl.int32), 0) > 0:
         for tile in range(tiles):
             v = tile * BV + tl.arange(0, BV)
@@ -240,7 +243,7 @@ def mixture_cross_entropy(
     Without gradients, and where all of E is small, it is the experts' `linear_cross_entropy` and its logsumexp.
     """
     size = rows_RD.element_size() * len(rows_RD) * len(weight_VD)
-    if not torch.is_grad_enabled() or size <= whole.KEPT_BYTES:
+    if not ONCE or not torch.is_grad_enabled() or size <= whole.KEPT_BYTES:
         targets_R = targets_N[:, None].expand_as(log_prior_NK).flatten()
         return cross_entropy.mixed(log_prior_NK, whole.linear_cross_entropy(rows_RD, weight_VD, bias_V, targets_R))
     return _MixtureCrossEntropy.apply(rows_RD, weight_VD, bias_V, targets_N, log_prior_NK)  # type: ignore[return-value]
