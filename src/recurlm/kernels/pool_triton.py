@@ -603,7 +603,8 @@ def _launch(
         "enable_fp_fusion": True,
     }
     if plan.rows > 1:
-        assert plan.rows * plan.unroll >= T, (plan, T)
+        if plan.rows * plan.unroll < T:
+            raise ValueError(f"{plan} is for fewer than {T} steps")
         if plan.activation != "plain":
             options["maxnreg"] = 64  # so that 70 x 20 x 1,550 runs in one wave
         with torch.cuda.device_of(gates_TBG):

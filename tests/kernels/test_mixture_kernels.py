@@ -122,7 +122,7 @@ def interpreted():
 
 
 def test_triton_in_the_interpreter():
-    in_the_interpreter("kernels/test_mixture", "interpreted()")
+    in_the_interpreter("kernels/test_mixture_kernels", "interpreted()")
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU here")
