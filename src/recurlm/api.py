@@ -375,7 +375,10 @@ def evaluate(
     if adapted:
         now = time.perf_counter()
         adapted["seconds"] |= {"evaluation": now - since, "all": now - start}
-    return {"split": split, **out, "oov_rate": oov, **adapted} | ({"mc_dropout": mc_dropout} if mc_dropout else {})
+    weights = {"step": model.facts["step"]} if "step" in model.facts else {}  # those that were measured
+    return {"split": split, **out, "oov_rate": oov, **weights, **adapted} | (
+        {"mc_dropout": mc_dropout} if mc_dropout else {}
+    )
 
 
 def _thinned(model: LanguageModel, run: str | Path | LanguageModel, samples: int) -> LanguageModel:

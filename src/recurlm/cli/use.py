@@ -146,7 +146,6 @@ def eval_(
         evaluate.report(run, report, *others, data, split, batch_size, force, device, dtype, as_json)
         return
     from recurlm import api, files
-    from recurlm.model import directory
 
     values = api.evaluate(
         run,
@@ -170,9 +169,8 @@ def eval_(
         print_table(values)
     if not (data or mixed_with or cache or dynamic or mc_dropout):
         kept = run / ("eval.json" if values["split"] == "test" else f"eval-{values['split']}.json")
-        step = files.read_manifest(run / directory.MANIFEST, directory.FORMAT)["facts"].get("step")  # of these weights
         try:
-            files.write_atomic(kept, files.to_json(values | {"step": step}))
+            files.write_atomic(kept, files.to_json(values))
         except OSError as error:
             note(f"{kept} could not be written ({error.strerror}); the figures above stand.")
 

@@ -37,9 +37,7 @@ class Totals:
 def totals_of(model: StatefulModel, batches: Batches, steps: int, with_ranks: bool = False) -> Totals:
     """Totals over all counted targets, in windows of `steps`; the state is carried where a window goes on with one."""
     totals, state = Totals(), None
-    nats = torch.zeros(
-        (), dtype=torch.float64, device=model.device
-    )  # stays there: the next window need not wait for it
+    nats = torch.zeros((), dtype=torch.float64, device=model.device)  # read at the end: no window waits for another
     for window in batches.windows(steps):
         inputs_TB, targets_TB = (torch.from_numpy(a).to(model.device) for a in (window.inputs_TB, window.targets_TB))
         if window.fresh:
