@@ -25,6 +25,12 @@ TYPES = (torch.bfloat16, torch.float16)
 # ---- layouts ------------------------------------------------------------------------------------------------
 
 
+def assert_batch_is_covered(of, batch):
+    """No group is without a row: its blocks would wait for nothing and run ahead."""
+    groups = of["PARTS"] * of["GROUPS"]
+    assert groups * of["GROUP_BATCH"] >= batch > (groups - 1) * of["GROUP_BATCH"]
+
+
 @pytest.mark.parametrize("card", [H200, Card(108, 166912, (8, 0)), SMALL])
 @pytest.mark.parametrize("H, batch", [(16, 1), (400, 20), (1152, 20), (1152, 80), (1856, 128), (2048, 20), (2048, 128)])
 def test_every_layout_covers_the_layer_within_the_cards_limits(card, H, batch):
@@ -34,14 +40,14 @@ def test_every_layout_covers_the_layer_within_the_cards_limits(card, H, batch):
         for layout in found:
             of = dict(layout.macros)
             assert layout.name == name and layout.blocks <= card.processors and layout.shared <= card.shared
-            assert of["GROUPS"] * of["GROUP_BATCH"] >= batch > (of["GROUPS"] - 1) * of["GROUP_BATCH"]
+            assert_batch_is_covered(of, batch)
             assert of["TILES_N"] * 8 >= of["GROUP_BATCH"] and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
             if name == "forward":
-                assert layout.blocks * of["UNITS"] >= H and of["UNITS"] % 4 == 0
+                assert layout.blocks // of["PARTS"] * of["UNITS"] >= H and of["UNITS"] % 4 == 0
                 assert layout.warps * of["BLOCKS_K"] * 32 >= H
             else:
                 strips, rows = -(-H // of["COLUMNS"]), -(-H // of["ROW_UNITS"])
-                assert layout.blocks == strips * rows and of["COLUMNS"] % 16 == 0 and of["ROW_UNITS"] % 16 == 0
+                assert layout.blocks == of["PARTS"] * strips * rows and of["COLUMNS"] % 16 == 0 and of["ROW_UNITS"] % 16 == 0
                 assert layout.warps * of["BLOCKS_K"] * 8 >= of["ROW_UNITS"]
 
 
@@ -55,10 +61,10 @@ def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, 
             assert (
                 layout.blocks <= layout.cluster * dict(H200.clusters)[layout.cluster] and layout.shared <= H200.shared
             )
-            assert of["GROUPS"] * of["GROUP_BATCH"] >= batch > (of["GROUPS"] - 1) * of["GROUP_BATCH"]
+            assert_batch_is_covered(of, batch)
             assert of["WARPS"] == of["WARPS_M"] * of["WARPS_K"] <= 16 and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
             strips, rows, k = (
-                layout.blocks // layout.cluster,
+                layout.blocks // layout.cluster // of["PARTS"],
                 of["WARPS_M"] * of["WARP_TILES"],
                 of["WARPS_K"] * of["BLOCKS_K"],
             )
@@ -152,6 +158,10 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (112, 25, 4, {"GROUPS": 3}, {"GROUPS": 3}, False, 4),
     (80, 17, 5, {"GROUPS": 2, "REGISTERS_K": 0}, {"GROUPS": 3}, True, 3),
     (240, 3, 3, {}, {}, True, 8),
+    (48, 33, 5, {"PARTS": 2}, {"PARTS": 2, "GROUPS": 2}, False, 1),
+    (32, 50, 3, {"PARTS": 3, "GROUPS": 2}, {"PARTS": 3}, True, 1),
+    (96, 39, 5, {"PARTS": 2, "GROUPS": 1}, {"PARTS": 2}, False, 2),
+    (64, 64, 4, {"PARTS": 4}, {"PARTS": 4, "GROUPS": 2}, False, 2),
     (80, 1, 1, {}, {}, False, 3),
 )
 

@@ -15,7 +15,8 @@
 //
 // Compiled at run time with the sizes as macros: H (a multiple of 16), BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF
 // (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K; PACE or not.
-// Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work.
+// Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work. Where a
+// part of the blocks can hold all weights, PARTS such parts have groups of their own, and nothing to do with each other.
 
 // acc = weights * vectors over this warp's share of k, of which bit k of `present` says whether this lane has any of block k, and
 // whose words for this lane begin at `from`; `rows` tiles of batch rows are there for it. Waits for words that are EMPTY, block by
@@ -58,20 +59,22 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
 
 #define TILES (UNITS / 4)
+#define PART ((H + UNITS - 1) / UNITS)
 #define STRIDE (16 * TILES + 4)
 #define ITEMS (UNITS * GROUP_BATCH)
 #define ROUNDS ((ITEMS + THREADS - 1) / THREADS)
 
 // weights R (4H, H); gates (T, BATCH, 4H): pre-activations without R h, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
-// h0 and h; x (T, GROUPS, VECTORS): the same of all but the last step, to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
+// h0 and h; x (T, PARTS GROUPS, VECTORS): the same of all but the last step, to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
 // c0 and c_last have 16 bits if `is_short`.
 KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T16* x, T16* y, float* c, T16* h_last,
                void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
-    const int unit0 = blockIdx.x * UNITS;
+    const int unit0 = blockIdx.x % PART * UNITS, row0 = blockIdx.x / PART * GROUPS * GROUP_BATCH;
     T16* h = y + BATCH * H;
-    copy_words(y, h0, BATCH * H / 2, (H + UNITS - 1) / UNITS);
+    x += (long long)(blockIdx.x / PART * GROUPS) * VECTORS;
+    copy_words(y, h0, BATCH * H / 2, PART * PARTS);
     uint4* more = shared + warp * SHARED_K * 2 * TILES * 32 + lane;
     float* sums = (float*)(shared + WARPS * SHARED_K * 2 * TILES * 32);
     Patience patience = {limit, 0, trouble, 0};
@@ -106,7 +109,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
         const int t = turn / GROUPS, g = turn % GROUPS;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            const int item = thread + i * THREADS, b = row0 + g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
             const bool there = item < ITEMS && b < BATCH && unit < H;
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
@@ -124,7 +127,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
     };
     for (int g = 0; g < GROUPS; g++)
         for (int item = thread; item < ITEMS; item += THREADS) {
-            const int b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            const int b = row0 + g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
             if (b >= BATCH || unit >= H) continue;
             c[b * H + unit] = state_at(c0, b * H + unit, is_short);
             if (!(unit & 1)) store_shared_word(x + g * VECTORS + place_in_vectors(item / UNITS, unit), *(const unsigned*)(h0 + b * H + unit));
@@ -144,8 +147,9 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS; turn++) {
         const int t = turn / GROUPS, g = turn % GROUPS;
-        const T16* from = x + (long long)turn * VECTORS + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
-        const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
+        T16* const turn_x = x + ((long long)t * ALL_GROUPS + g) * VECTORS;
+        const T16* from = turn_x + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
+        const int batch_rows = min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
         float acc[TILES][TILES_N][4] = {};
         pace.hold(turn ? PACE : 0);
         product_of_arriving<TILES>(acc, kept, more, from, present, rows, patience, pace,
@@ -159,7 +163,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
         unsigned word[ROUNDS];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int item = thread + i * THREADS, n = item / UNITS, b = g * GROUP_BATCH + n, unit = unit0 + item % UNITS;
+            const int item = thread + i * THREADS, n = item / UNITS, b = row0 + g * GROUP_BATCH + n, unit = unit0 + item % UNITS;
             const bool there = item < ITEMS && b < BATCH && unit < H;
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (item < ITEMS) sum = sum_of_warps<WARPS, STRIDE>(place, n, item % UNITS * 4);
@@ -168,13 +172,13 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
             cell[i] = forget * cell[i] + in * value;
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             word[i] = packed(now, next);
-            if (there && !(item & 1) && t + 1 < T) store_shared_word(x + (long long)(turn + GROUPS) * VECTORS + place_of[i], word[i]);
+            if (there && !(item & 1) && t + 1 < T) store_shared_word(turn_x + ALL_GROUPS * VECTORS + place_of[i], word[i]);
             gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
         // others wait for x alone: the rest is written after it
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int item = thread + i * THREADS, b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            const int item = thread + i * THREADS, b = row0 + g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
             if (item < ITEMS && b < BATCH && unit < H) {
                 const long long at = ((long long)t * BATCH + b) * H + unit;
                 c[at + BATCH * H] = cell[i];
@@ -187,7 +191,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
     }
     for (int g = 0; g < GROUPS; g++)  // the last state: each thread copies what it wrote
         for (int item = thread; item < ITEMS; item += THREADS) {
-            const int b = g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
+            const int b = row0 + g * GROUP_BATCH + item / UNITS, unit = unit0 + item % UNITS;
             if (b < BATCH && unit < H) copy_last(h_last, c_last, is_short, y, c, T, b * H + unit);
         }
 }
@@ -199,18 +203,21 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
 #define PAIRS (COLUMNS / 2)
 #define ROWS ((H + ROW_UNITS - 1) / ROW_UNITS)
 #define ALL_COLUMNS ((H + COLUMNS - 1) / COLUMNS * COLUMNS)
+#define PART (ALL_COLUMNS / COLUMNS * ROWS)
 #define SHARE ((PAIRS * GROUP_BATCH + ROWS - 1) / ROWS)
 #define ROUNDS ((SHARE + THREADS - 1) / THREADS)
 #define RING 4
 
-// weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (1 + T, BATCH, H); d_h (T, BATCH, H) the gradient of h, d_hT, d_cT (BATCH, H) of the last state or null; d_gates (T, BATCH, 4H) of the pre-activations; x (T, GROUPS,
+// weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (1 + T, BATCH, H); d_h (T, BATCH, H) the gradient of h, d_hT, d_cT (BATCH, H) of the last state or null; d_gates (T, BATCH, 4H) of the pre-activations; x (T, PARTS GROUPS,
 // VECTORS) the same to exchange, every word EMPTY before; d_h0, d_c0 (BATCH, H) of the first state; ring (RING, ROWS, BATCH, ALL_COLUMNS), EMPTY before.
 KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
                 const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble,
                 unsigned long long limit) {
     SHARED(shared);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
-    const int row = blockIdx.x % ROWS, column0 = blockIdx.x / ROWS * COLUMNS, row_unit0 = row * ROW_UNITS;
+    const int row = blockIdx.x % ROWS, column0 = blockIdx.x % PART / ROWS * COLUMNS, row_unit0 = row * ROW_UNITS;
+    const int row0 = blockIdx.x / PART * GROUPS * GROUP_BATCH;
+    x += (long long)(blockIdx.x / PART * GROUPS) * VECTORS;
     uint4* more = shared + warp * SHARED_K * 2 * TILES * 32 + lane;
     float* sums = (float*)(shared + WARPS * SHARED_K * 2 * TILES * 32);
     Patience patience = {limit, 0, trouble, 0};
@@ -251,7 +258,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = thread + i * THREADS, item = row * SHARE + mine;
-            const int b = g * GROUP_BATCH + item / PAIRS, unit = column0 + item % PAIRS * 2;
+            const int b = row0 + g * GROUP_BATCH + item / PAIRS, unit = column0 + item % PAIRS * 2;
             if (mine >= SHARE || item >= PAIRS * GROUP_BATCH || b >= BATCH || unit >= H) continue;
             const long long at = ((long long)t * BATCH + b) * H + unit;
 #pragma unroll
@@ -306,7 +313,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
             for (int i = 0; i < ROUNDS; i++) {
                 const int mine = thread + i * THREADS, item = row * SHARE + mine;
-                const int b = g * GROUP_BATCH + item / PAIRS, unit = column0 + item % PAIRS * 2;
+                const int b = row0 + g * GROUP_BATCH + item / PAIRS, unit = column0 + item % PAIRS * 2;
                 if (mine >= SHARE || item >= PAIRS * GROUP_BATCH || b >= BATCH || unit >= H) continue;
                 float2 d = make_float2(0.0f, 0.0f);
                 if (t == T - 1) {
@@ -347,7 +354,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
                 for (int gate = 0; gate < 3; gate++)
                     words[gate] = packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
                 words[3] = packed(d.x * by_o[i].x, d.y * by_o[i].y);
-                T16* to = x + ((long long)t * GROUPS + g) * VECTORS + place_of[i];
+                T16* to = x + ((long long)t * ALL_GROUPS + g) * VECTORS + place_of[i];
                 T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
                 for (int gate = 0; gate < 4; gate++)
@@ -362,13 +369,13 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         if (t < 0) break;
 
         // this block's part of the gradients of h before step t
-        const T16* from = x + (long long)t * GROUPS * VECTORS + row * (ROW_UNITS / 8 * TILES_N * 256) + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
+        const T16* from = x + (long long)t * ALL_GROUPS * VECTORS + row * (ROW_UNITS / 8 * TILES_N * 256) + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
         const int use = T - 1 - t;
         const unsigned bit = (use / RING) & 1;
         float* to = ring + ((long long)(use % RING) * ROWS + row) * BATCH * ALL_COLUMNS + column0;
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
-            const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
+            const int batch_rows = min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
             float acc[TILES][TILES_N][4] = {};
             pace.hold(t < T - 1 && !g ? PACE : 0);
             product_of_arriving<TILES>(acc, kept, more, from + g * VECTORS, present, rows, patience, pace,
@@ -381,7 +388,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             for (int item = thread; item < COLUMNS / 4 * batch_rows; item += THREADS) {
                 const int n = item / (COLUMNS / 4), m = item % (COLUMNS / 4) * 4;
                 const float4 x = sum_of_warps<WARPS, STRIDE>(place, n, m);
-                store_shared_words(to + (g * GROUP_BATCH + n) * ALL_COLUMNS + m,
+                store_shared_words(to + (row0 + g * GROUP_BATCH + n) * ALL_COLUMNS + m,
                                    make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
             }
         }

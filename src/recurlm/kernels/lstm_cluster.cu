@@ -14,7 +14,7 @@
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
-// Macros: H, BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
+// Macros: H, BATCH, PARTS, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
 // REGISTERS_K; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
@@ -28,6 +28,7 @@
 // sums of the forward kernel travel in fp16 where the type is bf16: they are of moderate size, and of what was rounded to bf16.
 #ifdef UNITS
 #define WIDTH 4
+#define PART ((H + UNITS - 1) / UNITS * CLUSTER)
 #if !HALF
 #define IN_FP16 1
 typedef uint2 Sums;
@@ -36,6 +37,7 @@ typedef uint4 Sums;
 #endif
 #else
 #define WIDTH 2
+#define PART ((H + COLUMNS - 1) / COLUMNS * CLUSTER)
 typedef uint2 Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
@@ -49,11 +51,12 @@ struct Places {
     uint4 *more, *stage;
     float* sums;
     Sums* inbox;
-    int thread, warp, lane, r, q, m, k, rank;
+    int thread, warp, lane, r, q, m, k, rank, strip, row0;  // the part's first batch row
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
 
     DEVICE Places(uint4* shared) {
         thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
+        strip = blockIdx.x % PART / CLUSTER, row0 = blockIdx.x / PART * GROUPS * GROUP_BATCH;
         m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
         more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
@@ -93,7 +96,7 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
 // `from`; bit i of `present` says whether load i is of any.
 DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, unsigned present, int use, int g,
                               Patience& patience, Pace& pace) {
-    const int batch_rows = min(GROUP_BATCH, BATCH - g * GROUP_BATCH);
+    const int batch_rows = min(GROUP_BATCH, BATCH - at.row0 - g * GROUP_BATCH);
     pace.hold(use ? PACE : 0);
     uint4 words[LOADS];
 #pragma unroll
@@ -178,8 +181,9 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
     SHARED(shared);
     Places at(shared);
     T16* h = y + BATCH * H;
-    copy_words(y, h0, BATCH * H / 2, (H + UNITS - 1) / UNITS * CLUSTER);
-    const int unit0 = blockIdx.x / CLUSTER * UNITS, column0 = at.rank * WARPS_K * BLOCKS_K * 32;
+    x += (long long)(blockIdx.x / PART * GROUPS) * VECTORS;
+    copy_words(y, h0, BATCH * H / 2, PART * PARTS);
+    const int unit0 = at.strip * UNITS, column0 = at.rank * WARPS_K * BLOCKS_K * 32;
     Patience patience = {limit, 0, trouble, 0};
     at.begin();
 
@@ -213,7 +217,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
-            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
@@ -223,7 +227,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
     };
     for (int g = 0; g < GROUPS; g++)
         for (int mine = at.thread; mine < SHARE; mine += THREADS) {
-            const int item = at.rank * SHARE + mine, n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const int item = at.rank * SHARE + mine, n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             c[b * H + unit] = state_at(c0, b * H + unit, is_short);
             if (!(unit & 1)) store_shared_word(x + g * VECTORS + place_in_vectors(n, unit), *(const unsigned*)(h0 + b * H + unit));
@@ -234,7 +238,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
         if (turn < T * GROUPS) {
             const int t = turn / GROUPS, g = turn % GROUPS;
-            const T16* from = x + (long long)turn * VECTORS + at.first_load();
+            const T16* from = x + ((long long)t * ALL_GROUPS + g) * VECTORS + at.first_load();
             multiply_and_send(at, kept, from, present, t, g, patience, pace);
         }
         if (turn < LAG) continue;
@@ -244,7 +248,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
-            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             float sum[4];
 #pragma unroll
@@ -268,14 +272,14 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             word[i] = packed(now, next);
             if (there && !(item & 1) && t + 1 < T)
-                store_shared_word(x + (long long)((t + 1) * GROUPS + g) * VECTORS + place_in_vectors(n, unit), word[i]);
+                store_shared_word(x + ((long long)(t + 1) * ALL_GROUPS + g) * VECTORS + place_in_vectors(n, unit), word[i]);
             gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
         // others wait for x alone: the rest is written after it
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
-            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
                 const long long place = ((long long)t * BATCH + b) * H + unit;
                 c[place + BATCH * H] = cell[i];
@@ -289,7 +293,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
     }
     for (int g = 0; g < GROUPS; g++)  // the last state: each thread copies what it wrote
         for (int mine = at.thread; mine < SHARE; mine += THREADS) {
-            const int item = at.rank * SHARE + mine, n = item / A_ROW, b = g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
+            const int item = at.rank * SHARE + mine, n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (n < GROUP_BATCH && b < BATCH && unit < H) copy_last(h_last, c_last, is_short, y, c, T, b * H + unit);
         }
     cluster_barrier();  // a block that has ended has no shared memory to write to
@@ -303,7 +307,8 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
                 unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
-    const int column0 = blockIdx.x / CLUSTER * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
+    x += (long long)(blockIdx.x / PART * GROUPS) * VECTORS;
+    const int column0 = at.strip * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
     Patience patience = {limit, 0, trouble, 0};
     at.begin();
 
@@ -344,7 +349,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
-            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
+            const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             const long long place = ((long long)t * BATCH + b) * H + unit;
 #pragma unroll
@@ -381,7 +386,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
-            const int n = item / A_ROW, b = g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
+            const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             if (t >= 0) prepare(i);
             float2 d = make_float2(0.0f, 0.0f);
@@ -400,7 +405,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             }
             d.x += d_above[i].x, d.y += d_above[i].y;
             const float2 d_c = make_float2(d_cell[i].x + d.x * by_h[i].x, d_cell[i].y + d.y * by_h[i].y);
-            T16* to = x + ((long long)t * GROUPS + g) * VECTORS + place_in_vectors(n, unit, 0);
+            T16* to = x + ((long long)t * ALL_GROUPS + g) * VECTORS + place_in_vectors(n, unit, 0);
             T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
             unsigned words[4];
 #pragma unroll
@@ -425,7 +430,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
         if (turn < T * GROUPS) {
             const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
-            const T16* from = x + ((long long)t * GROUPS + g) * VECTORS + at.first_load();
+            const T16* from = x + ((long long)t * ALL_GROUPS + g) * VECTORS + at.first_load();
             multiply_and_send(at, kept, from, present, T - 1 - t, g, patience, pace);
         }
         if (turn < LAG) continue;

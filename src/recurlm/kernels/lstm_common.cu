@@ -161,6 +161,7 @@ DEVICE void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 #endif
 
 #define EMPTY 0xffffffffu
+#define ALL_GROUPS (PARTS * GROUPS)
 #define THREADS (WARPS * 32)
 #define SHARED_K (BLOCKS_K - REGISTERS_K)
 DEVICE bool is_empty(uint4 v) { return v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY; }
@@ -278,12 +279,12 @@ DEVICE void put_sums(float* sums, const float (&acc)[TILES_M][TILES_N][4], int l
                 *(float2*)(sums + (n * 8 + 2 * q + e) * LENGTH + m * 16 + 2 * r) = make_float2(acc[m][n][e], acc[m][n][e + 2]);
 }
 
-// The sum over PARTS warps' sums of four neighbouring rows m of column n.
-template <int PARTS, int LENGTH>
+// The sum over COUNT warps' sums of four neighbouring rows m of column n.
+template <int COUNT, int LENGTH>
 DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-    for (int w = 0; w < PARTS; w++) {
+    for (int w = 0; w < COUNT; w++) {
         float4 part = *(const float4*)(sums + (w * TILES_N * 8 + n) * LENGTH + m);
         total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
     }

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
 CLUSTER_CAPABILITY = (9, 0)
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 CLUSTER_RING = 2  # the same within clusters
+PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch, which pays from PART_ROWS rows on
+PART_ROWS = 16
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
 MOST_BATCH = (
     48  # for more, several layers of cuDNN's, which overlap, are as fast unless FASTEST says more (docs/log.md)
@@ -37,6 +39,11 @@ class Card(NamedTuple):
     shared: int
     capability: tuple[int, int]
     clusters: tuple[tuple[int, int], ...] = ()
+
+    def share(self, parts: int) -> Card:
+        """One of so many equal parts of its multiprocessors."""
+        clusters = tuple((size, most // parts) for size, most in self.clusters)
+        return self._replace(processors=self.processors // parts, clusters=clusters)
 
 
 class Layout(NamedTuple):
@@ -77,14 +84,22 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _groupings(batch: int) -> Iterator[tuple[int, int, int]]:
-    """(groups, batch rows of each, tiles of 8 rows) of ways to take a batch in groups."""
-    for tiles in (1, 2, 3, 4):
-        groups = _up(batch, 8 * tiles)
-        for more in (0, 1):  # a second group, for one's exchange to hide behind
-            rows = _up(batch, groups + more)
-            if groups + more <= batch and _up(rows, 8) <= tiles and _up(batch, rows) == groups + more:
-                yield groups + more, rows, _up(rows, 8)
+def _groupings(batch: int, parts: int) -> dict[tuple[int, int, int], None]:
+    """(groups of a part, batch rows of each, tiles of 8 rows) of ways to take a batch in groups."""
+    found = {}
+    for tiles, more in itertools.product((1, 2, 3, 4), (0, 1)):  # a second group, for one's exchange to hide behind
+        groups = _up(_up(batch, parts), 8 * tiles) + more
+        rows = _up(batch, parts * groups)
+        if _up(rows, 8) <= tiles and _up(batch, rows) == parts * groups:
+            found[groups, rows, _up(rows, 8)] = None
+    return found
+
+
+def _of_parts(make: Callable[[int, int, int, Card], Iterator[Layout]], H: int, batch: int, here: Card) -> list[Layout]:
+    """What `make` finds for every number of parts and one part's share of the GPU, the one estimated best first."""
+    counts = [parts for parts in PARTS if parts == 1 or batch >= parts * PART_ROWS]
+    found = (layout for parts in counts for layout in make(H, batch, parts, here.share(parts)))
+    return sorted(found, key=lambda layout: layout.cost)
 
 
 def _fitted(tiles_m: int, tiles_n: int, blocks_k: int, warps: int, other: int, here: Card) -> tuple[int, int] | None:
@@ -122,12 +137,15 @@ def _work(groups: int, warps: int, blocks_k: int, kept: int, tiles_m: int, tiles
 
 def forward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
     """Ways to lay out the forward kernel for H units (a multiple of 16), the one estimated best first."""
-    found = []
-    least = _up(_up(H, 4), here.processors)
+    return _of_parts(_forward, H, batch, here)
+
+
+def _forward(H: int, batch: int, parts: int, here: Card) -> Iterator[Layout]:
+    least = _up(_up(H, 4), max(here.processors, 1))
     for tiles_m in (least, least + 1):
         units, blocks = 4 * tiles_m, _up(H, 4 * tiles_m)
         for warps, blocks_k in _warps(_up(H, 32)):
-            for groups, rows, tiles_n in dict.fromkeys(_groupings(batch)):
+            for groups, rows, tiles_n in _groupings(batch, parts):
                 rounds = _up(units * rows, 32 * warps)
                 fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 20 + 5 * rounds + blocks_k, here)
                 if fit is None:
@@ -142,17 +160,17 @@ def forward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
                     + 1.66 * moved
                     + 0.18 * groups * rounds
                 )
-                macros = {
-                    "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": rows, "TILES_N": tiles_n, "WARPS": warps,
-                    "UNITS": units, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0],
-                }  # fmt: skip
-                found.append(Layout("forward", tuple(macros.items()), blocks, warps, fit[1], cost))
-    return sorted(found, key=lambda layout: layout.cost)
+                macros = _batch_macros(H, batch, parts, groups, rows, tiles_n, warps)
+                macros |= {"UNITS": units, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0]}
+                yield Layout("forward", tuple(macros.items()), parts * blocks, warps, fit[1], cost)
 
 
 def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
     """Ways to lay out the backward kernel for H units (a multiple of 16), the one estimated best first."""
-    found = []
+    return _of_parts(_backward, H, batch, here)
+
+
+def _backward(H: int, batch: int, parts: int, here: Card) -> Iterator[Layout]:
     for columns in range(16, min(H, 128) + 1, 16):
         strips, tiles_m = _up(H, columns), columns // 16
         if strips > here.processors:
@@ -162,7 +180,7 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
         if rows > MOST_ROWS:
             continue
         for warps, blocks_k in _warps(row_units // 8):
-            for groups, batch_rows, tiles_n in dict.fromkeys(_groupings(batch)):
+            for groups, batch_rows, tiles_n in _groupings(batch, parts):
                 rounds = _up(_up(columns // 2 * batch_rows, rows), 32 * warps)
                 fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 18 + 20 * rounds + 2 * rows + blocks_k, here)
                 if fit is None:
@@ -170,12 +188,14 @@ def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
                 products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
                 moved = batch * strips * rows * (0.9 * 8 * row_units + 1.05 * 8 * columns) / 5.5e6
                 cost = 1.1 + groups + 0.5 * (groups == 1) + 1.8 * products + 1.2 * reads + moved
-                macros = {
-                    "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
-                    "ROW_UNITS": row_units, "COLUMNS": columns, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0],
-                }  # fmt: skip
-                found.append(Layout("backward", tuple(macros.items()), strips * rows, warps, fit[1], cost))
-    return sorted(found, key=lambda layout: layout.cost)
+                macros = _batch_macros(H, batch, parts, groups, batch_rows, tiles_n, warps)
+                macros |= {"ROW_UNITS": row_units, "COLUMNS": columns, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0]}
+                yield Layout("backward", tuple(macros.items()), parts * strips * rows, warps, fit[1], cost)
+
+
+def _batch_macros(H: int, batch: int, parts: int, groups: int, rows: int, tiles_n: int, warps: int) -> dict[str, int]:
+    of_batch = {"PARTS": parts, "GROUPS": groups, "GROUP_BATCH": rows, "TILES_N": tiles_n}
+    return {"H": H, "BATCH": batch, **of_batch, "WARPS": warps}
 
 
 LAYOUTS = {"forward": forward_layouts, "backward": backward_layouts}
@@ -191,26 +211,29 @@ def _splits(count: int) -> Iterator[tuple[int, int]]:
 
 def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
     """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first."""
-    found, forward = [], name == "forward"
+    return _of_parts(functools.partial(_clusters, name), H, batch, here)
+
+
+def _clusters(name: str, H: int, batch: int, parts: int, here: Card) -> Iterator[Layout]:
+    forward = name == "forward"
     for cluster, most in here.clusters:
         if not most:
             continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        for of_rows, of_k, grouping in itertools.product(
-            _splits(tiles), _splits(blocks), dict.fromkeys(_groupings(batch))
+        for of_rows, of_k, of_batch in itertools.product(
+            _splits(tiles), _splits(blocks), _groupings(batch, parts)
         ):
-            layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), grouping)
+            layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), (parts, *of_batch))
             if layout is not None:
-                found.append(layout)
-    return sorted(found, key=lambda layout: layout.cost)
+                yield layout
 
 
 def _clustered(
-    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], grouping: Sequence[int]
+    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], of_batch: Sequence[int]
 ) -> Layout | None:
     """The layout with these shares of a warp; None where it does not fit."""
-    (warps_m, tiles_m, warps_k, blocks_k), (groups, batch_rows, tiles_n) = shares, grouping
+    (warps_m, tiles_m, warps_k, blocks_k), (parts, groups, batch_rows, tiles_n) = shares, of_batch
     forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
     k = ((cluster - 1) * warps_k + warps_k - 1) * blocks_k * 4  # the last warp's first chunk of 8 k
     if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
@@ -239,13 +262,11 @@ def _clustered(
     else:
         cost = 2.5 + 2.25 * moved + 0.7 * reads + 0.4 * vectors + 2.2 * sums
     cost += groups * (0.1 + 0.5 * max(0, 8 - warps))
-    macros = {
-        "H": H, "BATCH": batch, "GROUPS": groups, "GROUP_BATCH": batch_rows, "TILES_N": tiles_n, "WARPS": warps,
-        "CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k,
-        "REGISTERS_K": kept,
-    }  # fmt: skip
+    macros = _batch_macros(H, batch, parts, groups, batch_rows, tiles_n, warps)
+    macros |= {"CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m}
+    macros |= {"BLOCKS_K": blocks_k, "REGISTERS_K": kept}
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
-    return Layout(name, tuple(macros.items()), strips * cluster, warps, shared, cost)
+    return Layout(name, tuple(macros.items()), parts * strips * cluster, warps, shared, cost)
 
 
 # What was fastest of many layouts on an H200 (bench/results/h200/lstm-pace.txt), by kernel, units and batch. PACE is free: no
@@ -353,7 +374,7 @@ def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tup
         blocks = rows * of["ROW_UNITS"] // 8
         if layout.cluster == 1:
             ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
-    vectors = T * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    vectors = T * of["PARTS"] * of["GROUPS"] * blocks * of["TILES_N"] * 256
     both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
     return both[:vectors], both[vectors:]
 
