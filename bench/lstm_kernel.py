@@ -43,8 +43,8 @@ PACES = None, 0, 700, 900, 1200, 1500, 2000, 2500
 
 
 def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]:
-    """Four layouts without clusters, then of each kind with clusters the `each` estimated best, as far as they are promising;
-    if it is 0, three of both kinds and the one in use with every pace."""
+    """The `each` estimated best of each kind, as far as they are promising; if it is 0, three with clusters and three without,
+    and the one in use, with every pace."""
     if not each:
         known = lstm_cuda.FASTEST.get((name, H, B), {})
         found = [lstm_cuda.measured(name, H, B, card, {k: v for k, v in known.items() if k != "PACE"})]
@@ -56,12 +56,13 @@ def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]
             for pace in PACES
         ]
     counts: Counter[tuple[int, ...]] = Counter()
-    found = lstm_cuda.LAYOUTS[name](H, B, card)[:4]
-    for layout in lstm_cuda.cluster_layouts(name, H, B, card):
+    made = lstm_cuda.LAYOUTS[name](H, B, card) + lstm_cuda.cluster_layouts(name, H, B, card)
+    best, found = min(layout.cost for layout in made), []
+    for layout in made:
         of = dict(layout.macros)
-        kind = layout.cluster, of["TILES_N"], layout.warps // 4
+        kind = of["PARTS"], layout.cluster, of["TILES_N"], layout.warps // 4
         counts[kind] += 1
-        if counts[kind] <= each and layout.warps >= (7 if H > 512 else 3):
+        if counts[kind] <= each and layout.cost < 1.5 * best:
             found.append(layout)
     return found
 
@@ -91,6 +92,7 @@ class Case:
         self.y, self.c = values(T + 1, B, H).to(dtype), torch.empty(T + 1, B, H, device="cuda")
         self.d_gates = torch.empty_like(self.gates)
         self.last = torch.empty_like(self.h0), torch.empty_like(self.c0)
+        self.bias = torch.zeros(4 * H, device="cuda", dtype=dtype)
         self.d_h0, self.d_c0 = torch.empty_like(self.c0), torch.empty_like(self.c0)
         leaves = [t.double().requires_grad_() for t in (self.gates, self.h0, self.c0)]
         weight, (x, h, c), hs, cs = self.weight.double(), leaves, [], []
@@ -125,7 +127,8 @@ class Case:
         x, scratch = self.fill(name, layout)
         last = T, self.trouble, PATIENCE
         if name == "forward":
-            arguments = self.weight, self.worked, self.h0, self.c0, x, self.y, self.c, *self.last, 0, *last
+            given = self.weight, self.bias, self.bias, self.worked, self.h0, self.c0, x, self.y, self.c
+            arguments = *given, *self.last, x, 0, 0, *last
         else:
             given = self.weight, self.activated, self.c_given, self.d_h, self.d_hT, self.d_cT
             arguments = *given, x, self.d_gates, self.d_h0, self.d_c0, scratch, *last

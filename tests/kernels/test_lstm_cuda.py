@@ -47,7 +47,11 @@ def test_every_layout_covers_the_layer_within_the_cards_limits(card, H, batch):
                 assert layout.warps * of["BLOCKS_K"] * 32 >= H
             else:
                 strips, rows = -(-H // of["COLUMNS"]), -(-H // of["ROW_UNITS"])
-                assert layout.blocks == of["PARTS"] * strips * rows and of["COLUMNS"] % 16 == 0 and of["ROW_UNITS"] % 16 == 0
+                assert (
+                    layout.blocks == of["PARTS"] * strips * rows
+                    and of["COLUMNS"] % 16 == 0
+                    and of["ROW_UNITS"] % 16 == 0
+                )
                 assert layout.warps * of["BLOCKS_K"] * 8 >= of["ROW_UNITS"]
 
 
@@ -82,8 +86,9 @@ def test_a_layer_too_large_for_the_card_has_no_layout():
 # ---- on the CPU ---------------------------------------------------------------------------------------------
 
 PARAMETERS = {
-    "forward": "const T16* weights, T16* gates, const T16* h0, const void* c0, T16* x, T16* y, float* c, T16* h_last, "
-    "void* c_last, int is_short, int T, int* trouble, unsigned long long limit",
+    "forward": "const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, "
+    "T16* y, float* c, T16* h_last, void* c_last, uint4* emptied, long long count, int is_short, int T, int* trouble, "
+    "unsigned long long limit",
     "backward": "const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT, "
     "const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble, "
     "unsigned long long limit",
@@ -111,7 +116,7 @@ def on_cpu(layout: Layout, half: bool, folder: Path, seed: int, name: str = ""):
     subprocess.run(command, cwd=folder, check=True)
     run = ctypes.CDLL(str(folder / "kernel.so")).run
 
-    def call(arguments) -> bool:
+    def call(arguments, blocks: int = blocks) -> bool:
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_longlong(a) for a in arguments]
         return bool(run(blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
 
@@ -178,35 +183,25 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
 
     weight_GH, x_TBG = (values(4 * H, H, of=torch.float32) * H**-0.5).to(dtype), values(T, B, 4 * H)
     h_BH, c_BH = values(B, H) / 2, values(B, H, of=torch.float32)
+    b_ih, b_hh = values(4 * H), values(4 * H)
     leaves = [t.double().requires_grad_() for t in (x_TBG, weight_GH, h_BH, c_BH)]
-    h_TBH, c_TBH = truth(*leaves)
+    h_TBH, c_TBH = truth(leaves[0] + b_ih.double() + b_hh.double(), *leaves[1:])
     trouble, limit = torch.zeros(1, dtype=torch.int32), 10**9
 
     layout = picked("forward", H, B, cluster, fore)
     gates, y = x_TBG.clone(), torch.empty(T + 1, B, H, dtype=dtype)
     cpu = torch.device("cpu")
     c, h_last, c_last = torch.full((T + 1, B, H), float("nan")), torch.empty_like(h_BH), torch.empty_like(c_BH)
-    run = on_cpu(layout, half, tmp_path / "forward", 1)
-    assert (
-        run(
-            (
-                weight_GH,
-                gates,
-                h_BH,
-                c_BH,
-                lstm_cuda.exchange_of(layout, T, B, cpu)[0],
-                y,
-                c,
-                h_last,
-                c_last,
-                0,
-                T,
-                trouble,
-                limit,
-            )
-        )
-        and not trouble
-    )
+    emptied = torch.zeros(1000, dtype=torch.int16)
+
+    def forward(folder: str, seed: int, gates: Tensor, y: Tensor, spare: int) -> None:
+        x = lstm_cuda.exchange_of(layout, T, B, cpu)[0]
+        given = weight_GH, b_ih, b_hh, gates, h_BH, c_BH, x, y, c, h_last, c_last, emptied, emptied.nbytes // 16
+        run = on_cpu(layout._replace(blocks=layout.blocks + spare), half, tmp_path / folder, seed)
+        assert run((*given, 0, T, trouble, limit)) and not trouble
+
+    forward("forward", 1, gates, y, 0)
+    assert not emptied.any()
     assert (
         torch.equal(y[0], h_BH)
         and torch.equal(c[0], c_BH)
@@ -216,23 +211,8 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     torch.testing.assert_close(y[1:].double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
     torch.testing.assert_close(c[1:].double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
     again = torch.empty(T + 1, B, H, dtype=dtype)
-    assert on_cpu(layout, half, tmp_path / "again", 2)(
-        (
-            weight_GH,
-            x_TBG.clone(),
-            h_BH,
-            c_BH,
-            lstm_cuda.exchange_of(layout, T, B, cpu)[0],
-            again,
-            c,
-            h_last,
-            c_last,
-            0,
-            T,
-            trouble,
-            limit,
-        )
-    )
+    forward("again", 2, x_TBG.clone(), again, 2 * cluster)
+    assert (emptied == -1).all()
     assert torch.equal(again.view(torch.int16), y.view(torch.int16)), "the order of threads changes the result"
 
     d_h, d_hT, d_cT = values(T, B, H), values(B, H), values(B, H, of=torch.float32)
@@ -262,10 +242,10 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     x, y = lstm_cuda.exchange_of(layout, T, B, torch.device("cpu"))[0], torch.zeros(T + 1, B, H, dtype=torch.bfloat16)
     last = torch.zeros(B, H, dtype=torch.bfloat16), torch.zeros(B, H)
     c, trouble = torch.zeros(T + 1, B, H), torch.zeros(1, dtype=torch.int32)
-    zeros = torch.zeros(4 * H, H, dtype=torch.bfloat16)
+    zeros, bias = torch.zeros(4 * H, H, dtype=torch.bfloat16), torch.zeros(4 * H, dtype=torch.bfloat16)
     gates, h = torch.zeros(T, B, 4 * H, dtype=torch.bfloat16), torch.zeros(B, H, dtype=torch.bfloat16)
     run = on_cpu(lonely, False, tmp_path / "forward", 1)
-    assert run((zeros, gates, h, torch.zeros(B, H), x, y, c, *last, 0, T, trouble, 2000))
+    assert run((zeros, bias, bias, gates, h, torch.zeros(B, H), x, y, c, *last, x, 0, 0, T, trouble, 2000))
     assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
 
 
@@ -278,7 +258,7 @@ def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tm
     @functools.cache
     def kernel(layout: Layout, half: bool, index: int | None):
         run = on_cpu(layout, half, tmp_path / layout.name, 1)
-        return lambda blocks, threads, arguments: run(arguments)
+        return lambda blocks, threads, arguments: run(arguments, blocks)
 
     def bias_gradient(layout: Layout, half: bool, index: int | None):
         run = on_cpu(layout, half, tmp_path / "bias", 1, "bias_gradient")
@@ -286,6 +266,7 @@ def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tm
 
     monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
     monkeypatch.setattr(lstm_cuda, "_bias_gradient", functools.cache(bias_gradient))
+    monkeypatch.setattr(lstm_cuda, "_spare_blocks", lambda layout, half, index: 2 * layout.cluster)
     monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
     choice = {} if cluster > 1 else 0
     layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)

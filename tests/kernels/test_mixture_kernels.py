@@ -149,13 +149,15 @@ def test_a_graph_replays_it_with_one_stream_or_two(monkeypatch):
     monkeypatch.setattr(whole, "KEPT_BYTES", 0)
     monkeypatch.setattr(fused, "ONCE", True)
     monkeypatch.setattr(fused, "CHUNK_BYTES", 1 << 20)
-    leaves, targets = inputs((131, 4, 276, 5_003), torch.bfloat16, "cuda")
-    found = []
+    side, found = torch.cuda.Stream(), []
+    with torch.cuda.stream(side):  # where autograd first meets the leaves, it waits for them ever after
+        leaves, targets = inputs((131, 4, 276, 5_003), torch.bfloat16, "cuda")
     for streams in (False, True):
         monkeypatch.setattr(whole, "TWO_STREAMS", streams)
-        found.append(outcome(kernels.mixture_cross_entropy, leaves, targets, True))
+        with torch.cuda.stream(side):
+            found.append(outcome(kernels.mixture_cross_entropy, leaves, targets, True))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             found.append(outcome(kernels.mixture_cross_entropy, leaves, targets, True))
         graph.replay()
         torch.cuda.synchronize()

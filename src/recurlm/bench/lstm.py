@@ -1,17 +1,16 @@
 """An LSTM layer with its weights resident on the GPU beside cuDNN's, whole: input product, recurrence, weight gradients.
 
-    python -m recurlm.bench.lstm [--layouts T B H [fp16]]
+    python -m recurlm.bench.lstm
 
 Ours has its sizes padded to a multiple of 16, as training pads them. The peer of a row is the fastest of cuDNN's in the same
 type, with its sizes as they are and padded to a multiple of 128;
 the other rows are cuDNN as it is commonly called. All are CUDA graphs but those called eager. Large batches are measured
 with our kernel too, though `kernels.lstm` leaves most of them to cuDNN. The limit is that of the products' arithmetic at the
-rate of a large product. --layouts times the kernels' layouts instead, the best first.
+rate of a large product.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,42 +105,6 @@ def rows(show: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict
     return found
 
 
-def layouts(T: int, B: int, H: int, dtype: torch.dtype) -> None:
-    """Prints the times of both kernels in all their layouts, and what was estimated, in microseconds a step."""
-    index, half = torch.cuda.current_device(), dtype == torch.float16
-    weight = (torch.randn(4 * H, H, device="cuda") * H**-0.5).to(dtype)
-    gates, state = torch.randn(T, B, 4 * H, device="cuda").to(dtype), torch.zeros(B, H, device="cuda")
-    h, y, c = (
-        state.to(dtype),
-        torch.empty(T + 1, B, H, device="cuda", dtype=dtype),
-        torch.empty(T + 1, B, H, device="cuda"),
-    )
-    h_last, c_last, d_h0, d_c0, d_gates = (torch.empty_like(t) for t in (h, state, state, state, gates))
-    trouble = torch.zeros(1, dtype=torch.int32, device="cuda")
-    for name, make in lstm_cuda.LAYOUTS.items():
-        measured = []
-        for layout in make(H, B, lstm_cuda.card(index)):
-            kernel = lstm_cuda._kernel(layout, half, index)
-
-            def work(layout=layout, kernel=kernel, name=name) -> None:
-                x, ring = lstm_cuda.exchange_of(layout, T, B, gates.device)
-                if name == "forward":
-                    arguments = weight, gates, h, state, x, y, c, h_last, c_last, 0, T, trouble, lstm_cuda.PATIENCE
-                else:
-                    ends = h, state, x, d_gates, d_h0, d_c0, ring
-                    arguments = weight, gates, c, y[1:], *ends, T, trouble, lstm_cuda.PATIENCE
-                kernel(layout.blocks, 32 * layout.warps, arguments)
-
-            measured.append((gpu_time(work, repeats=3), layout))
-        for spent, layout in sorted(measured):
-            print(
-                f"{name} {spent / T:6.2f} estimated {layout.cost:6.2f}",
-                dict(layout.macros),
-                layout.shared // 1024,
-                "kB",
-            )
-
-
 def show(row: dict[str, Any]) -> None:
     peer = "" if row["peer_us"] is None else f"{row['peer']} {duration(row['peer_us'])}"
     of = row["measure"], row["shape"], duration(row["ours_us"]), peer, f"{row['share']:.0%}", row["target"]
@@ -149,8 +112,4 @@ def show(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--layouts"]:
-        steps, batch, units = map(int, sys.argv[2:5])
-        layouts(steps, batch, units, torch.float16 if sys.argv[5:] == ["fp16"] else torch.bfloat16)
-    else:
-        rows(show)
+    rows(show)

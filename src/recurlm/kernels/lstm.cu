@@ -64,12 +64,14 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #define ITEMS (UNITS * GROUP_BATCH)
 #define ROUNDS ((ITEMS + THREADS - 1) / THREADS)
 
-// weights R (4H, H); gates (T, BATCH, 4H): pre-activations without R h, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
-// h0 and h; x (T, PARTS GROUPS, VECTORS): the same of all but the last step, to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
+// weights R (4H, H); b_ih, b_hh (4H); gates (T, BATCH, 4H): pre-activations without these, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
+// h0 and h; x (T, PARTS GROUPS, VECTORS): the same of all but the last step, to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step; `count` vectors of `emptied` become EMPTY, if there are more blocks than needed.
 // c0 and c_last have 16 bits if `is_short`.
-KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T16* x, T16* y, float* c, T16* h_last,
-               void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
+KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, T16* y,
+               float* c, T16* h_last, void* c_last, uint4* emptied, long long count, int is_short, int T, int* trouble,
+               unsigned long long limit) {
     SHARED(shared);
+    if (blockIdx.x >= PART * PARTS) return empty_words(emptied, count, PART * PARTS);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
     const int unit0 = blockIdx.x % PART * UNITS, row0 = blockIdx.x / PART * GROUPS * GROUP_BATCH;
     T16* h = y + BATCH * H;
@@ -137,10 +139,12 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) present |= ((warp * BLOCKS_K + k) * 32 + q * 8 < H) << k;
     int place_of[ROUNDS];  // of an item's h in the exchanged vectors
+    float bias[ROUNDS][4];
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
-        const int item = thread + i * THREADS;
-        place_of[i] = place_in_vectors(item / UNITS, unit0 + item % UNITS);
+        const int item = thread + i * THREADS, unit = unit0 + item % UNITS;
+        place_of[i] = place_in_vectors(item / UNITS, unit);
+        bias_of(bias[i], b_ih, b_hh, unit);
     }
     Pace pace;
 
@@ -167,8 +171,10 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
             const bool there = item < ITEMS && b < BATCH && unit < H;
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (item < ITEMS) sum = sum_of_warps<WARPS, STRIDE>(place, n, item % UNITS * 4);
-            const float in = sigmoid(sum.x + widened(input[i][0])), forget = sigmoid(sum.y + widened(input[i][1]));
-            const float value = tangent(sum.z + widened(input[i][2])), out = sigmoid(sum.w + widened(input[i][3]));
+            const float in = sigmoid(sum.x + widened(input[i][0]) + bias[i][0]);
+            const float forget = sigmoid(sum.y + widened(input[i][1]) + bias[i][1]);
+            const float value = tangent(sum.z + widened(input[i][2]) + bias[i][2]);
+            const float out = sigmoid(sum.w + widened(input[i][3]) + bias[i][3]);
             cell[i] = forget * cell[i] + in * value;
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             word[i] = packed(now, next);

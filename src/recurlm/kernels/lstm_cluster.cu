@@ -176,9 +176,11 @@ DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g
 
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
 
-KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T16* x, T16* y, float* c, T16* h_last,
-               void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
+KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, T16* y,
+               float* c, T16* h_last, void* c_last, uint4* emptied, long long count, int is_short, int T, int* trouble,
+               unsigned long long limit) {
     SHARED(shared);
+    if (blockIdx.x >= PART * PARTS) return empty_words(emptied, count, PART * PARTS);
     Places at(shared);
     T16* h = y + BATCH * H;
     x += (long long)(blockIdx.x / PART * GROUPS) * VECTORS;
@@ -233,6 +235,9 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
             if (!(unit & 1)) store_shared_word(x + g * VECTORS + place_in_vectors(n, unit), *(const unsigned*)(h0 + b * H + unit));
         }
     fetch(0, 0);
+    float bias[ROUNDS][4];
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) bias_of(bias[i], b_ih, b_hh, unit0 + (at.rank * SHARE + at.thread + i * THREADS) % A_ROW);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
@@ -252,7 +257,7 @@ KERNEL forward(const T16* weights, T16* gates, const T16* h0, const void* c0, T1
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             float sum[4];
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) sum[gate] = widened(input[i][gate]);
+            for (int gate = 0; gate < 4; gate++) sum[gate] = widened(input[i][gate]) + bias[i][gate];
             if (there) {
                 Sums parts[CLUSTER];
                 receive(parts, at, mine, t, g, patience);

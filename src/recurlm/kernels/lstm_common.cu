@@ -171,6 +171,13 @@ DEVICE void copy_words(void* to, const void* from, int count, int blocks) {
     for (int i = blockIdx.x * THREADS + threadIdx.x; i < count; i += blocks * THREADS) ((unsigned*)to)[i] = ((const unsigned*)from)[i];
 }
 
+// EMPTY to `count` vectors of 16 bytes, by the blocks from number `first` on: there are some that have nothing else to do.
+DEVICE void empty_words(uint4* to, long long count, int first) {
+    const uint4 empty = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
+    for (long long i = (long long)(blockIdx.x - first) * THREADS + threadIdx.x; i < count; i += (long long)(gridDim.x - first) * THREADS)
+        to[i] = empty;
+}
+
 // A number of a first or last state, in 16 bits or 32.
 DEVICE float state_at(const void* p, int at, int is_short) { return is_short ? widened(((const T16*)p)[at]) : ((const float*)p)[at]; }
 
@@ -244,6 +251,12 @@ struct Pace {
     }
 };
 
+// The sum of both biases of a unit's gates.
+DEVICE void bias_of(float (&bias)[4], const T16* b_ih, const T16* b_hh, int unit) {
+#pragma unroll
+    for (int gate = 0; gate < 4; gate++) bias[gate] = unit < H ? widened(b_ih[gate * H + unit]) + widened(b_hh[gate * H + unit]) : 0.0f;
+}
+
 DEVICE float tangent(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
 // acc += weights * vectors for block k of this warp's share. `weights` are the fragments kept in registers, `more` those in
@@ -292,18 +305,26 @@ DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
 }
 
 #ifdef ROW_UNITS
+#define AT_ONCE 12  // loads on their way
 // Launched after `backward`: d_bias (4H), the sums of the rows of d_gates (rows, 4H), 32 columns a block.
 KERNEL bias_gradient(const T16* d_gates, T16* d_bias, int rows) {
     SHARED(shared);
     float* sums = (float*)shared;
     const int thread = threadIdx.x, column = thread % 32, first = thread % 4 * 8;
     float total[8] = {};
-#pragma unroll 8
-    for (int row = thread / 4; row < rows; row += THREADS / 4) {
-        const uint4 v = load_words(d_gates + (long long)row * 4 * H + blockIdx.x * 32 + first, true);
-        const float2 two[4] = {unpacked(v.x), unpacked(v.y), unpacked(v.z), unpacked(v.w)};
+    for (int row0 = thread / 4; row0 < rows; row0 += AT_ONCE * THREADS / 4) {
+        uint4 words[AT_ONCE];
 #pragma unroll
-        for (int e = 0; e < 4; e++) total[2 * e] += two[e].x, total[2 * e + 1] += two[e].y;
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int row = row0 + i * THREADS / 4;
+            words[i] = load_words(d_gates + (long long)row * 4 * H + blockIdx.x * 32 + first, row < rows);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const float2 two[4] = {unpacked(words[i].x), unpacked(words[i].y), unpacked(words[i].z), unpacked(words[i].w)};
+#pragma unroll
+            for (int e = 0; e < 4; e++) total[2 * e] += two[e].x, total[2 * e + 1] += two[e].y;
+        }
     }
 #pragma unroll
     for (int e = 0; e < 8; e++) sums[thread / 4 * 32 + first + e] = total[e];

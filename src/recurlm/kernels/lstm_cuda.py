@@ -221,9 +221,7 @@ def _clusters(name: str, H: int, batch: int, parts: int, here: Card) -> Iterator
             continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        for of_rows, of_k, of_batch in itertools.product(
-            _splits(tiles), _splits(blocks), _groupings(batch, parts)
-        ):
+        for of_rows, of_k, of_batch in itertools.product(_splits(tiles), _splits(blocks), _groupings(batch, parts)):
             layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), (parts, *of_batch))
             if layout is not None:
                 yield layout
@@ -365,8 +363,8 @@ def waited_too_long(device: torch.device) -> bool:
     return found
 
 
-def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(vectors that blocks exchange, ring of partial sums) for one launch of a kernel, EMPTY; only lstm.cu's backward has one."""
+def exchange_sizes(layout: Layout, T: int, batch: int) -> tuple[int, int]:
+    """(of the vectors that blocks exchange, of the ring of partial sums), in 16 bits each; only lstm.cu's backward has one."""
     of, ring = dict(layout.macros), 0
     blocks = _up(of["H"], 32)
     if layout.name == "backward":
@@ -374,9 +372,21 @@ def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tup
         blocks = rows * of["ROW_UNITS"] // 8
         if layout.cluster == 1:
             ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
-    vectors = T * of["PARTS"] * of["GROUPS"] * blocks * of["TILES_N"] * 256
-    both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
-    return both[:vectors], both[vectors:]
+    return T * of["PARTS"] * of["GROUPS"] * blocks * of["TILES_N"] * 256, ring
+
+
+def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(vectors that blocks exchange, ring of partial sums) for one launch of a kernel, EMPTY."""
+    sizes = exchange_sizes(layout, T, batch)
+    vectors, ring = torch.full((sum(sizes),), -1, dtype=torch.int16, device=device).split(sizes)
+    return vectors, ring
+
+
+@functools.cache
+def _spare_blocks(layout: Layout, half: bool, index: int) -> int:
+    """How many blocks more than it needs run at once, each on a multiprocessor that would be idle."""
+    most = min(card(index).processors, _kernel(layout, half, index).resident_blocks(32 * layout.warps))
+    return max(0, most - layout.blocks) // layout.cluster * layout.cluster
 
 
 class _Layer(torch.autograd.Function):
@@ -388,25 +398,29 @@ class _Layer(torch.autograd.Function):
         x_TBI: Tensor,
         w_ih: Tensor,
         w_hh: Tensor,
-        bias_G: Tensor,
+        b_ih: Tensor,
+        b_hh: Tensor,
         h_BH: Tensor,
         c_BH: Tensor,
         fore: Layout,
         back: Layout,
+        differentiates: bool,
     ):
         T, B, _ = x_TBI.shape
         H, index, half = h_BH.shape[-1], x_TBI.device.index, x_TBI.dtype == torch.float16
-        gates_TBG = linear(x_TBI, w_ih, bias_G)
+        gates_TBG = linear(x_TBI, w_ih)
         x, _ = exchange_of(fore, T, B, gates_TBG.device)
+        spare = _spare_blocks(fore, half, index) if differentiates else 0
+        emptied = x.new_empty(sum(exchange_sizes(back, T, B)) if spare else 0)
         y = gates_TBG.new_empty(T + 1, B, H)
         c = torch.empty(T + 1, B, H, dtype=torch.float32, device=y.device)
         h_BH, c_BH, w_hh = h_BH.to(y.dtype).contiguous(), c_BH.contiguous(), w_hh.contiguous()
         h_last, c_last = torch.empty_like(h_BH), torch.empty_like(c_BH)
-        states = h_BH, c_BH, x, y, c, h_last, c_last, int(c_BH.dtype == y.dtype)
-        arguments = w_hh, gates_TBG, *states, T, _trouble(index), PATIENCE
-        _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, arguments)
+        given = w_hh, b_ih.contiguous(), b_hh.contiguous(), gates_TBG, h_BH, c_BH, x, y, c, h_last, c_last
+        last = emptied, emptied.nbytes // 16, int(c_BH.dtype == y.dtype), T, _trouble(index), PATIENCE
+        _kernel(fore, half, index)(fore.blocks + spare, 32 * fore.warps, (*given, *last))
         ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c)
-        ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
+        ctx.back, ctx.types, ctx.emptied = back, (h_BH.dtype, c_BH.dtype), emptied if spare else None
         ctx.set_materialize_grads(False)
         return y[1:], h_last, c_last
 
@@ -419,7 +433,9 @@ class _Layer(torch.autograd.Function):
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
         d_hT, d_cT = (0 if d is None else d.contiguous() for d in (d_h, d_c if d_c is None else d_c.float()))
         d_h0, d_c0 = c.new_empty(2, B, H)
-        d_gates, (exchange, ring) = torch.empty_like(gates_TBG), exchange_of(back, T, B, y.device)
+        emptied, ctx.emptied = ctx.emptied, None  # serves once
+        places = exchange_of(back, T, B, y.device) if emptied is None else emptied.split(exchange_sizes(back, T, B))
+        d_gates, (exchange, ring) = torch.empty_like(gates_TBG), places
         given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, ring
         _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
         d_NG = d_gates.view(T * B, G)
@@ -428,11 +444,11 @@ class _Layer(torch.autograd.Function):
         d_ih = d_NG.t() @ x_TBI.reshape(T * B, -1) if needed[1] else None
         d_hh = d_NG.t() @ y[:T].view(T * B, H) if needed[2] else None
         d_bias = None
-        if needed[3]:
+        if needed[3] or needed[4]:
             d_bias = d_gates.new_empty(G)
             _bias_gradient(back, half, index)(G // 32, 32 * back.warps, (d_gates, d_bias, T * B))
-        d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[4:], strict=False))
-        return d_x, d_ih, d_hh, d_bias, d_h0, d_c0, None, None
+        d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[5:], strict=False))
+        return d_x, d_ih, d_hh, d_bias, d_bias, d_h0, d_c0, None, None, None
 
 
 def lstm(
@@ -458,5 +474,7 @@ def lstm(
         w_hh = pad(w_hh.unflatten(0, (4, H)), (0, more, 0, more)).flatten(0, 1)
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
-    y_TBH, h, c = _Layer.apply(x_TBI, w_ih, w_hh, b_ih + b_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
+    given = x_TBI, w_ih, w_hh, b_ih, b_hh, h_BH, c_BH
+    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    y_TBH, h, c = _Layer.apply(*given, *layouts, differentiates)  # type: ignore[misc]
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)
