@@ -128,7 +128,7 @@ class Case:
         last = T, self.trouble, PATIENCE
         if name == "forward":
             given = self.weight, self.bias, self.bias, self.worked, self.h0, self.c0, x, self.y, self.c
-            arguments = *given, *self.last, x, 0, 0, *last
+            arguments = *given, *self.last, 0, *last
         else:
             given = self.weight, self.activated, self.c_given, self.d_h, self.d_hT, self.d_cT
             arguments = *given, x, self.d_gates, self.d_h0, self.d_c0, scratch, *last

@@ -15,7 +15,6 @@ typedef unsigned short T16;
 #define SHARED(name) uint4* name = (uint4*)fibre->block->shared.data()
 #define threadIdx (fibre->thread)
 #define blockIdx (fibre->block->index)
-#define gridDim (grid)
 
 struct Index { int x; };
 struct float2 { float x, y; };
@@ -45,7 +44,6 @@ struct Block {
 struct Fibre { Block* block; Index thread; ucontext_t context; std::vector<char> stack; bool done; };
 
 static Fibre* fibre;
-static Index grid;
 static ucontext_t scheduler;
 static unsigned long long rounds;
 
@@ -165,7 +163,7 @@ static void enter() { body(); fibre->done = fibre->block->ended = true; give_way
 
 // Runs `body` in every thread of `blocks` blocks; false when nothing but waiting went on for too long.
 static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, unsigned seed) {
-    body = kernel, grid = {blocks};
+    body = kernel;
     std::vector<Block> all(blocks);
     std::vector<std::unique_ptr<Fibre>> fibres;
     for (int b = 0; b < blocks; b++) {

@@ -87,7 +87,7 @@ def test_a_layer_too_large_for_the_card_has_no_layout():
 
 PARAMETERS = {
     "forward": "const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, "
-    "T16* y, float* c, T16* h_last, void* c_last, uint4* emptied, long long count, int is_short, int T, int* trouble, "
+    "T16* y, float* c, T16* h_last, void* c_last, int is_short, int T, int* trouble, "
     "unsigned long long limit",
     "backward": "const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT, "
     "const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble, "
@@ -116,7 +116,7 @@ def on_cpu(layout: Layout, half: bool, folder: Path, seed: int, name: str = ""):
     subprocess.run(command, cwd=folder, check=True)
     run = ctypes.CDLL(str(folder / "kernel.so")).run
 
-    def call(arguments, blocks: int = blocks) -> bool:
+    def call(arguments) -> bool:
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_longlong(a) for a in arguments]
         return bool(run(blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
 
@@ -192,16 +192,13 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     gates, y = x_TBG.clone(), torch.empty(T + 1, B, H, dtype=dtype)
     cpu = torch.device("cpu")
     c, h_last, c_last = torch.full((T + 1, B, H), float("nan")), torch.empty_like(h_BH), torch.empty_like(c_BH)
-    emptied = torch.zeros(1000, dtype=torch.int16)
 
-    def forward(folder: str, seed: int, gates: Tensor, y: Tensor, spare: int) -> None:
+    def forward(folder: str, seed: int, gates: Tensor, y: Tensor) -> None:
         x = lstm_cuda.exchange_of(layout, T, B, cpu)[0]
-        given = weight_GH, b_ih, b_hh, gates, h_BH, c_BH, x, y, c, h_last, c_last, emptied, emptied.nbytes // 16
-        run = on_cpu(layout._replace(blocks=layout.blocks + spare), half, tmp_path / folder, seed)
-        assert run((*given, 0, T, trouble, limit)) and not trouble
+        given = weight_GH, b_ih, b_hh, gates, h_BH, c_BH, x, y, c, h_last, c_last
+        assert on_cpu(layout, half, tmp_path / folder, seed)((*given, 0, T, trouble, limit)) and not trouble
 
-    forward("forward", 1, gates, y, 0)
-    assert not emptied.any()
+    forward("forward", 1, gates, y)
     assert (
         torch.equal(y[0], h_BH)
         and torch.equal(c[0], c_BH)
@@ -211,8 +208,7 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     torch.testing.assert_close(y[1:].double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
     torch.testing.assert_close(c[1:].double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
     again = torch.empty(T + 1, B, H, dtype=dtype)
-    forward("again", 2, x_TBG.clone(), again, 2 * cluster)
-    assert (emptied == -1).all()
+    forward("again", 2, x_TBG.clone(), again)
     assert torch.equal(again.view(torch.int16), y.view(torch.int16)), "the order of threads changes the result"
 
     d_h, d_hT, d_cT = values(T, B, H), values(B, H), values(B, H, of=torch.float32)
@@ -245,7 +241,7 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     zeros, bias = torch.zeros(4 * H, H, dtype=torch.bfloat16), torch.zeros(4 * H, dtype=torch.bfloat16)
     gates, h = torch.zeros(T, B, 4 * H, dtype=torch.bfloat16), torch.zeros(B, H, dtype=torch.bfloat16)
     run = on_cpu(lonely, False, tmp_path / "forward", 1)
-    assert run((zeros, bias, bias, gates, h, torch.zeros(B, H), x, y, c, *last, x, 0, 0, T, trouble, 2000))
+    assert run((zeros, bias, bias, gates, h, torch.zeros(B, H), x, y, c, *last, 0, T, trouble, 2000))
     assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
 
 
@@ -258,7 +254,7 @@ def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tm
     @functools.cache
     def kernel(layout: Layout, half: bool, index: int | None):
         run = on_cpu(layout, half, tmp_path / layout.name, 1)
-        return lambda blocks, threads, arguments: run(arguments, blocks)
+        return lambda blocks, threads, arguments: run(arguments)
 
     def bias_gradient(layout: Layout, half: bool, index: int | None):
         run = on_cpu(layout, half, tmp_path / "bias", 1, "bias_gradient")
@@ -266,7 +262,6 @@ def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tm
 
     monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
     monkeypatch.setattr(lstm_cuda, "_bias_gradient", functools.cache(bias_gradient))
-    monkeypatch.setattr(lstm_cuda, "_spare_blocks", lambda layout, half, index: 2 * layout.cluster)
     monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
     choice = {} if cluster > 1 else 0
     layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)

@@ -65,13 +65,11 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #define ROUNDS ((ITEMS + THREADS - 1) / THREADS)
 
 // weights R (4H, H); b_ih, b_hh (4H); gates (T, BATCH, 4H): pre-activations without these, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
-// h0 and h; x (T, PARTS GROUPS, VECTORS): the same of all but the last step, to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step; `count` vectors of `emptied` become EMPTY, if there are more blocks than needed.
+// h0 and h; x (T, PARTS GROUPS, VECTORS): the same of all but the last step, to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
 // c0 and c_last have 16 bits if `is_short`.
 KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, T16* y,
-               float* c, T16* h_last, void* c_last, uint4* emptied, long long count, int is_short, int T, int* trouble,
-               unsigned long long limit) {
+               float* c, T16* h_last, void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
-    if (blockIdx.x >= PART * PARTS) return empty_words(emptied, count, PART * PARTS);
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
     const int unit0 = blockIdx.x % PART * UNITS, row0 = blockIdx.x / PART * GROUPS * GROUP_BATCH;
     T16* h = y + BATCH * H;
@@ -79,6 +77,8 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
     copy_words(y, h0, BATCH * H / 2, PART * PARTS);
     uint4* more = shared + warp * SHARED_K * 2 * TILES * 32 + lane;
     float* sums = (float*)(shared + WARPS * SHARED_K * 2 * TILES * 32);
+    float4* bias = (float4*)(sums + 2 * WARPS * TILES_N * 8 * STRIDE);
+    put_bias(bias, b_ih, b_hh, unit0);
     Patience patience = {limit, 0, trouble, 0};
 
     uint4 kept[REGISTERS_K ? REGISTERS_K : 1][2][TILES];
@@ -139,12 +139,10 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) present |= ((warp * BLOCKS_K + k) * 32 + q * 8 < H) << k;
     int place_of[ROUNDS];  // of an item's h in the exchanged vectors
-    float bias[ROUNDS][4];
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
-        const int item = thread + i * THREADS, unit = unit0 + item % UNITS;
-        place_of[i] = place_in_vectors(item / UNITS, unit);
-        bias_of(bias[i], b_ih, b_hh, unit);
+        const int item = thread + i * THREADS;
+        place_of[i] = place_in_vectors(item / UNITS, unit0 + item % UNITS);
     }
     Pace pace;
 
@@ -171,10 +169,11 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             const bool there = item < ITEMS && b < BATCH && unit < H;
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (item < ITEMS) sum = sum_of_warps<WARPS, STRIDE>(place, n, item % UNITS * 4);
-            const float in = sigmoid(sum.x + widened(input[i][0]) + bias[i][0]);
-            const float forget = sigmoid(sum.y + widened(input[i][1]) + bias[i][1]);
-            const float value = tangent(sum.z + widened(input[i][2]) + bias[i][2]);
-            const float out = sigmoid(sum.w + widened(input[i][3]) + bias[i][3]);
+            const float4 added = bias[item % UNITS];
+            const float in = sigmoid(sum.x + widened(input[i][0]) + added.x);
+            const float forget = sigmoid(sum.y + widened(input[i][1]) + added.y);
+            const float value = tangent(sum.z + widened(input[i][2]) + added.z);
+            const float out = sigmoid(sum.w + widened(input[i][3]) + added.w);
             cell[i] = forget * cell[i] + in * value;
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             word[i] = packed(now, next);

@@ -177,16 +177,16 @@ DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
 
 KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, T16* y,
-               float* c, T16* h_last, void* c_last, uint4* emptied, long long count, int is_short, int T, int* trouble,
-               unsigned long long limit) {
+               float* c, T16* h_last, void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
-    if (blockIdx.x >= PART * PARTS) return empty_words(emptied, count, PART * PARTS);
     Places at(shared);
     T16* h = y + BATCH * H;
     x += (long long)(blockIdx.x / PART * GROUPS) * VECTORS;
     copy_words(y, h0, BATCH * H / 2, PART * PARTS);
     const int unit0 = at.strip * UNITS, column0 = at.rank * WARPS_K * BLOCKS_K * 32;
     Patience patience = {limit, 0, trouble, 0};
+    float4* bias = (float4*)(at.inbox + INBOX);
+    put_bias(bias, b_ih, b_hh, unit0);
     at.begin();
 
     Kept kept;
@@ -235,9 +235,6 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             if (!(unit & 1)) store_shared_word(x + g * VECTORS + place_in_vectors(n, unit), *(const unsigned*)(h0 + b * H + unit));
         }
     fetch(0, 0);
-    float bias[ROUNDS][4];
-#pragma unroll
-    for (int i = 0; i < ROUNDS; i++) bias_of(bias[i], b_ih, b_hh, unit0 + (at.rank * SHARE + at.thread + i * THREADS) % A_ROW);
 
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
@@ -255,9 +252,10 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
-            float sum[4];
+            const float4 added = bias[item % A_ROW];
+            float sum[4] = {added.x, added.y, added.z, added.w};
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) sum[gate] = widened(input[i][gate]) + bias[i][gate];
+            for (int gate = 0; gate < 4; gate++) sum[gate] += widened(input[i][gate]);
             if (there) {
                 Sums parts[CLUSTER];
                 receive(parts, at, mine, t, g, patience);

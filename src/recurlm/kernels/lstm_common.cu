@@ -171,13 +171,6 @@ DEVICE void copy_words(void* to, const void* from, int count, int blocks) {
     for (int i = blockIdx.x * THREADS + threadIdx.x; i < count; i += blocks * THREADS) ((unsigned*)to)[i] = ((const unsigned*)from)[i];
 }
 
-// EMPTY to `count` vectors of 16 bytes, by the blocks from number `first` on: there are some that have nothing else to do.
-DEVICE void empty_words(uint4* to, long long count, int first) {
-    const uint4 empty = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
-    for (long long i = (long long)(blockIdx.x - first) * THREADS + threadIdx.x; i < count; i += (long long)(gridDim.x - first) * THREADS)
-        to[i] = empty;
-}
-
 // A number of a first or last state, in 16 bits or 32.
 DEVICE float state_at(const void* p, int at, int is_short) { return is_short ? widened(((const T16*)p)[at]) : ((const float*)p)[at]; }
 
@@ -251,11 +244,17 @@ struct Pace {
     }
 };
 
-// The sum of both biases of a unit's gates.
-DEVICE void bias_of(float (&bias)[4], const T16* b_ih, const T16* b_hh, int unit) {
+#ifdef UNITS
+// The sums of both biases of the gates of units from number `unit0` on to shared memory.
+DEVICE void put_bias(float4* to, const T16* b_ih, const T16* b_hh, int unit0) {
+    for (int i = threadIdx.x; i < UNITS && unit0 + i < H; i += THREADS) {
+        float of[4];
 #pragma unroll
-    for (int gate = 0; gate < 4; gate++) bias[gate] = unit < H ? widened(b_ih[gate * H + unit]) + widened(b_hh[gate * H + unit]) : 0.0f;
+        for (int gate = 0; gate < 4; gate++) of[gate] = widened(b_ih[gate * H + unit0 + i]) + widened(b_hh[gate * H + unit0 + i]);
+        to[i] = make_float4(of[0], of[1], of[2], of[3]);
+    }
 }
+#endif
 
 DEVICE float tangent(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 

@@ -115,7 +115,7 @@ def _fitted(tiles_m: int, tiles_n: int, blocks_k: int, warps: int, other: int, h
     if kept < blocks_k:  # fragments from shared memory pass through registers
         kept = max(0, min(blocks_k, (free - 4) // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + 2 * warps * tiles_n * 8 * (16 * tiles_m + 4) * 4
-    return (kept, shared) if free >= 0 and shared <= here.shared - 1024 else None
+    return (kept, shared) if free >= 0 and shared <= here.shared - 2048 else None
 
 
 def _warps(blocks_k: int) -> Iterator[tuple[int, int]]:
@@ -162,7 +162,8 @@ def _forward(H: int, batch: int, parts: int, here: Card) -> Iterator[Layout]:
                 )
                 macros = _batch_macros(H, batch, parts, groups, rows, tiles_n, warps)
                 macros |= {"UNITS": units, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0]}
-                yield Layout("forward", tuple(macros.items()), parts * blocks, warps, fit[1], cost)
+                shared = fit[1] + 16 * units  # the biases
+                yield Layout("forward", tuple(macros.items()), parts * blocks, warps, shared, cost)
 
 
 def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
@@ -248,6 +249,7 @@ def _clustered(
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + warps_k * blocks_k * tiles_n * 512
     shared += CLUSTER_RING * groups * cluster * share * width * 4 + warps_k * tiles_n * 8 * (rows + 4) * 8
+    shared += 4 * rows if forward else 0  # the biases
     if free < 0 or shared > here.shared - 1024:
         return None
     # microseconds of reading the vectors from the L2 cache, and weights, vectors and sums from shared memory; the factors are
@@ -363,8 +365,11 @@ def waited_too_long(device: torch.device) -> bool:
     return found
 
 
-def exchange_sizes(layout: Layout, T: int, batch: int) -> tuple[int, int]:
-    """(of the vectors that blocks exchange, of the ring of partial sums), in 16 bits each; only lstm.cu's backward has one."""
+def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(vectors that blocks exchange, ring of partial sums) for one launch of a kernel, EMPTY; only lstm.cu's backward has one.
+
+    What was just written is in the L2 cache, where the blocks look for it: to write it long before costs more than it saves.
+    """
     of, ring = dict(layout.macros), 0
     blocks = _up(of["H"], 32)
     if layout.name == "backward":
@@ -372,21 +377,9 @@ def exchange_sizes(layout: Layout, T: int, batch: int) -> tuple[int, int]:
         blocks = rows * of["ROW_UNITS"] // 8
         if layout.cluster == 1:
             ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
-    return T * of["PARTS"] * of["GROUPS"] * blocks * of["TILES_N"] * 256, ring
-
-
-def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(vectors that blocks exchange, ring of partial sums) for one launch of a kernel, EMPTY."""
-    sizes = exchange_sizes(layout, T, batch)
-    vectors, ring = torch.full((sum(sizes),), -1, dtype=torch.int16, device=device).split(sizes)
-    return vectors, ring
-
-
-@functools.cache
-def _spare_blocks(layout: Layout, half: bool, index: int) -> int:
-    """How many blocks more than it needs run at once, each on a multiprocessor that would be idle."""
-    most = min(card(index).processors, _kernel(layout, half, index).resident_blocks(32 * layout.warps))
-    return max(0, most - layout.blocks) // layout.cluster * layout.cluster
+    vectors = T * of["PARTS"] * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
+    return both[:vectors], both[vectors:]
 
 
 class _Layer(torch.autograd.Function):
@@ -404,23 +397,20 @@ class _Layer(torch.autograd.Function):
         c_BH: Tensor,
         fore: Layout,
         back: Layout,
-        differentiates: bool,
     ):
         T, B, _ = x_TBI.shape
         H, index, half = h_BH.shape[-1], x_TBI.device.index, x_TBI.dtype == torch.float16
         gates_TBG = linear(x_TBI, w_ih)
         x, _ = exchange_of(fore, T, B, gates_TBG.device)
-        spare = _spare_blocks(fore, half, index) if differentiates else 0
-        emptied = x.new_empty(sum(exchange_sizes(back, T, B)) if spare else 0)
         y = gates_TBG.new_empty(T + 1, B, H)
         c = torch.empty(T + 1, B, H, dtype=torch.float32, device=y.device)
         h_BH, c_BH, w_hh = h_BH.to(y.dtype).contiguous(), c_BH.contiguous(), w_hh.contiguous()
         h_last, c_last = torch.empty_like(h_BH), torch.empty_like(c_BH)
         given = w_hh, b_ih.contiguous(), b_hh.contiguous(), gates_TBG, h_BH, c_BH, x, y, c, h_last, c_last
-        last = emptied, emptied.nbytes // 16, int(c_BH.dtype == y.dtype), T, _trouble(index), PATIENCE
-        _kernel(fore, half, index)(fore.blocks + spare, 32 * fore.warps, (*given, *last))
+        last = int(c_BH.dtype == y.dtype), T, _trouble(index), PATIENCE
+        _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, (*given, *last))
         ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c)
-        ctx.back, ctx.types, ctx.emptied = back, (h_BH.dtype, c_BH.dtype), emptied if spare else None
+        ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         ctx.set_materialize_grads(False)
         return y[1:], h_last, c_last
 
@@ -433,9 +423,7 @@ class _Layer(torch.autograd.Function):
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
         d_hT, d_cT = (0 if d is None else d.contiguous() for d in (d_h, d_c if d_c is None else d_c.float()))
         d_h0, d_c0 = c.new_empty(2, B, H)
-        emptied, ctx.emptied = ctx.emptied, None  # serves once
-        places = exchange_of(back, T, B, y.device) if emptied is None else emptied.split(exchange_sizes(back, T, B))
-        d_gates, (exchange, ring) = torch.empty_like(gates_TBG), places
+        d_gates, (exchange, ring) = torch.empty_like(gates_TBG), exchange_of(back, T, B, y.device)
         given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, ring
         _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
         d_NG = d_gates.view(T * B, G)
@@ -448,7 +436,7 @@ class _Layer(torch.autograd.Function):
             d_bias = d_gates.new_empty(G)
             _bias_gradient(back, half, index)(G // 32, 32 * back.warps, (d_gates, d_bias, T * B))
         d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[5:], strict=False))
-        return d_x, d_ih, d_hh, d_bias, d_bias, d_h0, d_c0, None, None, None
+        return d_x, d_ih, d_hh, d_bias, d_bias, d_h0, d_c0, None, None
 
 
 def lstm(
@@ -474,7 +462,5 @@ def lstm(
         w_hh = pad(w_hh.unflatten(0, (4, H)), (0, more, 0, more)).flatten(0, 1)
         b_ih, b_hh = (pad(b.unflatten(0, (4, H)), (0, more)).flatten() for b in (b_ih, b_hh))
         h_BH, c_BH = pad(h_BH, (0, more)), pad(c_BH, (0, more))
-    given = x_TBI, w_ih, w_hh, b_ih, b_hh, h_BH, c_BH
-    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    y_TBH, h, c = _Layer.apply(*given, *layouts, differentiates)  # type: ignore[misc]
+    y_TBH, h, c = _Layer.apply(x_TBI, w_ih, w_hh, b_ih, b_hh, h_BH, c_BH, *layouts)  # type: ignore[misc]
     return (y_TBH[..., :H], h[:, :H], c[:, :H]) if more else (y_TBH, h, c)
