@@ -125,7 +125,6 @@ def variants() -> list[tuple[str, Callable[..., Tensor], dict[str, Any], dict[st
     return [
         ("logits computed twice", ours, {}, {"ONCE": False}),
         ("every logit once", ours, {}, once),
-        ("one stream", ours, {"TWO_STREAMS": False}, once),
         *((f"chunks of {n} MB (2^20)", ours, {}, once | {"CHUNK_BYTES": n << 20}) for n in sizes),
         *((f"tiles {it}", ours, {}, once | {"EXPONENTIALS": whole.Tiles(*it, flatten=True)}) for it in tiles),
         ("not flat", ours, {}, once | {"EXPONENTIALS": fused.EXPONENTIALS._replace(flatten=False)}),

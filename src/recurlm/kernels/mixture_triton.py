@@ -2,7 +2,7 @@
 
 For a chunk of whole tokens after the other: E = exp(logit - logit of the target) of all experts' rows is kept in bfloat16, and
 reduced to each row's loss; the tokens' losses and the experts' shares follow. With E put right at the targets, P = s E for a
-number s of each row, so dh = s (E W) and (dW, db) = E' (s [h, 1]) are library products, side by side; nothing else reads E.
+number s of each row, so dh = s (E W) and (dW, db) = E' (s [h, 1]) are library products; nothing else reads E.
 That needs the gradient of the tokens' losses to be the same number for all of them, as under a mean: the backward pass
 multiplies by it. Where it is not, the logits are computed again (`cross_entropy_triton.by_columns`). Sums are fp32 and in a
 fixed order throughout.
@@ -22,11 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from recurlm.kernels import cross_entropy
 from recurlm.kernels import cross_entropy_triton as whole
-from recurlm.kernels.cross_entropy_triton import OLDER, Tiles, beside, described, matrix, product
+from recurlm.kernels.cross_entropy_triton import OLDER, Tiles, described, matrix, product
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Whether this file's way serves: as it stands it was interpreted, and compiled for compute capability 9.0, but never run there.
-ONCE = False
+ONCE = True  # False: logits are computed twice, to compare
 EXPONENTIALS = Tiles(256, 128, 64, 8, 3, 1, True)
 CHUNK_BYTES = 64 << 20  # of E at once
 COLUMNS = 8  # added to the experts' vectors, two of them for the bias: 16 bytes in bf16
@@ -188,7 +187,6 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         nll_N, share_NK = torch.empty(N, device=device), torch.empty(N, K, device=device)
         marks, sums = torch.empty(2, v_tiles * per * K, device=device)
         products_RD, both_VW = torch.empty(R, DP, device=device), torch.empty(VP, W, device=device)
-        side = whole.side_stream(device) if whole.TWO_STREAMS and h.is_cuda else None
         shape = TILES, max(4, triton.next_power_of_2(K)), triton.next_power_of_2(W), W, tiles.v
         with torch.cuda.device_of(h_RD):  # Triton launches on the current device
             _target_logits[(triton.cdiv(R, ROWS),)](
@@ -206,11 +204,8 @@ class _MixtureCrossEntropy(torch.autograd.Function):
                     h_RD[r], targets_N[t], logits_R[r], log_prior_NK[t], marks, sums, e, nll_N[t], lse2_R[r], share_NK[t],
                     factor_R[r], weighted, rows, K, V, VP, D, FAR[dtype], *shape,
                 )  # fmt: skip
-                with beside(side):
-                    product(e[:rows].t(), weighted[:rows], both_VW, add=first > 0)
+                product(e[:rows].t(), weighted[:rows], both_VW, add=first > 0)
                 product(e[:rows], w, products_RD[r])
-                if side is not None:
-                    torch.cuda.current_stream(device).wait_stream(side)
         ctx.save_for_backward(h_RD, w_VD, bias_V, targets_N, lse2_R, share_NK, factor_R, products_RD, both_VW)
         ctx.weight_dtype = weight_VD.dtype
         return nll_N
