@@ -78,6 +78,9 @@ struct Places {
     // Of the exchanged vectors, what this lane's loads begin with.
     DEVICE int first_load() { return (((rank * WARPS_K + k) * FRAGMENTS + m) * 32 + lane) * 8; }
 
+    // Batch rows of a group of this part.
+    DEVICE int rows_of(int g) const { return min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH); }
+
     DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * CLUSTER * SHARE; }
 };
 
@@ -92,19 +95,22 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
     }
 }
 
-// The turn of group g: this block's part of the sums, sent to their blocks. What this lane loads of the group's vectors begins at
-// `from`; bit i of `present` says whether load i is of any.
-DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, unsigned present, int use, int g,
-                              Patience& patience, Pace& pace) {
-    const int batch_rows = min(GROUP_BATCH, BATCH - at.row0 - g * GROUP_BATCH);
-    pace.hold(use ? PACE : 0);
-    uint4 words[LOADS];
+// Asks for what this lane loads of the vectors of a group of `batch_rows`, which begins at `from`; bit i of `present` says whether load
+// i is of any.
+DEVICE void ask(uint4 (&words)[LOADS], const Places& at, const T16* from, unsigned present, int batch_rows) {
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
         const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
         words[i] = make_uint4(0, 0, 0, 0);
         reload_shared_words(words[i], from + i * WARPS_M * 256, present >> i & 1 && row < batch_rows);
     }
+}
+
+// The turn of group g: this block's part of the sums, sent to their blocks. The words were asked for at `from`; when they are all
+// there and their place is free, `meanwhile` is called.
+template <class Meanwhile>
+DEVICE void multiply_and_send(Places& at, const Kept& kept, uint4 (&words)[LOADS], const T16* from, int use, int g,
+                              Patience& patience, Pace& pace, Meanwhile meanwhile) {
     patience.renew();
     for (bool too_early = false;; too_early = true) {
         bool waits = false;
@@ -124,6 +130,7 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, uns
     for (int i = 0; i < LOADS; i++)
         if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = words[i];
     barrier(at.k, WARPS_M);
+    meanwhile();
 
     float acc[WARP_TILES][TILES_N][4] = {};
 #pragma unroll
@@ -141,7 +148,7 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, uns
 #pragma unroll
     for (int i = 0; i < SENDS; i++) {
         const int item = at.thread + i * THREADS;
-        if (item < ROWS / 4 * batch_rows) {
+        if (item < ROWS / 4 * at.rows_of(g)) {
             const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
 #if IN_FP16
             send(at.to[i] + offset, make_uint2(marked(halves(x.x, x.y), bit), marked(halves(x.z, x.w), bit)));
@@ -234,17 +241,29 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             c[b * H + unit] = state_at(c0, b * H + unit, is_short);
             if (!(unit & 1)) store_shared_word(x + g * VECTORS + place_in_vectors(n, unit), *(const unsigned*)(h0 + b * H + unit));
         }
-    fetch(0, 0);
+    if (!LAG) fetch(0, 0);
 
+    uint4 words[LOADS];
+    auto ask_for = [&](int turn) {
+        const T16* from = x + ((long long)(turn / GROUPS) * ALL_GROUPS + turn % GROUPS) * VECTORS + at.first_load();
+        ask(words, at, from, present, at.rows_of(turn % GROUPS));
+        return from;
+    };
+    const T16* from = LAG ? ask_for(0) : 0;
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
+        const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;  // of the new values
         if (turn < T * GROUPS) {
-            const int t = turn / GROUPS, g = turn % GROUPS;
-            const T16* from = x + ((long long)t * ALL_GROUPS + g) * VECTORS + at.first_load();
-            multiply_and_send(at, kept, from, present, t, g, patience, pace);
+            pace.hold(turn ? PACE : 0);
+            if (!LAG) from = ask_for(turn);
+            multiply_and_send(at, kept, words, from, turn / GROUPS, turn % GROUPS, patience, pace, [&] {
+                if (LAG && turn + 1 < T * GROUPS) from = ask_for(turn + 1);
+                if (LAG && turn) fetch(t, g);
+            });
+        } else {
+            fetch(t, g);
         }
         if (turn < LAG) continue;
-        const int t = (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;
         float gate_of[ROUNDS][4];
         unsigned word[ROUNDS];
 #pragma unroll
@@ -292,7 +311,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
                     gates[(place - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
             }
         }
-        if (turn + 1 - LAG < T * GROUPS) fetch((turn + 1 - LAG) / GROUPS, (turn + 1 - LAG) % GROUPS);
+        if (!LAG && turn + 1 < T) fetch(turn + 1, 0);
     }
     for (int g = 0; g < GROUPS; g++)  // the last state: each thread copies what it wrote
         for (int mine = at.thread; mine < SHARE; mine += THREADS) {
@@ -427,20 +446,29 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     };
 #pragma unroll 1
     for (int g = 0; g < GROUPS; g++) fetch(T - 1, g), differentiate(T - 1, g);
-    if (T > 1) fetch(T - 2, 0);
+    if (!LAG && T > 1) fetch(T - 2, 0);
 
+    uint4 words[LOADS];
+    auto ask_for = [&](int turn) {
+        const T16* from = x + ((long long)(T - 1 - turn / GROUPS) * ALL_GROUPS + turn % GROUPS) * VECTORS + at.first_load();
+        ask(words, at, from, present, at.rows_of(turn % GROUPS));
+        return from;
+    };
+    const T16* from = LAG ? ask_for(0) : 0;
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS + LAG; turn++) {
+        const int t = T - 2 - (turn - LAG) / GROUPS, g = (turn - LAG) % GROUPS;  // of the gradients
         if (turn < T * GROUPS) {
-            const int t = T - 1 - turn / GROUPS, g = turn % GROUPS;
-            const T16* from = x + ((long long)t * ALL_GROUPS + g) * VECTORS + at.first_load();
-            multiply_and_send(at, kept, from, present, T - 1 - t, g, patience, pace);
+            pace.hold(turn ? PACE : 0);
+            if (!LAG) from = ask_for(turn);
+            multiply_and_send(at, kept, words, from, turn / GROUPS, turn % GROUPS, patience, pace, [&] {
+                if (LAG && turn + 1 < T * GROUPS) from = ask_for(turn + 1);
+                if (LAG && turn && t >= 0) fetch(t, g);
+            });
         }
         if (turn < LAG) continue;
-        const int t = T - 2 - (turn - LAG) / GROUPS;
-        differentiate(t, (turn - LAG) % GROUPS);
-        const int next = T - 2 - (turn + 1 - LAG) / GROUPS;
-        if (next >= 0) fetch(next, (turn + 1 - LAG) % GROUPS);
+        differentiate(t, g);
+        if (!LAG && t > 0) fetch(t - 1, 0);
     }
     cluster_barrier();  // a block that has ended has no shared memory to write to
 }

@@ -245,7 +245,8 @@ def _clustered(
     sends = _up(rows // 4 * batch_rows, 32 * warps)
     registers = min(255, 16384 // (32 * _up(warps, 4)) // 8 * 8)
     other = (40 + 6 * rounds if forward else 44 + 22 * rounds) + loads + sends
-    free = registers - other - max(4 * tiles_m * tiles_n + 4 * tiles_n, 4 * loads, width * cluster)
+    product = 4 * tiles_m * tiles_n + 4 * tiles_n + (4 * loads if groups > 1 else 0)  # the next group's are on their way
+    free = registers - other - max(product, 4 * loads, width * cluster)
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + warps_k * blocks_k * tiles_n * 512
     shared += CLUSTER_RING * groups * cluster * share * width * 4 + warps_k * tiles_n * 8 * (rows + 4) * 8
