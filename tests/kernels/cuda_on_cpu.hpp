@@ -9,6 +9,9 @@
 #include <vector>
 
 #define ON_CPU
+#ifndef WIDE
+#define WIDE 0
+#endif
 typedef unsigned short T16;
 #define KERNEL static void
 #define DEVICE inline
@@ -157,6 +160,40 @@ static void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
     }
     meet(warp.meeting, 32);
 }
+
+#if WIDE
+struct Matrix { const char* p; int k_bytes, row_bytes; };
+static Matrix matrix_at(const void* p, int k_bytes, int row_bytes) { return {(const char*)p, k_bytes, row_bytes}; }
+static float element(Matrix m, int row, int k) {
+    T16 v;
+    memcpy(&v, m.p + k / 8 * m.k_bytes + row / 8 * m.row_bytes + row % 8 * 16 + k % 8 * 2, 2);
+    return widened(v);
+}
+// As the PTX manual places the fragments of wgmma.m64nNk16; each warp multiplies its own 16 rows.
+static void multiply_wide(float (&d)[TILES_N][4], uint4 a, Matrix b) {
+    Warp& warp = warp_here();
+    int lane = fibre->thread.x % 32;
+    memcpy(warp.a[lane], &a, 16);
+    meet(warp.meeting, 32);
+    for (int n = 0; n < TILES_N; n++)
+        for (int e = 0; e < 4; e++)
+            for (int k = 0; k < 16; k++) {
+                float2 x = unpacked(warp.a[lane / 4 * 4 + k % 8 / 2][e / 2 + k / 8 * 2]);
+                d[n][e] += (k % 2 ? x.y : x.x) * element(b, n * 8 + lane % 4 * 2 + e % 2, k);
+            }
+    meet(warp.meeting, 32);
+}
+static void multiply_wide(float (&d)[TILES_N][4], Matrix a, Matrix b) {
+    int lane = fibre->thread.x % 32, row = fibre->thread.x / 32 % 4 * 16 + lane / 4;
+    for (int n = 0; n < TILES_N; n++)
+        for (int e = 0; e < 4; e++)
+            for (int k = 0; k < 16; k++) d[n][e] += element(a, row + e / 2 * 8, k) * element(b, n * 8 + lane % 4 * 2 + e % 2, k);
+}
+static void written_for_wide() {}
+template <class Sums> static void wide_begin(Sums&) {}
+static void wide_end() {}
+template <class Sums> static void wide_wait(Sums&) {}
+#endif
 
 static void (*body)();
 static void enter() { body(); fibre->done = fibre->block->ended = true; give_way(); }

@@ -18,7 +18,7 @@ CUDA = torch.cuda.is_available()
 H200, SMALL, SMALL_HOPPER = (
     Card(132, 232448, (9, 0), ((2, 66), (3, 40), (4, 31), (8, 15))),
     Card(8, 60000, (8, 0)),
-    Card(36, 60000, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2))),
+    Card(36, 120000, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2))),
 )
 TYPES = (torch.bfloat16, torch.float16)
 
@@ -136,7 +136,7 @@ def truth(x_TBG, weight_GH, h_BH, c_BH):
 
 
 def picked(name: str, H: int, B: int, cluster: int, choice: int | dict[str, int]) -> Layout:
-    """The layout of this number; or with clusters the first with these macros, its weights in shared memory if they say so."""
+    """The layout of this number; or with clusters the first with these macros, its weights in registers or not as they say."""
     if isinstance(choice, int):
         return lstm_cuda.LAYOUTS[name](H, B, SMALL)[choice]
     wanted = {"CLUSTER": cluster, **choice} if cluster > 1 else dict(choice)
@@ -167,6 +167,11 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (32, 50, 3, {"PARTS": 3, "GROUPS": 2}, {"PARTS": 3}, True, 1),
     (96, 39, 5, {"PARTS": 2, "GROUPS": 1}, {"PARTS": 2}, False, 2),
     (64, 64, 4, {"PARTS": 4}, {"PARTS": 4, "GROUPS": 2}, False, 2),
+    (48, 33, 1, {"PARTS": 2}, {"PARTS": 2, "GROUPS": 2}, False, 2),
+    (96, 37, 4, {"WIDE": 1, "GROUPS": 1}, {"WIDE": 1, "GROUPS": 1}, False, 2),
+    (96, 75, 3, {"WIDE": 1, "TILES_N": 10, "REGISTERS_K": 1}, {"WIDE": 1, "GROUPS": 2, "REGISTERS_K": 0}, True, 3),
+    (96, 62, 3, {"WIDE": 1, "TILES_N": 8}, {"WIDE": 1, "TILES_N": 8, "REGISTERS_K": 1}, False, 3),
+    (112, 70, 4, {"WIDE": 1, "PARTS": 2}, {"WIDE": 1, "PARTS": 2}, False, 2),
     (80, 1, 1, {}, {}, False, 3),
 )
 

@@ -14,14 +14,19 @@
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
+// Where WIDE, products are those of groups of four warps (compute capability 9.0): 64 rows by the 8 TILES_N columns of the group.
+//
 // Macros: H, BATCH, PARTS, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
-// REGISTERS_K; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
+// REGISTERS_K, WIDE or not; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
 #define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors, of a warp
 #define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
 #define RING 2
+// Where warps share k, only one barrier a turn is that of all warps, so one can be a turn ahead of another: what it writes before that
+// barrier has two places.
+#define PLACES (WARPS_K > 1 ? 2 : 1)
 #define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
 
 // An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group. The
@@ -51,17 +56,24 @@ struct Places {
     uint4 *more, *stage;
     float* sums;
     Sums* inbox;
-    int thread, warp, lane, r, q, m, k, rank, strip, row0;  // the part's first batch row
+    int thread, warp, lane, r, q, m, k, rank, strip;
+    int row, chunk;  // of a fragment of the vectors, what this lane loads
+    int row0;        // the part's first batch row
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
 
     DEVICE Places(uint4* shared) {
         thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
         strip = blockIdx.x % PART / CLUSTER, row0 = blockIdx.x / PART * GROUPS * GROUP_BATCH;
         m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
+        row = WIDE ? lane & 7 : r, chunk = WIDE ? lane >> 3 : q;
+#if WIDE
+        more = shared + warp / 4 * SHARED_K * 2 * WARP_TILES * 128;
+#else
         more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
+#endif
         stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
         sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);
-        inbox = (Sums*)(sums + 2 * WARPS_K * TILES_N * 8 * STRIDE);
+        inbox = (Sums*)(sums + PLACES * WARPS_K * TILES_N * 8 * STRIDE);
     }
 
     DEVICE void begin() {  // before anything arrives
@@ -86,6 +98,25 @@ struct Places {
 
 typedef uint4 Kept[REGISTERS_K ? REGISTERS_K : 1][2][WARP_TILES];
 
+#if WIDE
+// The part of the weights in shared memory that four warps multiply by a half of block k.
+DEVICE uint4* tile_of(const Places& at, int k, int half, int m) {
+    return at.more + (((k - REGISTERS_K) * 2 + half) * WARP_TILES + m) * 128;
+}
+
+DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 second) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint4 v = half ? second : first;
+        if (k < REGISTERS_K) {
+            kept[k < REGISTERS_K ? k : 0][half][m] = v;
+        } else {
+            unsigned* to = (unsigned*)(tile_of(at, k, half, m) + at.warp % 4 * 16 + at.r) + at.q;
+            to[0] = v.x, to[32] = v.y, to[256] = v.z, to[288] = v.w;  // rows r, r + 8, r, r + 8
+        }
+    }
+}
+#else
 DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 second) {
     if (k < REGISTERS_K) {
         kept[k < REGISTERS_K ? k : 0][0][m] = first, kept[k < REGISTERS_K ? k : 0][1][m] = second;
@@ -94,13 +125,14 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
         at.more[(((k - REGISTERS_K) * 2 + 1) * WARP_TILES + m) * 32] = second;
     }
 }
+#endif
 
 // Asks for what this lane loads of the vectors of a group of `batch_rows`, which begins at `from`; bit i of `present` says whether load
 // i is of any.
 DEVICE void ask(uint4 (&words)[LOADS], const Places& at, const T16* from, unsigned present, int batch_rows) {
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.r;
+        const int row = (at.m + i * WARPS_M) % TILES_N * 8 + at.row;
         words[i] = make_uint4(0, 0, 0, 0);
         reload_shared_words(words[i], from + i * WARPS_M * 256, present >> i & 1 && row < batch_rows);
     }
@@ -123,16 +155,32 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, uint4 (&words)[LOADS
 #pragma unroll
         for (int i = 0; i < LOADS; i++) reload_shared_words(words[i], from + i * WARPS_M * 256, is_empty(words[i]));
     }
-    // One barrier a turn lets a warp be a turn ahead of another: what it writes before that barrier has two places.
-    const int odd = (use * GROUPS + g) & 1;
+    const int odd = (use * GROUPS + g) % PLACES;
     uint4* stage = at.stage + at.k * FRAGMENTS * 32 + at.lane;
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
         if (at.m + i * WARPS_M < FRAGMENTS) stage[(at.m + i * WARPS_M) * 32] = words[i];
+    float acc[WARP_TILES][TILES_N][4] = {};
+#if WIDE
+    written_for_wide();
+    barrier(at.k, WARPS_M);
+    wide_begin(acc);
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const Matrix b = matrix_at(at.stage + (at.k * FRAGMENTS + k * TILES_N) * 32 + half * 16, 128, 512);
+#pragma unroll
+            for (int m = 0; m < WARP_TILES; m++)
+                if (k < REGISTERS_K) multiply_wide(acc[m], kept[k < REGISTERS_K ? k : 0][half][m], b);
+                else multiply_wide(acc[m], matrix_at(tile_of(at, k, half, m), 1024, 128), b);
+        }
+    wide_end();
+    meanwhile();
+    wide_wait(acc);
+#else
     barrier(at.k, WARPS_M);
     meanwhile();
-
-    float acc[WARP_TILES][TILES_N][4] = {};
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) {
         uint4 vectors[TILES_N];
@@ -140,6 +188,7 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, uint4 (&words)[LOADS
         for (int n = 0; n < TILES_N; n++) vectors[n] = stage[(k * TILES_N + n) * 32];
         product<WARP_TILES>(acc, kept, at.more, vectors, k);
     }
+#endif
     const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
     put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
@@ -199,14 +248,21 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
     Kept kept;
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) {
-        const int column = column0 + (at.k * BLOCKS_K + k) * 32 + at.q * 8;
+        const int column = column0 + (at.k * BLOCKS_K + k) * 32 + at.q * (WIDE ? 2 : 8);
 #pragma unroll
         for (int m = 0; m < WARP_TILES; m++) {
             uint4 rows[2];  // units, of each its gates
 #pragma unroll
             for (int s = 0; s < 2; s++) {
                 const int row = (at.m * WARP_TILES + m) * 16 + 2 * at.r + s, unit = unit0 + row / 4;
-                rows[s] = load_words(weights + ((long long)(row % 4) * H + unit) * H + column, column < H && unit < H);
+                const T16* from = weights + ((long long)(row % 4) * H + unit) * H + column;
+#if WIDE
+                rows[s].x = load_word(from, column < H && unit < H), rows[s].y = load_word(from + 8, column < H && unit < H);
+                rows[s].z = load_word(from + 16, column + 16 < H && unit < H);
+                rows[s].w = load_word(from + 24, column + 16 < H && unit < H);
+#else
+                rows[s] = load_words(from, column < H && unit < H);
+#endif
             }
             keep(kept, at, k, m, make_uint4(rows[0].x, rows[1].x, rows[0].y, rows[1].y),
                  make_uint4(rows[0].z, rows[1].z, rows[0].w, rows[1].w));
@@ -215,7 +271,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
     unsigned present = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int fragment = at.m + i * WARPS_M, column = column0 + (at.k * BLOCKS_K + fragment / TILES_N) * 32 + at.q * 8;
+        const int fragment = at.m + i * WARPS_M, column = column0 + (at.k * BLOCKS_K + fragment / TILES_N) * 32 + at.chunk * 8;
         present |= (fragment < FRAGMENTS && column < H) << i;
     }
     Pace pace;
@@ -337,16 +393,16 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     Kept kept;
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) {
-        const int chunk = (at.k * BLOCKS_K + k) * 4 + at.q, unit = row_unit0 + chunk_unit(chunk);
-        const T16* from = weights + ((long long)chunk_gate(chunk) * H + unit) * H;
 #pragma unroll
         for (int m = 0; m < WARP_TILES; m++) {
             unsigned words[2][4];
             const int column = column0 + (at.m * WARP_TILES + m) * 16 + 2 * at.r;
 #pragma unroll
             for (int e = 0; e < 4; e++) {  // two neighbouring units by two neighbouring columns
-                const unsigned even = load_word(from + (2 * e) * H + column, unit < H && column < H);
-                const unsigned odd = load_word(from + (2 * e + 1) * H + column, unit < H && column < H);
+                const int chunk = (at.k * BLOCKS_K + k) * 4 + (WIDE ? e : at.q), unit = row_unit0 + chunk_unit(chunk);
+                const T16* from = weights + ((long long)chunk_gate(chunk) * H + unit + 2 * (WIDE ? at.q : e)) * H + column;
+                const unsigned even = load_word(from, unit < H && column < H);
+                const unsigned odd = load_word(from + H, unit < H && column < H);
                 words[0][e] = (even & 0xffff) | odd << 16, words[1][e] = even >> 16 | (odd & 0xffff0000u);
             }
             keep(kept, at, k, m, make_uint4(words[0][0], words[1][0], words[0][1], words[1][1]),
@@ -357,7 +413,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
         const int fragment = at.m + i * WARPS_M;
-        const int chunk = (at.k * BLOCKS_K + fragment / TILES_N) * 4 + at.q;
+        const int chunk = (at.k * BLOCKS_K + fragment / TILES_N) * 4 + at.chunk;
         present |= (fragment < FRAGMENTS && row_unit0 + chunk_unit(chunk) < H) << i;
     }
     Pace pace;
@@ -436,7 +492,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             words[3] = packed(d.x * by_o[i].x, d.y * by_o[i].y);
 #pragma unroll
             for (int gate = 0; gate < 4; gate++)
-                store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 16, words[gate]);
+                store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 8 * LANE(0, 2), words[gate]);
             // others wait for these alone
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) *(unsigned*)(place + gate * H) = words[gate];

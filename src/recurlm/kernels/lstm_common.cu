@@ -2,11 +2,20 @@
 
 typedef unsigned short T16;
 
+#ifndef WIDE  // whether products are those of groups of four warps
+#define WIDE 0
+#endif
+
 #ifndef ON_CPU  // the tests bring these for a CPU
 #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #define DEVICE __device__ __forceinline__
 
 #define SHARED(name) extern __shared__ uint4 name[]
+#if HALF
+#define KIND "f16"
+#else
+#define KIND "bf16"
+#endif
 
 DEVICE void barrier() { __syncthreads(); }
 
@@ -100,6 +109,78 @@ DEVICE uint2 load_arriving(const uint2* p) {
 }
 #endif
 
+#if WIDE
+// A matrix in shared memory for groups of four warps: parts of 8 rows by 8 k lie together, row by row; the next 8 k are `k_bytes` on, the
+// next 8 rows `row_bytes`.
+typedef unsigned long long Matrix;
+DEVICE Matrix matrix_at(const void* p, int k_bytes, int row_bytes) {
+    const unsigned place = (unsigned)__cvta_generic_to_shared(p);
+    return (Matrix)((place & 0x3ffff) >> 4) | (Matrix)(k_bytes >> 4) << 16 | (Matrix)(row_bytes >> 4) << 32;
+}
+
+#define SUM(n) "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])
+#define TEN(d) "%" #d "0, %" #d "1, %" #d "2, %" #d "3, %" #d "4, %" #d "5, %" #d "6, %" #d "7, %" #d "8, %" #d "9"
+#if TILES_N == 5
+#define SUMS SUM(0), SUM(1), SUM(2), SUM(3), SUM(4)
+#define SHAPE "m64n40k16"
+#define SUMS_TEXT TEN() ", " TEN(1)
+#define ONE_TEXT "%20"
+#define TWO_TEXT "%21"
+#define FOUR_TEXT "{%20, %21, %22, %23}"
+#define FIFTH_TEXT "%24"
+#elif TILES_N == 8
+#define SUMS SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7)
+#define SHAPE "m64n64k16"
+#define SUMS_TEXT TEN() ", " TEN(1) ", " TEN(2) ", %30, %31"
+#define ONE_TEXT "%32"
+#define TWO_TEXT "%33"
+#define FOUR_TEXT "{%32, %33, %34, %35}"
+#define FIFTH_TEXT "%36"
+#else  // 10
+#define SUMS SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7), SUM(8), SUM(9)
+#define SHAPE "m64n80k16"
+#define SUMS_TEXT TEN() ", " TEN(1) ", " TEN(2) ", " TEN(3)
+#define ONE_TEXT "%40"
+#define TWO_TEXT "%41"
+#define FOUR_TEXT "{%40, %41, %42, %43}"
+#define FIFTH_TEXT "%44"
+#endif
+#define WIDE_PRODUCT \
+    "{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned." SHAPE ".f32." KIND "." KIND " {" SUMS_TEXT "}, "
+
+// acc += a b for 64 rows, of which each of four warps has 16, and 8 TILES_N columns; under way until `wide_wait`.
+DEVICE void multiply_wide(float (&acc)[TILES_N][4], uint4 a, Matrix b) {
+    asm volatile(WIDE_PRODUCT FOUR_TEXT ", " FIFTH_TEXT ", p, 1, 1, 0;}" : SUMS : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
+}
+DEVICE void multiply_wide(float (&acc)[TILES_N][4], Matrix a, Matrix b) {
+    asm volatile(WIDE_PRODUCT ONE_TEXT ", " TWO_TEXT ", p, 1, 1, 0, 0;}" : SUMS : "l"(a), "l"(b));
+}
+
+// What this thread wrote to shared memory is there for wide products behind the next barrier.
+DEVICE void written_for_wide() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The compiler keeps acc as it is here.
+template <int TILES_M>
+DEVICE void pin(float (&acc_of)[TILES_M][TILES_N][4]) {
+#pragma unroll
+    for (int m = 0; m < TILES_M; m++) {
+        float(&acc)[TILES_N][4] = acc_of[m];
+        asm volatile("" : SUMS::"memory");
+    }
+}
+template <int TILES_M>
+DEVICE void wide_begin(float (&acc)[TILES_M][TILES_N][4]) {
+    pin(acc);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+DEVICE void wide_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int TILES_M>
+DEVICE void wide_wait(float (&acc)[TILES_M][TILES_N][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    pin(acc);
+}
+#endif
+
 // Two numbers in fp16 in a word.
 DEVICE unsigned halves(float low, float high) {
     unsigned v;
@@ -136,11 +217,9 @@ DEVICE float sigmoid(float x) {  // 1 / (1 + 2^(-x log2 e)); the hardware's 2^x 
 }
 
 #if HALF
-#define KIND "f16"
 DEVICE unsigned packed(float low, float high) { return halves(low, high); }
 DEVICE float2 unpacked(unsigned v) { return from_halves(v); }
 #else
-#define KIND "bf16"
 DEVICE unsigned packed(float low, float high) {
     unsigned v;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
@@ -201,12 +280,18 @@ struct Patience {
     DEVICE void renew() { rounds = 0, start = 0; }
 };
 
-// Vectors are exchanged in the order in which the products load them, [block of 32 k][tile of 8 batch rows][row][chunk of 8 k], so
-// that a warp's 32 loads of 16 bytes are 4 whole lines of the L2 cache. A step's group of batch rows has VECTORS numbers.
+// Vectors are exchanged in the order in which the products load them, [block of 32 k][tile of 8 batch rows][row][chunk of 8 k], or for
+// wide products [chunk][row], so that a warp's 32 loads of 16 bytes are 4 whole lines of the L2 cache. A step's group of batch rows
+// has VECTORS numbers.
+#if WIDE
+#define LANE(row, chunk) ((chunk) * 8 + (row))
+#else
+#define LANE(row, chunk) ((row) * 4 + (chunk))
+#endif
 #ifdef UNITS
 #define VECTORS ((H + 31) / 32 * TILES_N * 256)
 DEVICE int place_in_vectors(int row, int unit) {
-    return ((unit / 32 * TILES_N + row / 8) * 32 + row % 8 * 4 + unit % 32 / 8) * 8 + unit % 8;
+    return ((unit / 32 * TILES_N + row / 8) * 32 + LANE(row % 8, unit % 32 / 8)) * 8 + unit % 8;
 }
 #else
 #define VECTORS ((H + ROW_UNITS - 1) / ROW_UNITS * ROW_UNITS / 8 * TILES_N * 256)
@@ -215,7 +300,7 @@ DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
 DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
 DEVICE int place_in_vectors(int row, int unit, int gate) {
     const int of_block = unit % ROW_UNITS, chunk = of_block / 16 * 8 + gate * 2 + of_block % 16 / 8;
-    return (((unit / ROW_UNITS * (ROW_UNITS / 8) + chunk / 4) * TILES_N + row / 8) * 32 + row % 8 * 4 + chunk % 4) * 8 + unit % 8;
+    return (((unit / ROW_UNITS * (ROW_UNITS / 8) + chunk / 4) * TILES_N + row / 8) * 32 + LANE(row % 8, chunk % 4)) * 8 + unit % 8;
 }
 #endif
 

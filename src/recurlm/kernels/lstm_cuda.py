@@ -23,6 +23,8 @@ CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
 CLUSTER_CAPABILITY = (9, 0)
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 CLUSTER_RING = 2  # the same within clusters
+WIDE_CAPABILITY = (9, 0)  # the one that has products of four warps, wgmma
+WIDE_TILES = (5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
 PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch, which pays from PART_ROWS rows on
 PART_ROWS = 16
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
@@ -84,14 +86,14 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _groupings(batch: int, parts: int) -> dict[tuple[int, int, int], None]:
-    """(groups of a part, batch rows of each, tiles of 8 rows) of ways to take a batch in groups."""
+def _groupings(batch: int, parts: int, tiles: Sequence[int] = (1, 2, 3, 4)) -> dict[tuple[int, int, int], None]:
+    """(groups of a part, batch rows of each, tiles of 8 rows) of ways to take a batch in groups, with such numbers of tiles."""
     found = {}
-    for tiles, more in itertools.product((1, 2, 3, 4), (0, 1)):  # a second group, for one's exchange to hide behind
-        groups = _up(_up(batch, parts), 8 * tiles) + more
+    for most, more in itertools.product(tiles, (0, 1)):  # a second group, for one's exchange to hide behind
+        groups = _up(_up(batch, parts), 8 * most) + more
         rows = _up(batch, parts * groups)
-        if _up(rows, 8) <= tiles and _up(batch, rows) == parts * groups:
-            found[groups, rows, _up(rows, 8)] = None
+        if _up(rows, 8) <= most and _up(batch, rows) == parts * groups:
+            found[groups, rows, min(n for n in tiles if 8 * n >= rows)] = None
     return found
 
 
@@ -222,14 +224,19 @@ def _clusters(name: str, H: int, batch: int, parts: int, here: Card) -> Iterator
             continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        for of_rows, of_k, of_batch in itertools.product(_splits(tiles), _splits(blocks), _groupings(batch, parts)):
-            layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), (parts, *of_batch))
+        ways = itertools.product(_splits(tiles), _splits(blocks), _groupings(batch, parts), (False,))
+        if here.capability == WIDE_CAPABILITY:
+            of_four = [(warps, _up(tiles, warps)) for warps in (4, 8)]
+            wide = itertools.product(of_four, _splits(blocks), _groupings(batch, parts, WIDE_TILES), (True,))
+            ways = itertools.chain(ways, wide)
+        for of_rows, of_k, of_batch, is_wide in ways:
+            layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), (parts, *of_batch), is_wide)
             if layout is not None:
                 yield layout
 
 
 def _clustered(
-    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], of_batch: Sequence[int]
+    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], of_batch: Sequence[int], wide: bool
 ) -> Layout | None:
     """The layout with these shares of a warp; None where it does not fit."""
     (warps_m, tiles_m, warps_k, blocks_k), (parts, groups, batch_rows, tiles_n) = shares, of_batch
@@ -240,32 +247,46 @@ def _clustered(
     if warps > 16 or (not forward and warps_k * blocks_k % 2):
         return None
     strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
+    if strips > dict(here.clusters)[cluster]:
+        return None
     share = _up(rows // width * batch_rows, 2 * cluster) * 2
     rounds, loads = _up(share, 32 * warps), _up(blocks_k * tiles_n, warps_m)
     sends = _up(rows // 4 * batch_rows, 32 * warps)
     registers = min(255, 16384 // (32 * _up(warps, 4)) // 8 * 8)
     other = (40 + 6 * rounds if forward else 44 + 22 * rounds) + loads + sends
-    product = 4 * tiles_m * tiles_n + 4 * tiles_n + (4 * loads if groups > 1 else 0)  # the next group's are on their way
+    product = 4 * tiles_m * tiles_n + (8 if wide else 4 * tiles_n)
+    product += 4 * loads if groups > 1 else 0  # the next group's are on their way
     free = registers - other - max(product, 4 * loads, width * cluster)
-    kept = max(0, min(blocks_k, free // (8 * tiles_m)))
-    shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + warps_k * blocks_k * tiles_n * 512
-    shared += CLUSTER_RING * groups * cluster * share * width * 4 + warps_k * tiles_n * 8 * (rows + 4) * 8
-    shared += 4 * rows if forward else 0  # the biases
-    if free < 0 or shared > here.shared - 1024:
+    shared = warps_k * blocks_k * tiles_n * 512 + min(2, warps_k) * warps_k * tiles_n * 8 * (rows + 4) * 4
+    shared += CLUSTER_RING * groups * cluster * share * width * 4 + (4 * rows if forward else 0)  # and the biases
+    kept, room = max(0, min(blocks_k, free // (8 * tiles_m))), (here.shared - 2048 - shared) // (warps * tiles_m * 1024)
+    if wide:  # they read shared memory as fast as registers
+        kept = min(kept, max(0, blocks_k - room))
+    if free < 0 or blocks_k - kept > room:
         return None
+    shared += warps * (blocks_k - kept) * tiles_m * 1024
     # microseconds of reading the vectors from the L2 cache, and weights, vectors and sums from shared memory; the factors are
     # fitted to the layouts of at least 7 warps in bench/results/h200/lstm-clusters.txt, fewer are slower than that
     moved = batch * H * (2 if forward else 8) * strips / 5.5e6
     reads, vectors = (groups * warps * n * 4 / 1900 for n in ((blocks_k - kept) * 2 * tiles_m, blocks_k * tiles_n))
     sums = groups * rows * tiles_n * warps_k / 2 / 1900
+    if wide:  # their own rate; not fitted
+        reads, vectors = groups * warps // 4 * tiles_m * blocks_k * 2 * 4 * tiles_n / 1755, 0.0
     if forward:
-        cost = 1.3 + 1.7 * moved + 0.5 * vectors + 1.1 * sums + groups * (0.27 + 0.19 * rounds + 0.13 * sends)
+        cost = (
+            1.3
+            + 1.7 * moved
+            + reads * wide
+            + 0.5 * vectors
+            + 1.1 * sums
+            + groups * (0.27 + 0.19 * rounds + 0.13 * sends)
+        )
     else:
         cost = 2.5 + 2.25 * moved + 0.7 * reads + 0.4 * vectors + 2.2 * sums
     cost += groups * (0.1 + 0.5 * max(0, 8 - warps))
     macros = _batch_macros(H, batch, parts, groups, batch_rows, tiles_n, warps)
     macros |= {"CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m}
-    macros |= {"BLOCKS_K": blocks_k, "REGISTERS_K": kept}
+    macros |= {"BLOCKS_K": blocks_k, "REGISTERS_K": kept} | ({"WIDE": 1} if wide else {})
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
     return Layout(name, tuple(macros.items()), parts * strips * cluster, warps, shared, cost)
 
