@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recurlm.cli.common import print_table
+from recurlm.cli.common import duration, print_table
 from support import TINY, small_text
 
 HEAVY = ("torch", "numpy", "tokenizers", "numba", "safetensors", "matplotlib", "tensorboard")
@@ -173,6 +173,15 @@ def test_huge_figures_are_printed_in_scientific_notation(capsys):
     print_table({"ppl": 1.0142320547350045e304, "loss": 700.5, "tokens": 12_345_678, "big": 1e11})
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["ppl     1.0142e+304", "loss    700.5000", "tokens  12,345,678", "big     100,000,000,000.0000"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3569, "59 min"), (3571, "1 h 0 min"), (12_286, "3 h 25 min"),
+     (1.7e5, "47 h 13 min"), (1.8e5, "2 days 2 h"), (1e9, "11574 days 2 h")],
+)  # fmt: skip
+def test_durations_are_said_in_the_unit_that_fits(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_dry_run_writes_nothing(text_file, tmp_path):

@@ -12,6 +12,7 @@ from recurlm.cli.common import (
     Dtype,
     Json,
     Threads,
+    duration,
     note,
     parse_duration,
     print_json,
@@ -113,7 +114,8 @@ def train(
             from recurlm.config import to_toml
 
             print(to_toml(config))
-            print_table(facts)
+            estimated = facts["seconds_estimated"]
+            print_table(facts | {"seconds_estimated": f"{estimated:,.0f} ({duration(estimated)})"})
         return None
     if out is None:
         raise ConfigError(NO_RUN)
