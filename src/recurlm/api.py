@@ -53,7 +53,7 @@ from recurlm.model.neural import NeuralModel
 from recurlm.protocol import StatefulModel
 from recurlm.text.batches import Sequences, reading_order
 from recurlm.text.corpora import WHOLE, open_corpus, open_whole
-from recurlm.text.store import Store, is_store, open_store, prepare, write_store
+from recurlm.text.store import Store, has_carriage_returns, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training import checkpoint, memory, range_test, snapshot
 from recurlm.training import compare as side_by_side
@@ -138,6 +138,11 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
         )
         if isinstance(trainer.batches, Sequences):
             notes.append(f"{len(trainer.batches.lengths):,} {config.data.batching}s to train on")
+        if saved is None and has_carriage_returns(store):
+            notes.append(
+                "The text's lines end with \\r\\n, and every \\r is learned and measured as text; to leave them out, train on "
+                "what `tr -d '\\r' < FILE` gives."
+            )
         if resume and saved is None:
             notes.append(f"No checkpoint in {folder}: starting from the beginning.")
         if saved is not None:

@@ -218,8 +218,13 @@ def score(
 
     model = api.load(run, device=device, dtype=dtype)
     batch: list[str] = []
-    done = 0
+    done, told = 0, model.tokenizer.kind == "word"  # to which \r is white space
     for line in _lines(text):
+        if line.endswith("\r") and not told:
+            note(
+                "Lines end with \\r\\n, and every \\r is scored as text; to leave them out, score what `tr -d '\\r' < FILE` gives."
+            )
+            told = True
         batch.append(line)
         if len(batch) == BATCH_LINES:
             _print_scores(model, batch, done, level, unit, end, as_json)
