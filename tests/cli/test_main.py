@@ -42,7 +42,7 @@ def trained(text_file, tmp_path_factory) -> Path:
     done = run("train", "--data", str(text_file), "-o", str(folder), "--json", *settings)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert facts["steps"] == 30
+    assert facts["steps"] == 30 and facts["best_on"] == "valid"
     assert "valid loss" in done.stderr
     return folder
 

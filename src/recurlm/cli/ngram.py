@@ -154,8 +154,10 @@ def _print_facts(out: Path, facts: dict[str, Any], as_json: bool) -> None:
         return print_json({"run": str(out), **facts})
     if facts.get("normalised") is False:
         note("The scores of this model are no probabilities: they do not sum to one, and its perplexity means nothing.")
-    shown = ("order", "ngrams", "ppl", "discounts")
-    return print_table({"run": str(out), **{name: facts[name] for name in shown if facts.get(name) is not None}})
+    shown = {name: facts[name] for name in ("order", "ngrams", "ppl", "discounts") if facts.get(name) is not None}
+    if "ppl" in shown:
+        shown["ppl"] = {facts["loss_split"]: shown["ppl"]}
+    return print_table({"run": str(out), **shown})
 
 
 @app.command("query")

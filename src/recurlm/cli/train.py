@@ -127,7 +127,7 @@ def train(
         "run": str(out), "steps": result.step, "epochs": result.epoch, "finished": result.finished,
         "best_loss_nats": result.best_loss if known else None,
         "best_ppl": math.exp(min(result.best_loss, 700)) if known else None,
-        "seconds": result.seconds,
+        "best_on": result.split, "seconds": result.seconds,
     }  # fmt: skip
     if result.stages > 1:
         facts |= {"stage": result.stage, "stages": result.stages}
