@@ -99,6 +99,16 @@ def test_eval_reads_another_text(trained, tmp_path):
     assert {path.name: path.read_text() for path in trained.glob("eval*.json")} == before
 
 
+def test_a_report_says_in_how_many_streams_it_reads(trained, tmp_path):
+    measured = json.loads(run("eval", str(trained), "--json", "--no-ranks", "--batch-size", "1").stdout)
+    for size, streams in ((("--batch-size", "1"), 1), ((), 8)):
+        done = run("eval", str(trained), "--report", str(tmp_path / f"{streams}.html"), *size)
+        ppl = float(done.stdout.splitlines()[1].split()[1])
+        assert ppl == pytest.approx(measured["ppl"], rel=1e-5 if streams == 1 else 0.1)
+        said = (done.stderr, (tmp_path / f"{streams}.html").read_text())
+        assert all(("may differ a little" in text) == (streams > 1) for text in said)
+
+
 def test_score_writes_rows(trained):
     done = run("score", str(trained), stdin="the king drinks a tea\n\nthe river\n")
     rows = [line.split("\t") for line in done.stdout.splitlines()]

@@ -31,7 +31,10 @@ def eval_(
     data: Annotated[
         str, typer.Option("--data", help="Another text than the run's own: file, folder, store or data set.")
     ] = "",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Parallel streams; 1 reads the text in one go.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", help="Parallel streams, each from a fresh state; default: 1, with --report 8."),
+    ] = None,
     counting: Annotated[
         str,
         typer.Option("--counting", help="exact, or published: awd-lstm-lm's slightly lower way, to compare."),
@@ -151,7 +154,7 @@ def eval_(
         run,
         data=data,
         split=split,
-        batch_size=batch_size,
+        batch_size=1 if batch_size is None else batch_size,
         counting=counting,
         batching=batching,
         with_ranks=ranks,
