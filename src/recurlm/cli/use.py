@@ -171,7 +171,7 @@ def eval_(
     else:
         print_table(values)
     if not (data or mixed_with or cache or dynamic or mc_dropout):
-        kept = run / ("eval.json" if values["split"] == "test" else f"eval-{values['split']}.json")
+        kept = run / api.figures_file(values["split"])
         try:
             files.write_atomic(kept, files.to_json(values))
         except OSError as error:
