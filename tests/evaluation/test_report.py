@@ -259,3 +259,11 @@ def test_charts_and_cells():
         Table(["", "x"], [["<b>", "<i>"]])
     )
     assert "--s:1.00" in coloured(["<w>"], [99.0]) and "&lt;w&gt;" in coloured(["<w>"], [99.0])
+
+
+@pytest.mark.parametrize("spread", [1.01, 1.4, 3.0, 1e4])
+@pytest.mark.parametrize("lowest", [0.31, 1.02, 1.06, 9.4, 58.4, 91.0, 104.0, 1225.0])
+def test_a_logarithmic_axis_has_three_labels_at_least(lowest, spread):
+    chart = Chart("x", "y", [Series("s", [0, 1], [lowest * spread, lowest])], ["a", "b"], log_y=True)
+    labels = re.findall(r">([0-9.e+-]+)</text>", svg(chart, "x"))
+    assert 3 <= len(labels) <= 12 and len(set(labels)) == len(labels)
