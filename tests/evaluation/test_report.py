@@ -254,7 +254,7 @@ def test_charts_and_cells():
     assert svg(chart, "x") == svg(chart, "x") != svg(chart, "y")
     assert "<metadata" not in svg(chart, "x") and 'role="img"' in svg(chart, "x")
     assert [shown(v) for v in (None, 3, 12345.6, 123.45, 1.234)] == ["–", "3", "12,346", "123.5", "1.23"]
-    assert shown(0.5, "share %") == "50.0"
+    assert shown(0.5, "share %") == "50.0" and shown(1111, "seed") == "1111" and shown(1111, "epochs") == "1,111"
     assert "&lt;b&gt;" in table(Table(["", "x"], [["<b>", "<i>"]])) and "<i>" not in table(
         Table(["", "x"], [["<b>", "<i>"]])
     )

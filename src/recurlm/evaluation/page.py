@@ -150,7 +150,7 @@ def shown(value: Cell, column: str = "") -> str:
     if column.endswith("%"):
         return f"{100 * value:.1f}"
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value}" if column == "seed" else f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
