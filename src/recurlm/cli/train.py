@@ -53,7 +53,7 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help=f"A recipe ({', '.join(recipe_names())}) or a .toml file; none: defaults.",
         ),
     ] = "",

@@ -26,7 +26,7 @@ SUITE, REPORT = "A suite of tests", "Error analysis"
 def eval_(
     run: Run,
     split: Annotated[
-        str, typer.Option("--split", help="train, valid or test; a single file as --data is read whole.")
+        str, typer.Option("--split", help="train, valid or test (default); a single file as --data is read whole.")
     ] = "",
     data: Annotated[
         str, typer.Option("--data", help="Another text than the run's own: file, folder, store or data set.")
