@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from recurlm.config import (
     Config,
     apply_assignments,
+    configure,
     from_dict,
     from_toml,
     load_recipe,
     recipe_names,
     reference_markdown,
+    stage,
     to_toml,
 )
 from recurlm.errors import ConfigError
@@ -63,6 +65,20 @@ def test_assignments_override_in_order_and_take_bare_strings():
     assert (config.optimizer.lr, config.model.layer, config.model.hidden_sizes) == (30.0, "qrnn", (3, 4))
     assert config.train.tensorboard is False
     assert apply_assignments(config, ["optimizer.lr=1e-3", "optimizer.lr=2"]).optimizer.lr == 2
+
+
+def test_published_figures_go_with_the_model_and_the_tokens_that_they_are_of():
+    def shown(recipe, *settings):
+        config = configure(recipe, *settings)
+        return [(p.valid, p.test, p.unit) for p in (stage(config, n).published for n in range(1 + len(config.stages)))]
+
+    whole = [(61.2, 58.8, "ppl"), (58.8, 56.5, "ppl")]
+    assert shown("awd-lstm-ptb", "train.epochs=1", "dropout.output=0", "model.layer=lstm") == whole
+    assert shown("awd-lstm-ptb", "model.hidden_sizes=[200, 400]") == [(0, 0, "ppl")] * 2
+    assert shown("awd-lstm-ptb", "tokenizer.kind=char") == [(0, 0, "ppl")] * 2
+    assert shown("awd-lstm-ptbc", "model.hidden_sizes=[9, 200]") == [(0, 0, "bpc")]  # characters still count in bits
+    assert shown("awd-lstm-ptbc", "tokenizer.kind=bpe") == [(0, 0, "ppl")]
+    assert shown("awd-lstm-ptbc", "model.zoneout=0.1", "published.test=1.2") == [(0, 1.2, "bpc")]
 
 
 @given(st.text())

@@ -22,7 +22,7 @@ METHODS = {
 ALLOWED = {
     ("text/corpora.py", "urllib", "_fetch"): "`recurlm data get`",
     ("text/corpora.py", "http", "_fetch"): "its errors",
-    ("text/corpora.py", "json.loads", "_documents"): "a line of a .jsonl text, of which only a string is taken",
+    ("text/corpora.py", "json.loads", "_document"): "a line of a .jsonl text, of which only a string is taken",
     ("kernels/__init__.py", "importlib.util", "has_triton"): "whether triton is installed, by its literal name",
     ("kernels/nvrtc.py", "importlib.util", "missing"): "whether cuda-bindings is installed, by its literal name",
     ("provenance.py", "subprocess", ""): "git in our own checkout, for the commit",

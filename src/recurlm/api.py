@@ -52,8 +52,8 @@ from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
 from recurlm.protocol import StatefulModel
 from recurlm.text.batches import Sequences, reading_order
-from recurlm.text.corpora import WHOLE, open_corpus, open_whole
-from recurlm.text.store import Store, is_store, open_store, prepare, write_store
+from recurlm.text.corpora import SPLITS, WHOLE, open_corpus, open_whole
+from recurlm.text.store import Store, has_carriage_returns, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training import checkpoint, memory, range_test, snapshot
 from recurlm.training import compare as side_by_side
@@ -64,7 +64,13 @@ from recurlm.training.range_test import RangeTest
 from recurlm.training.settings import check_settings, settle
 from recurlm.training.trainer import CHECKPOINTS, Trainer
 
-OWN_STORE = "store"
+
+def figures_file(split: str) -> str:
+    """The name of the file in which a run keeps what `recurlm eval` measured of a split."""
+    return "eval.json" if split == "test" else f"eval-{split}.json"
+
+
+OWN_STORE, FIGURES = "store", tuple(map(figures_file, SPLITS))
 OURS = (
     "config.toml",
     "metrics.jsonl",
@@ -72,7 +78,7 @@ OURS = (
     directory.CONFIG,
     directory.WEIGHTS,
     directory.TOKENIZER,
-    "eval.json",
+    *FIGURES,
 )
 
 
@@ -138,6 +144,18 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
         )
         if isinstance(trainer.batches, Sequences):
             notes.append(f"{len(trainer.batches.lengths):,} {config.data.batching}s to train on")
+        data, length = config.data, trainer.batches.epoch_length(0)
+        if saved is None and data.batching == "stream" and data.batch_size > 1 and length < data.bptt:
+            notes.append(
+                f"data.batch_size = {data.batch_size:,} makes streams of {length:,} tokens, less than one window (data.bptt = "
+                f"{data.bptt:,}), so an epoch is hardly a step; {max(1, store.info['train'].tokens // data.bptt):,} streams would "
+                "have a whole one."
+            )
+        if saved is None and has_carriage_returns(store):
+            notes.append(
+                "The text's lines end with \\r\\n, and every \\r is learned and measured as text; to leave them out, train on "
+                "what `tr -d '\\r' < FILE` gives."
+            )
         if resume and saved is None:
             notes.append(f"No checkpoint in {folder}: starting from the beginning.")
         if saved is not None:
@@ -211,7 +229,7 @@ def _write_page(out: Path, page: str) -> None:
         raise UserError(f"{out}: cannot be written: {error.strerror}.") from None
 
 
-CARD = ("README.md", "config.toml", "metrics.jsonl", "eval.json")
+CARD = ("README.md", "config.toml", "metrics.jsonl", *FIGURES)
 
 
 def export(
@@ -221,7 +239,8 @@ def export(
 
     Weights are stored in `dtype` (fp32, bf16), in files of at most `max_shard_size` bytes where that is not 0. The card
     (alone with `card_only`) is README.md, config.toml with its text by name only, metrics.jsonl without single steps, and
-    eval.json. ConfigError when the folder holds something; the folder is there whole or not at all.
+    the figures of each split that was measured. ConfigError when the folder holds something; the folder is there whole or
+    not at all.
     """
     run, out = Path(run), Path(out)
     lookup(directory.STORED, dtype, "dtype")

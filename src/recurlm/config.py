@@ -602,7 +602,11 @@ def _value(raw: str) -> Any:
 
 
 def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:
-    """The Config with every `section.key=value` applied in order."""
+    """The Config with every `section.key=value` applied in order.
+
+    Published figures are of a model and its tokens: where [model] or [tokenizer] changes, they go, unless they are set too.
+    """
+    given = config
     for text in assignments:
         section, key, value = parse_assignment(text)
         if section == "model" and key in ("hidden_size", "num_layers") and (sizes := config.model.hidden_sizes):
@@ -611,7 +615,11 @@ def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:
             )
         of_stage = section == "stages"
         config = _assign_to_stage(config, text, key, value) if of_stage else from_dict({section: {key: value}}, config)
-    return config
+    if config.published != given.published or (config.model, config.tokenizer) == (given.model, given.tokenizer):
+        return config
+    kept = PublishedConfig(unit=given.published.unit) if config.tokenizer == given.tokenizer else PublishedConfig()
+    stages = tuple({name: t for name, t in tables.items() if name != "published"} for tables in config.stages)
+    return dataclasses.replace(config, published=kept, stages=stages)
 
 
 def _assign_to_stage(config: Config, text: str, key: str, value: Any) -> Config:

@@ -337,10 +337,12 @@ class LanguageModel:
         """The k tokens whose input embeddings have the largest cosine with that of `word`, best first.
 
         `among` keeps to that many of the most frequent tokens (0: all), for rare ones have learned little. `word` is one
-        token: as written, or else with a space before it, as bpe has most words. RequestError when it is several
-        tokens or not in the vocabulary.
+        token: a word as bpe and unigram have most words, with a space before it, or else as written. What such a token
+        has beside it are others that begin with a space, not pieces from inside words; bytes of unknown characters are
+        left out. RequestError when it is several tokens or not in the vocabulary.
         """
-        return self._ranked(embed.neighbours(self._unit_rows, self._one_id(word), *self._limits(k, among)))
+        id = self._one_id(word)
+        return self._ranked(embed.neighbours(self._unit_rows, id, *self._limits(k, among, id)))
 
     def analogy(self, a: str, b: str, c: str, *, k: int = 10, among: int = 0, method: str = "add") -> list[Neighbour]:
         """The k best answers to "a is to b as c is to ...", the three words left out: man king woman.
@@ -350,7 +352,7 @@ class LanguageModel:
         if method not in ("add", "mul"):
             raise RequestError(f"method {method!r} is not known; expected add or mul.")
         ids = self._one_id(a), self._one_id(b), self._one_id(c)
-        return self._ranked(embed.analogy(self._unit_rows, *ids, *self._limits(k, among), method == "mul"))
+        return self._ranked(embed.analogy(self._unit_rows, *ids, *self._limits(k, among, *ids), method == "mul"))
 
     def embedding_map(self, top: int = 300, *, method: str = "tsne") -> EmbeddingMap:
         """The `top` most frequent tokens (2 to 2,000) in a plane, by the directions of their input embeddings.
@@ -360,10 +362,9 @@ class LanguageModel:
         check_range("top", top, 2, 2000)
         if method not in MAPS:
             raise RequestError(f"method {method!r} is not known; expected {' or '.join(MAPS)}.")
-        xy_N2 = MAPS[method](self._unit_rows[:top])
-        return EmbeddingMap(
-            tuple(map(self.tokenizer.token, range(len(xy_N2)))), tuple((x, y) for x, y in xy_N2.tolist())
-        )
+        ids = self._limits(1, 0)[1].nonzero().flatten()[:top]
+        xy_N2 = MAPS[method](self._unit_rows[ids])
+        return EmbeddingMap(tuple(map(self.tokenizer.token, ids.tolist())), tuple((x, y) for x, y in xy_N2.tolist()))
 
     @cached_property
     def _unit_rows(self) -> torch.Tensor:
@@ -374,7 +375,8 @@ class LanguageModel:
     def _one_id(self, word: str) -> int:
         """The id of a word that is one token; RequestError otherwise."""
         pieces = self.tokenizer.pieces
-        for spelling in (to_bytes(word), to_bytes(f" {word}")):
+        spellings = to_bytes(word), to_bytes(f" {word}")
+        for spelling in spellings[::-1] if word[:1].isalnum() else spellings:
             if word and spelling in pieces:
                 return pieces.index(spelling)
         ids = self.tokenizer.encode_prefix(word).tolist()
@@ -388,10 +390,15 @@ class LanguageModel:
         known = (piece.decode("utf-8", "replace") for piece in pieces)
         raise RequestError(f"{word!r} is not in the vocabulary.{nearest(word, known)}")
 
-    def _limits(self, k: int, among: int) -> tuple[int, int]:
+    def _limits(self, k: int, among: int, *asked: int) -> tuple[int, torch.Tensor]:
+        """(k, which tokens may be an answer): no bytes, and no pieces from inside words where the words asked for are none."""
         check_range("k", k, 1, 2**31 - 1)
         check_range("among", among, 0, 2**31 - 1, " (0: all tokens)")
-        return k, among or self.tokenizer.vocab_size
+        size = self.tokenizer.vocab_size
+        begins = [len(piece) > 1 and piece[:1] == b" " for piece in self.tokenizer.pieces]
+        words = bool(asked) and all(begins[id] for id in asked)
+        may = [not self.tokenizer.is_byte(id) and (begins[id] or not words) for id in range(min(among or size, size))]
+        return k, torch.tensor(may + [False] * (size - len(may)))
 
     def _ranked(self, best: tuple[list[float], list[int]]) -> list[Neighbour]:
         return [Neighbour(self.tokenizer.token(i), i, score) for score, i in zip(*best, strict=True)]

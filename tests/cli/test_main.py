@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recurlm.cli.common import print_table
+from recurlm.cli.common import duration, print_table
 from support import TINY, small_text
 
 HEAVY = ("torch", "numpy", "tokenizers", "numba", "safetensors", "matplotlib", "tensorboard")
@@ -42,7 +42,7 @@ def trained(text_file, tmp_path_factory) -> Path:
     done = run("train", "--data", str(text_file), "-o", str(folder), "--json", *settings)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert facts["steps"] == 30
+    assert facts["steps"] == 30 and facts["best_on"] == "valid"
     assert "valid loss" in done.stderr
     return folder
 
@@ -97,6 +97,16 @@ def test_eval_reads_another_text(trained, tmp_path):
     values = json.loads(run("eval", str(trained), "--json", "--data", str(tmp_path / "new.txt")).stdout)
     assert values["targets"] == 40 * 12
     assert {path.name: path.read_text() for path in trained.glob("eval*.json")} == before
+
+
+def test_a_report_says_in_how_many_streams_it_reads(trained, tmp_path):
+    measured = json.loads(run("eval", str(trained), "--json", "--no-ranks", "--batch-size", "1").stdout)
+    for size, streams in ((("--batch-size", "1"), 1), ((), 8)):
+        done = run("eval", str(trained), "--report", str(tmp_path / f"{streams}.html"), *size)
+        ppl = float(done.stdout.splitlines()[1].split()[1])
+        assert ppl == pytest.approx(measured["ppl"], rel=1e-5 if streams == 1 else 0.1)
+        said = (done.stderr, (tmp_path / f"{streams}.html").read_text())
+        assert all(("may differ a little" in text) == (streams > 1) for text in said)
 
 
 def test_score_writes_rows(trained):
@@ -173,6 +183,15 @@ def test_huge_figures_are_printed_in_scientific_notation(capsys):
     print_table({"ppl": 1.0142320547350045e304, "loss": 700.5, "tokens": 12_345_678, "big": 1e11})
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["ppl     1.0142e+304", "loss    700.5000", "tokens  12,345,678", "big     100,000,000,000.0000"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3569, "59 min"), (3571, "1 h 0 min"), (12_286, "3 h 25 min"),
+     (1.7e5, "47 h 13 min"), (1.8e5, "2 days 2 h"), (1e9, "11574 days 2 h")],
+)  # fmt: skip
+def test_durations_are_said_in_the_unit_that_fits(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_dry_run_writes_nothing(text_file, tmp_path):

@@ -32,10 +32,11 @@ def call(monkeypatch, capsys):
 def test_train_prune_query_export_import(call, store, tmp_path):
     kn, small, theirs = tmp_path / "kn", tmp_path / "small", tmp_path / "theirs"
     code, out, _ = call("ngram", "train", store.path, "--order", 3, "-o", kn, "--arpa", tmp_path / "a.arpa", *FALLBACK)
-    assert code == 0 and "ppl" in out
+    assert code == 0 and "ppl valid" in out
     code, out, _ = call("ngram", "prune", kn, "--threshold", "1e-3", "-o", small, "--json")
     assert code == 0 and json.loads(out)["run"] == str(small)
-    assert call("ngram", "export", kn, tmp_path / "b.arpa")[0] == 0
+    code, out, _ = call("ngram", "export", kn, tmp_path / "b.arpa", "--json")
+    assert code == 0 and json.loads(out) == {"file": str(tmp_path / "b.arpa")}
     assert (tmp_path / "a.arpa").read_bytes() == (tmp_path / "b.arpa").read_bytes()
     assert call("ngram", "import", tmp_path / "b.arpa", "-o", theirs)[0] == 0
     for verb in (["eval", kn], ["generate", small, "--tokens", 5], ["score", theirs]):

@@ -254,8 +254,16 @@ def test_charts_and_cells():
     assert svg(chart, "x") == svg(chart, "x") != svg(chart, "y")
     assert "<metadata" not in svg(chart, "x") and 'role="img"' in svg(chart, "x")
     assert [shown(v) for v in (None, 3, 12345.6, 123.45, 1.234)] == ["–", "3", "12,346", "123.5", "1.23"]
-    assert shown(0.5, "share %") == "50.0"
+    assert shown(0.5, "share %") == "50.0" and shown(1111, "seed") == "1111" and shown(1111, "epochs") == "1,111"
     assert "&lt;b&gt;" in table(Table(["", "x"], [["<b>", "<i>"]])) and "<i>" not in table(
         Table(["", "x"], [["<b>", "<i>"]])
     )
     assert "--s:1.00" in coloured(["<w>"], [99.0]) and "&lt;w&gt;" in coloured(["<w>"], [99.0])
+
+
+@pytest.mark.parametrize("spread", [1.01, 1.4, 3.0, 1e4])
+@pytest.mark.parametrize("lowest", [0.31, 1.02, 1.06, 9.4, 58.4, 91.0, 104.0, 1225.0])
+def test_a_logarithmic_axis_has_three_labels_at_least(lowest, spread):
+    chart = Chart("x", "y", [Series("s", [0, 1], [lowest * spread, lowest])], ["a", "b"], log_y=True)
+    labels = re.findall(r">([0-9.e+-]+)</text>", svg(chart, "x"))
+    assert 3 <= len(labels) <= 12 and len(set(labels)) == len(labels)

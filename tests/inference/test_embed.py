@@ -9,11 +9,19 @@ from matplotlib.figure import Figure
 
 from recurlm.inference.embed import analogy, neighbour_map, neighbours, principal_plane, unit_rows
 from recurlm.inference.picture import draw
+from recurlm.language_model import LanguageModel
+from recurlm.model.neural import NeuralModel
+from recurlm.text.tokenizers import train_tokenizer
+from support import tiny_config
 
 
 @pytest.fixture
 def rows(generator) -> torch.Tensor:
     return torch.randn(40, 9, generator=generator)
+
+
+def first(n, of=40) -> torch.Tensor:
+    return torch.arange(of) < n
 
 
 def cosine(x, y) -> float:
@@ -24,10 +32,10 @@ def test_neighbours_are_the_largest_cosines(rows):
     unit = unit_rows(rows)
     for among in (40, 25, 3):
         expected = sorted(((cosine(rows[i], rows[11]), i) for i in range(among) if i != 11), reverse=True)
-        values, ids = neighbours(unit, 11, 7, among)
+        values, ids = neighbours(unit, 11, 7, first(among))
         assert ids == [i for _, i in expected[:7]]
         assert values == pytest.approx([value for value, _ in expected[:7]], abs=1e-6)
-    assert len(neighbours(unit, 11, 1000, 40)[1]) == 39
+    assert len(neighbours(unit, 11, 1000, first(40))[1]) == 39
     assert unit_rows(torch.zeros(2, 3)).tolist() == [[0, 0, 0]] * 2
 
 
@@ -35,7 +43,7 @@ def test_analogies_follow_their_formulas(rows):
     unit, (a, b, c) = unit_rows(rows), (4, 20, 9)
     target = unit[b] - unit[a] + unit[c]
     add = sorted(((cosine(unit[i], target), i) for i in range(40) if i not in (a, b, c)), reverse=True)
-    values, ids = analogy(unit, a, b, c, 37, 40)
+    values, ids = analogy(unit, a, b, c, 37, first(40))
     assert ids == [i for _, i in add]
     assert values == pytest.approx([value for value, _ in add], abs=1e-6)
 
@@ -45,8 +53,8 @@ def test_analogies_follow_their_formulas(rows):
     mul = sorted(
         ((near(i, b) * near(i, c) / (near(i, a) + 0.001), i) for i in range(30) if i not in (a, b, c)), reverse=True
     )
-    assert analogy(unit, a, b, c, 5, 30, multiply=True)[1] == [i for _, i in mul[:5]]
-    assert len(analogy(unit, 4, 4, 9, 99, 40)[1]) == 38
+    assert analogy(unit, a, b, c, 5, first(30), multiply=True)[1] == [i for _, i in mul[:5]]
+    assert len(analogy(unit, 4, 4, 9, 99, first(40))[1]) == 38
 
 
 def test_an_analogy_that_is_there_is_found(generator):
@@ -55,7 +63,24 @@ def test_an_analogy_that_is_there_is_found(generator):
     words = torch.stack([base, base + sex, base + crown, base + sex + crown]) + noise  # man, woman, king, queen
     unit = unit_rows(torch.cat([words, torch.randn(200, 60, generator=generator)]))
     for multiply in (False, True):
-        assert analogy(unit, 0, 2, 1, 1, 204, multiply)[1] == [3]
+        assert analogy(unit, 0, 2, 1, 1, first(204, 204), multiply)[1] == [3]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_bytes_and_pieces_from_inside_words_are_no_neighbours_of_words(kind, generator):
+    text = "".join(f"kinging king {word} sing é\n" for word in ("tea", "bread", "river") * 20)
+    tokenizer = train_tokenizer([text], tiny_config(f"tokenizer.kind={kind}").tokenizer)
+    model = LanguageModel(NeuralModel(tiny_config().model, tokenizer.vocab_size, generator), tokenizer, {})
+    bytes_ = {tokenizer.token(i) for i in range(tokenizer.vocab_size) if tokenizer.is_byte(i)}
+    assert len(bytes_) == (256 if kind == "char" else 128) and "<0xC3>" in bytes_
+    everything = {row.token for row in model.neighbours("g", k=9999)}
+    assert not everything & bytes_ and "\\n" in everything
+    assert len(model.embedding_map(999).tokens) == tokenizer.vocab_size - len(bytes_)
+    if kind != "char":
+        near, answers = model.neighbours("king", k=9999), model.analogy("king", "tea", "sing", k=9999)
+        assert " king" not in {row.token for row in near}  # it is the word that was asked for
+        assert {" tea", " bread"} < {row.token for row in near} and " river" in {row.token for row in answers}
+        assert all(row.token.startswith(" ") for row in [*near, *answers])
 
 
 def test_the_principal_plane_holds_most_variance(rows):

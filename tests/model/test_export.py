@@ -67,6 +67,15 @@ def test_the_index_is_as_hugging_face_lays_it_out(sharded):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in loaded.values())
 
 
+def test_the_figures_of_every_split_go_along(run, tmp_path):
+    whole = shutil.copytree(run, tmp_path / "run")
+    names = {"eval.json", "eval-valid.json", "eval-train.json"}
+    for name in names:
+        (whole / name).write_text(f'"{name}"')
+    assert {n for n in api.export(whole, tmp_path / "card", card_only=True) if n.startswith("eval")} == names
+    assert all((tmp_path / "card" / name).read_text() == f'"{name}"' for name in names)
+
+
 def test_the_card_alone_says_what_the_run_was(run, tmp_path):
     written = api.export(run, tmp_path / "card", card_only=True)
     assert set(written) == {"README.md", "config.toml", "metrics.jsonl"}

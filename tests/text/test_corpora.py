@@ -108,21 +108,24 @@ def test_one_long_line_is_cut_between_characters(tmp_path: Path, unit: str):
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "why"),
     [
-        "nonsense",
-        "[]",
-        '{"txt": "a"}',
-        '{"text": 1}',
-        '{"text": "\\ud800"}',
-        "[" * 9999,
-        '{"text": null}',
-        "\ufeff1",
+        (b"nonsense", "Expecting value at character 0"),
+        (b'{"text": "a"', "Expecting ',' delimiter at character 12"),
+        (b"[]", r"found \[\]"),
+        (b'{"txt": "a"}', r"its keys are \['txt'\]"),
+        (b'{"text": 1}', "found 1 there"),
+        (b'{"text": "\\ud800"}', "a lone surrogate at character 0"),
+        (b"[" * 9999, "nested too deeply"),
+        (b'{"text": null}', "found None there"),
+        (b"\xef\xbb\xbf1", "found 1"),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
+        (b"9" * 9999, "9999 digits"),
     ],
 )
-def test_bad_documents(tmp_path: Path, line: str):
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"train.jsonl: line 3 is not a JSON object"):
+def test_bad_documents(tmp_path: Path, line: bytes, why: str):
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf'train.jsonl: line 3 is not a JSON object with text under "text": .*{why}'):
         whole(open_corpus(tmp_path), "train")
 
 

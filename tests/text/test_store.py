@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from recurlm.config import TokenizerConfig
 from recurlm.errors import ConfigError, DataError, UserError
 from recurlm.text.corpora import BLOCK, Corpus, open_corpus
-from recurlm.text.store import build_tokenizer, is_store, open_store, prepare, write_store
+from recurlm.text.store import build_tokenizer, has_carriage_returns, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import TOKENIZERS
 
 every = pytest.mark.parametrize("kind", TOKENIZERS)
@@ -48,6 +48,16 @@ def test_round_trip(kind: str, folder: Path, tmp_path: Path):
         assert (info.characters, info.bytes) == (len(text), len(text.encode()))
     with pytest.raises(DataError, match="has no dev text"):
         store.ids("dev")
+
+
+@every
+def test_carriage_returns_are_text_and_told_of(kind: str, tmp_path: Path):
+    lines = ["to the cat", "", "to the dog"] * 40
+    for end, told in (("\r\n", kind != "word"), ("\n", False), ("\n" * 9 + "\r\n", False)):
+        (tmp_path / "train.txt").write_bytes(end.join([*lines, ""]).encode())
+        store = prepare(tmp_path, TokenizerConfig(kind=kind), tmp_path / "store", overwrite=True)
+        assert has_carriage_returns(store) == told
+        assert kind == "word" or store.tokenizer().decode(store.ids("train")) == end.join([*lines, ""])
 
 
 @every

@@ -131,6 +131,15 @@ def test_the_published_rule_is_for_streams(text_file, tmp_path):
         api.train(config, tmp_path / "run", quiet=True)
 
 
+def test_a_run_says_when_its_streams_are_shorter_than_a_window(store, tmp_path, capsys):
+    tokens = store.info["train"].tokens
+    for size, told in ((tokens // 12, False), (tokens // 8, True)):
+        config = tiny_config("train.max_steps=1", f"data.batch_size={size}", f'data.path="{store.path}"')
+        api.train(config, tmp_path / str(size))
+        said = f"streams of {-(-tokens // size)} tokens, less than one window (data.bptt = 12)"
+        assert (said in capsys.readouterr().err) == told
+
+
 def test_dry_run_counts_the_steps_of_sentences(text_file):
     config = apply_assignments(
         tiny_config("data.batching=sentence", "data.batch_size=16"), [f'data.path="{text_file}"']

@@ -14,7 +14,7 @@ from recurlm.errors import RunError
 def bench(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Measurements; none: all that this machine can run."),
+        typer.Argument(metavar="NAME...", help="Measurements; none: all that this machine can run."),
     ] = None,
     list_them: Annotated[bool, typer.Option("--list", help="Only say what there is, and what can run here.")] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the result in this folder.")] = None,

@@ -43,6 +43,16 @@ def parse_duration(text: str) -> float:
     return sum(float(n) * unit[u] for n, u in parts)
 
 
+def duration(seconds: float) -> str:
+    """The time as people say it: '48 s', '12 min', '3 h 25 min', '2 days 4 h'."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+
+
 def parse_size(text: str) -> int:
     """Bytes of '14MB', '2GB', '500 kB' or '64MiB'; 0 for ''."""
     if not text:

@@ -25,7 +25,12 @@ def compare(
     found = api.compare(runs, out, overwrite=force)
     if as_json:
         return print_json(found)
-    print_rows([found["header"], *([shown(cell) for cell in row] for row in found["rows"])])
+    print_rows(
+        [
+            found["header"],
+            *([shown(cell, name) for cell, name in zip(row, found["header"], strict=True)] for row in found["rows"]),
+        ]
+    )
     if out is not None:
         note(f"{out}: open it in a browser; it needs no network.")
     return None

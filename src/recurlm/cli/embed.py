@@ -21,8 +21,9 @@ Among = Annotated[int, typer.Option("--among", help="Look only among the N most 
 def embed(context: typer.Context, run: Run) -> None:
     """What the input embeddings learned: recurlm embed runs/book near king
 
-    A word is one token of the model. With bpe most words begin with a space (' king'), which is tried too. In words
-    \\n, \\t and \\\\ are newline, tab and backslash.
+    A word is one token of the model. With bpe and unigram most words begin with a space (' king'), which is tried first;
+    beside them are shown words that begin with one too, not pieces from inside words. In words \\n, \\t and \\\\ are
+    newline, tab and backslash.
     """
     context.obj = run
 

@@ -70,12 +70,13 @@ def _percent(share: float | None) -> str:
 
 
 def report(
-    run: Path, out: Path, against: list[str], other: list[str], data: str, split: str, batch_size: int, force: bool,
+    run: Path, out: Path, against: list[str], other: list[str], data: str, split: str, batch_size: int | None, force: bool,
     device: str, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Writes the page and prints each model's overall figures."""
     from recurlm import api
 
+    streams = 8 if batch_size is None else batch_size  # one stream takes several times as long
     numbers = api.report(
         run,
         out,
@@ -83,7 +84,7 @@ def report(
         others=other,
         data=data,
         split=split,
-        batch_size=batch_size if batch_size != 1 else 8,  # one stream takes several times as long
+        batch_size=streams,
         overwrite=force,
         device=device,
         dtype=dtype,
@@ -94,5 +95,9 @@ def report(
     for name, values in numbers["summary"].items():
         print(name)
         print_table(values)
+    if streams > 1:
+        note(
+            f"Read in {streams} streams; `recurlm eval` reads in one (here: --batch-size 1), so its figures may differ a little."
+        )
     note(f"{out}: open it in a browser; it needs no network.")
     return None

@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train, measure and use recurrent neural language models. Try `recurlm demo` first.",
     epilog="Exit codes: 0 ok; 1 failed; 2 usage, configuration or missing path; 3 content of data or model is wrong; "
-    "130/143 interrupted (training saves a checkpoint first).",
+    "129/130/143 interrupted (training saves a checkpoint first).",
 )
 
 

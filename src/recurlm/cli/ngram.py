@@ -141,12 +141,16 @@ def import_(
 
 
 @app.command("export")
-def export(source: Run, file: Annotated[Path, typer.Argument(help="ARPA file to write (.gz: packed).")]) -> None:
+def export(
+    source: Run, file: Annotated[Path, typer.Argument(help="ARPA file to write (.gz: packed).")], as_json: Json = False
+) -> None:
     """Write a model as an ARPA file: recurlm ngram export runs/kn5 kn5.arpa"""
     from recurlm.ngram import run
 
     run.export_arpa(source, file)
-    print(file)
+    if as_json:
+        return print_json({"file": str(file)})
+    return print(file)
 
 
 def _print_facts(out: Path, facts: dict[str, Any], as_json: bool) -> None:
@@ -154,8 +158,12 @@ def _print_facts(out: Path, facts: dict[str, Any], as_json: bool) -> None:
         return print_json({"run": str(out), **facts})
     if facts.get("normalised") is False:
         note("The scores of this model are no probabilities: they do not sum to one, and its perplexity means nothing.")
-    shown = ("order", "ngrams", "ppl", "discounts")
-    return print_table({"run": str(out), **{name: facts[name] for name in shown if facts.get(name) is not None}})
+    shown = {name: facts[name] for name in ("order", "ngrams", "ppl", "discounts") if facts.get(name) is not None}
+    if "ppl" in shown:
+        shown["ppl"] = {facts["loss_split"]: shown["ppl"]}
+    if "discounts" in shown:
+        shown["discounts"] = [[round(d, 3) for d in level] for level in shown["discounts"]]
+    return print_table({"run": str(out), **shown})
 
 
 @app.command("query")

@@ -12,6 +12,7 @@ from recurlm.cli.common import (
     Dtype,
     Json,
     Threads,
+    duration,
     note,
     parse_duration,
     print_json,
@@ -52,7 +53,7 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help=f"A recipe ({', '.join(recipe_names())}) or a .toml file; none: defaults.",
         ),
     ] = "",
@@ -113,7 +114,8 @@ def train(
             from recurlm.config import to_toml
 
             print(to_toml(config))
-            print_table(facts)
+            estimated = facts["seconds_estimated"]
+            print_table(facts | {"seconds_estimated": f"{estimated:,.0f} ({duration(estimated)})"})
         return None
     if out is None:
         raise ConfigError(NO_RUN)
@@ -125,7 +127,7 @@ def train(
         "run": str(out), "steps": result.step, "epochs": result.epoch, "finished": result.finished,
         "best_loss_nats": result.best_loss if known else None,
         "best_ppl": math.exp(min(result.best_loss, 700)) if known else None,
-        "seconds": result.seconds,
+        "best_on": result.split, "seconds": result.seconds,
     }  # fmt: skip
     if result.stages > 1:
         facts |= {"stage": result.stage, "stages": result.stages}

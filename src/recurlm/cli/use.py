@@ -26,12 +26,15 @@ SUITE, REPORT = "A suite of tests", "Error analysis"
 def eval_(
     run: Run,
     split: Annotated[
-        str, typer.Option("--split", help="train, valid or test; a single file as --data is read whole.")
+        str, typer.Option("--split", help="train, valid or test (default); a single file as --data is read whole.")
     ] = "",
     data: Annotated[
         str, typer.Option("--data", help="Another text than the run's own: file, folder, store or data set.")
     ] = "",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Parallel streams; 1 reads the text in one go.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", help="Parallel streams, each from a fresh state; default: 1, with --report 8."),
+    ] = None,
     counting: Annotated[
         str,
         typer.Option("--counting", help="exact, or published: awd-lstm-lm's slightly lower way, to compare."),
@@ -151,7 +154,7 @@ def eval_(
         run,
         data=data,
         split=split,
-        batch_size=batch_size,
+        batch_size=1 if batch_size is None else batch_size,
         counting=counting,
         batching=batching,
         with_ranks=ranks,
@@ -168,7 +171,7 @@ def eval_(
     else:
         print_table(values)
     if not (data or mixed_with or cache or dynamic or mc_dropout):
-        kept = run / ("eval.json" if values["split"] == "test" else f"eval-{values['split']}.json")
+        kept = run / api.figures_file(values["split"])
         try:
             files.write_atomic(kept, files.to_json(values))
         except OSError as error:
@@ -218,8 +221,13 @@ def score(
 
     model = api.load(run, device=device, dtype=dtype)
     batch: list[str] = []
-    done = 0
+    done, told = 0, model.tokenizer.kind == "word"  # to which \r is white space
     for line in _lines(text):
+        if line.endswith("\r") and not told:
+            note(
+                "Lines end with \\r\\n, and every \\r is scored as text; to leave them out, score what `tr -d '\\r' < FILE` gives."
+            )
+            told = True
         batch.append(line)
         if len(batch) == BATCH_LINES:
             _print_scores(model, batch, done, level, unit, end, as_json)

@@ -118,6 +118,8 @@ def svg(chart: Chart, name: str) -> str:
 
 def _logarithmic(axes: Any, chart: Chart) -> None:
     """Makes the y axis logarithmic, from the lowest value to twice it, or to where every line can be seen."""
+    from matplotlib.ticker import MaxNLocator
+
     lowest = [min(y for y in s.y if y > 0) for s in chart.series]
     low = 0.97 * min([*lowest, *chart.levels])
     most = max(y for s in chart.series for y in s.y)
@@ -131,6 +133,8 @@ def _logarithmic(axes: Any, chart: Chart) -> None:
         ticks = [t for e in range(-3, 300) for m in marks if low <= (t := m * 10.0**e) <= high]
         if len(ticks) <= 12:  # more would be printed over each other
             break
+    if len(ticks) < 3:  # a small part of a decade
+        ticks = [t for t in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
@@ -146,7 +150,7 @@ def shown(value: Cell, column: str = "") -> str:
     if column.endswith("%"):
         return f"{100 * value:.1f}"
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value}" if column == "seed" else f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 

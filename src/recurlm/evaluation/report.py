@@ -111,10 +111,12 @@ def report(
         sections.append(_style(m, others))
     sections += _worst(m)
     cut = "" if len(shortened) == len(text) else f", the first {len(the_text.words):,} of them"
+    apart = "parallel streams, so figures may differ a little from those of recurlm eval, which reads in one"
+    streams = f"{rows} {apart}" if rows > 1 else "one stream"
     lead = (
         f"{place}{cut}: {len(the_text.words):,} words, line ends counted. Surprisal is -log2 p in bits; of a word that"
         " is several "
-        f"tokens, their sum. Every model reads in {rows} parallel streams. Kinds of words are means over all of the "
+        f"tokens, their sum. Every model reads in {streams}. Kinds of words are means over all of the "
         "text; the sections "
         "on context, switches, copying and writing are samples, whose size each names."
     )

@@ -15,15 +15,15 @@ def unit_rows(embedding_VE: Tensor) -> Tensor:
     return torch.nn.functional.normalize(embedding_VE.detach().float().cpu(), dim=-1)
 
 
-def neighbours(unit_VE: Tensor, id: int, k: int, among: int) -> tuple[list[float], list[int]]:
-    """(cosines, ids) of the k rows nearest to row `id` among the first `among`, itself left out, nearest first."""
-    return _best(unit_VE[:among] @ unit_VE[id], k, {id})
+def neighbours(unit_VE: Tensor, id: int, k: int, among_V: Tensor) -> tuple[list[float], list[int]]:
+    """(cosines, ids) of the k rows nearest to row `id` where `among_V` is true, itself left out, nearest first."""
+    return _best(unit_VE @ unit_VE[id], k, among_V, {id})
 
 
 def analogy(
-    unit_VE: Tensor, a: int, b: int, c: int, k: int, among: int, multiply: bool = False
+    unit_VE: Tensor, a: int, b: int, c: int, k: int, among_V: Tensor, multiply: bool = False
 ) -> tuple[list[float], list[int]]:
-    """(scores, ids) of the k best answers d to "a is to b as c is to d" among the first `among` rows, best first.
+    """(scores, ids) of the k best answers d to "a is to b as c is to d" where `among_V` is true, best first.
 
     The three question words are no answers.
 
@@ -31,17 +31,17 @@ def analogy(
     cosines moved to [0, 1] (Levy & Goldberg 2014, equation 4).
     """
     if multiply:
-        near_V3 = (unit_VE[:among] @ unit_VE[[a, b, c]].T + 1) / 2
+        near_V3 = (unit_VE @ unit_VE[[a, b, c]].T + 1) / 2
         scores_V = near_V3[:, 1] * near_V3[:, 2] / (near_V3[:, 0] + EPSILON)
     else:
-        scores_V = unit_VE[:among] @ unit_rows(unit_VE[b] - unit_VE[a] + unit_VE[c])
-    return _best(scores_V, k, {a, b, c})
+        scores_V = unit_VE @ unit_rows(unit_VE[b] - unit_VE[a] + unit_VE[c])
+    return _best(scores_V, k, among_V, {a, b, c})
 
 
-def _best(scores_V: Tensor, k: int, excluded: set[int]) -> tuple[list[float], list[int]]:
-    left_out = [id for id in excluded if id < len(scores_V)]
-    scores_V[left_out] = -torch.inf
-    best_K = scores_V.topk(min(k, len(scores_V) - len(left_out)))
+def _best(scores_V: Tensor, k: int, among_V: Tensor, excluded: set[int]) -> tuple[list[float], list[int]]:
+    among_V = among_V.clone()
+    among_V[list(excluded)] = False
+    best_K = scores_V.where(among_V, -torch.inf).topk(min(k, int(among_V.sum())))
     return best_K.values.tolist(), best_K.indices.tolist()
 
 

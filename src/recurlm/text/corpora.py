@@ -21,7 +21,7 @@ from typing import BinaryIO, cast, final
 
 import numpy as np
 
-from recurlm.errors import DataError, RunError, UserError, lookup
+from recurlm.errors import DataError, RunError, UserError, lookup, shown
 from recurlm.text import plays
 
 SPLITS = ("train", "valid", "test")
@@ -196,13 +196,35 @@ def _documents(path: Path, start: int, end: int | None) -> Iterator[bytes]:
                 )
             if line.strip(b" \t\r\n\xef\xbb\xbf"):
                 try:
-                    text = json.loads(line.decode().removeprefix("\ufeff"))["text"].encode()
-                except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+                    text = _document(line)
+                except ValueError as error:
                     raise DataError(
-                        f'{path}: line {_line_at(path, place)} is not a JSON object with text under "text".'
+                        f'{path}: line {_line_at(path, place)} is not a JSON object with text under "text": {error}.'
                     ) from None
                 yield text.rstrip(b"\n") + b"\n\n"
             place += len(line)
+
+
+def _document(line: bytes) -> bytes:
+    """What a line of JSON has under "text"; ValueError that says what is wrong."""
+    try:
+        value = json.loads(line.decode().removeprefix("\ufeff").rstrip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at character {error.pos} of the line") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"found {shown(value)}")
+    if "text" not in value:
+        raise ValueError(f"its keys are {shown(list(value))}")
+    if not isinstance(text := value["text"], str):
+        raise ValueError(f"found {shown(text)} there")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a lone surrogate at character {error.start} of it is no character") from None
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -90,6 +90,14 @@ class Store:
                 raise DataError(f"{file}: holds the id {largest}, but its tokenizer has {self.vocab_size}; {_PREPARE}.")
 
 
+def has_carriage_returns(store: Store) -> bool:
+    """Whether most lines at the beginning of the training text end with "\\r\\n", where the "\\r" is in the ids."""
+    tokenizer, ids = store.tokenizer(), store.ids("train")[: 1 << 20]
+    returns = [id for id, piece in enumerate(tokenizer.pieces) if piece.endswith(b"\r")]
+    ends = np.flatnonzero(ids == tokenizer.boundary_id)
+    return bool(len(ends)) and float(np.isin(ids[ends - 1], returns).mean()) > 0.5
+
+
 def is_store(path: str | Path) -> bool:
     """Whether there is a folder with a store.json at `path`."""
     return (Path(path) / "store.json").is_file()

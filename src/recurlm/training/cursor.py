@@ -29,7 +29,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: `signal` is not 0 when SIGINT or SIGTERM stopped it."""
+    """How a run ended: `signal` is not 0 when SIGINT or SIGTERM stopped it; the best loss is that of `split`."""
 
     step: int
     epoch: int
@@ -39,6 +39,7 @@ class Result:
     finished: bool
     stage: int = 1
     stages: int = 1
+    split: str = "valid"
 
 
 def seed_for_step(seed: int, step: int) -> int:

@@ -349,7 +349,8 @@ class Trainer:
             monitor.close()
         seconds = c.seconds + time.monotonic() - started
         epochs = c.epoch + self.epoch_ended()
-        return Result(c.step, epochs, best, seconds, self.wish.signal, self.done(), c.stage + 1, self.stages)
+        where = c.stage + 1, self.stages, self.valid_split
+        return Result(c.step, epochs, best, seconds, self.wish.signal, self.done(), *where)
 
     def step_and_dues(self, monitor: Monitor, started: float) -> None:
         """One step and what is due after it: records, sample, validation, checkpoint."""

@@ -71,6 +71,14 @@ class Tokenizer(ABC):
         """One id in printable characters: "\\n" for a newline, <0xE2> for a byte that is no character."""
         return display(self.pieces[self._checked([id])[0]])
 
+    def is_byte(self, id: int) -> bool:
+        """Whether an id is one of the bytes that spell characters outside the vocabulary."""
+        try:
+            self.pieces[self._checked([id])[0]].decode()
+        except UnicodeDecodeError:
+            return True
+        return False
+
     def to_json(self) -> str:
         """The tokenizer.json: `tokenizers.Tokenizer.from_str` loads it and gives the same ids."""
         return json.dumps(self.to_dict(), ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -48,6 +48,9 @@ class ByteTokenizer(Tokenizer):
         data = text if isinstance(text, bytes) else to_bytes(text)
         return np.frombuffer(data, np.uint8).astype(np.int64)
 
+    def is_byte(self, id: int) -> bool:
+        return False  # nothing is outside its vocabulary
+
     @classmethod
     def cut(cls, text: str) -> int:
         return len(text)

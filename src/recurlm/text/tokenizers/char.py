@@ -93,8 +93,10 @@ class CharTokenizer(Tokenizer):
         return len(text)
 
     def token(self, id: int) -> str:
-        row = self._checked([id])[0] - len(self._characters)
-        return BYTES[row] if row >= 0 and self._byte_fallback else display(self.pieces[id])
+        return BYTES[id - len(self._characters)] if self.is_byte(id) else display(self.pieces[id])
+
+    def is_byte(self, id: int) -> bool:
+        return self._checked([id])[0] >= len(self._characters) and self._byte_fallback
 
 
 def _code_points(text: str) -> np.ndarray:
