@@ -1,12 +1,14 @@
 """Every way to lay out the LSTM kernels, checked against float64 and timed; then layers with the fastest ones beside cuDNN.
 
-    python bench/lstm_kernel.py [--seconds 150] [--each 2 | --paces] [--shapes 1152,20,bf16 ...]
+    python bench/lstm_kernel.py [--seconds 150] [--each 1 | --paces] [--shapes 1152,20,bf16 ...]
+    python bench/lstm_kernel.py --layers | --steps | --together
 
 All kernels are compiled first, in parallel. Each shape has a process of its own, which goes on behind a layout that broke the
 GPU's context; a layout that waits in vain for a fifth of a second is reported and counts for nothing. What is printed:
 microseconds of the kernel alone at T 70 (the fill of its outputs taken off), the largest relative error of its results, whether
 two runs gave the same bits, and the layout. A table of layers comes last. --paces tries several paces on
-a few layouts instead.
+a few layouts instead; --layers and --steps time layers and training steps with what the last call found fastest, --together two
+kernels side by side.
 """
 
 from __future__ import annotations
@@ -92,13 +94,13 @@ class Case:
         self.y, self.c = values(T + 1, B, H).to(dtype), torch.empty(T + 1, B, H, device="cuda")
         self.d_gates = torch.empty_like(self.gates)
         self.last = torch.empty_like(self.h0), torch.empty_like(self.c0)
-        self.bias = torch.zeros(4 * H, device="cuda", dtype=dtype)
+        self.b_ih, self.b_hh = values(4 * H).to(dtype) / 2, values(4 * H).to(dtype) / 2
         self.d_h0, self.d_c0 = torch.empty_like(self.c0), torch.empty_like(self.c0)
         leaves = [t.double().requires_grad_() for t in (self.gates, self.h0, self.c0)]
         weight, (x, h, c), hs, cs = self.weight.double(), leaves, [], []
         activated = []
         for x_BG in x:
-            i, f, g, o = (x_BG + h @ weight.T).chunk(4, -1)
+            i, f, g, o = (x_BG + h @ weight.T + self.b_ih.double() + self.b_hh.double()).chunk(4, -1)
             i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
             activated.append(torch.cat((i, f, g, o), -1))
             c = f * c + i * g
@@ -127,7 +129,7 @@ class Case:
         x, scratch = self.fill(name, layout)
         last = T, self.trouble, PATIENCE
         if name == "forward":
-            given = self.weight, self.bias, self.bias, self.worked, self.h0, self.c0, x, self.y, self.c
+            given = self.weight, self.b_ih, self.b_hh, self.worked, self.h0, self.c0, x, self.y, self.c
             arguments = *given, *self.last, 0, *last
         else:
             given = self.weight, self.activated, self.c_given, self.d_h, self.d_hT, self.d_cT

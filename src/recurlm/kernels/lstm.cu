@@ -18,26 +18,26 @@
 // Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work. Where a
 // part of the blocks can hold all weights, PARTS such parts have groups of their own, and nothing to do with each other.
 
-// Asks for block k of this warp's share of the vectors, whose words for this lane begin at `from`. Bit k of `present` says whether
-// this lane has any of it; `rows` tiles of batch rows are there for it.
-DEVICE void ask(uint4 (&vectors)[BLOCKS_K][TILES_N], const T16* from, unsigned present, int rows, int k) {
-#pragma unroll
-    for (int n = 0; n < TILES_N; n++) {
-        vectors[k][n] = make_uint4(0, 0, 0, 0);
-        reload_shared_words(vectors[k][n], from + (k * TILES_N + n) * 256, n < rows && present >> k & 1);
-    }
-}
-
-// acc = weights * vectors over this warp's share of k, as they were asked for at `from`. Waits for words that are EMPTY: where there
-// is one group, block by block; else for all of them, and asks for each block of what begins at `next` when its place is free.
-// `then` is called when all are there: loads asked for before would be waited for with them, or even before they are.
+// acc = weights * vectors over this warp's share of k, of which bit k of `present` says whether this lane has any of block k, and
+// whose words for this lane begin at `from`; `rows` tiles of batch rows are there for it. Waits for words that are EMPTY, block by
+// block. `then` is called when all are there: loads asked for before would be waited for with them, or even before they are.
 template <int TILES_M, class Then>
 DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
                                 const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M], const uint4* more,
-                                uint4 (&vectors)[BLOCKS_K][TILES_N], const T16* from, const T16* next, unsigned present,
-                                int next_rows, Patience& patience, Pace& pace, Then then) {
+                                const T16* from, unsigned present, int rows, Patience& patience, Pace& pace,
+                                Then then) {
     bool too_early = false;
-    auto await = [&](int k) {
+    uint4 vectors[BLOCKS_K][TILES_N];
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++)
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++) {
+            vectors[k][n] = make_uint4(0, 0, 0, 0);
+            reload_shared_words(vectors[k][n], from + (k * TILES_N + n) * 256, n < rows && present >> k & 1);
+        }
+    patience.renew();
+#pragma unroll
+    for (int k = 0; k < BLOCKS_K; k++) {
         for (;;) {
             bool waits = false;
 #pragma unroll
@@ -50,19 +50,8 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
                 for (int n = 0; n < TILES_N; n++)
                     reload_shared_words(vectors[later][n], from + (later * TILES_N + n) * 256, is_empty(vectors[later][n]));
         }
-    };
-    patience.renew();
-#pragma unroll
-    for (int k = 0; k < (GROUPS > 1 ? BLOCKS_K : BLOCKS_K - 1); k++) {
-        await(k);
-        if (GROUPS == 1) product<TILES_M>(acc, weights, more, vectors[k], k);
-    }
-    if (GROUPS == 1) await(BLOCKS_K - 1);
-    then();
-#pragma unroll
-    for (int k = GROUPS > 1 ? 0 : BLOCKS_K - 1; k < BLOCKS_K; k++) {
+        if (k == BLOCKS_K - 1) then();
         product<TILES_M>(acc, weights, more, vectors[k], k);
-        if (GROUPS > 1) ask(vectors, next, present, next_rows, k);
     }
     pace.judge(too_early);
 }
@@ -157,23 +146,16 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
     }
     Pace pace;
 
-    uint4 vectors[BLOCKS_K][TILES_N];
-    auto vectors_of = [&](int turn) { return x + ((long long)(turn / GROUPS) * ALL_GROUPS + turn % GROUPS) * VECTORS; };
-    auto tiles_of = [&](int g) { return (min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH) - r + 7) >> 3; };
-    const int first_load = (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
-
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS; turn++) {
-        const int t = turn / GROUPS, g = turn % GROUPS, next = turn + 1;
-        const T16* from = vectors_of(turn) + first_load;
+        const int t = turn / GROUPS, g = turn % GROUPS;
+        T16* const turn_x = x + ((long long)t * ALL_GROUPS + g) * VECTORS;
+        const T16* from = turn_x + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
+        const int batch_rows = min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
         float acc[TILES][TILES_N][4] = {};
         pace.hold(turn ? PACE : 0);
-        if (GROUPS == 1 || !turn)
-#pragma unroll
-            for (int k = 0; k < BLOCKS_K; k++) ask(vectors, from, present, tiles_of(g), k);
-        product_of_arriving<TILES>(acc, kept, more, vectors, from, vectors_of(next) + first_load, present,
-                                   next < T * GROUPS ? tiles_of(next % GROUPS) : 0, patience, pace,
-                                   [&] { if (next < T * GROUPS) fetch(next); });
+        product_of_arriving<TILES>(acc, kept, more, from, present, rows, patience, pace,
+                                   [&] { if (turn + 1 < T * GROUPS) fetch(turn + 1); });
         float* place = sums + (turn & 1) * WARPS * TILES_N * 8 * STRIDE;
         put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);
         barrier();
@@ -195,7 +177,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             cell[i] = forget * cell[i] + in * value;
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             word[i] = packed(now, next);
-            if (there && !(item & 1) && t + 1 < T) store_shared_word(vectors_of(turn + GROUPS) + place_of[i], word[i]);
+            if (there && !(item & 1) && t + 1 < T) store_shared_word(turn_x + ALL_GROUPS * VECTORS + place_of[i], word[i]);
             gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
         // others wait for x alone: the rest is written after it
@@ -393,21 +375,15 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 
         // this block's part of the gradients of h before step t
         const T16* from = x + (long long)t * ALL_GROUPS * VECTORS + row * (ROW_UNITS / 8 * TILES_N * 256) + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
-        auto tiles_of = [&](int g) { return (min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH) - r + 7) >> 3; };
-        uint4 vectors[BLOCKS_K][TILES_N];
         const int use = T - 1 - t;
         const unsigned bit = (use / RING) & 1;
         float* to = ring + ((long long)(use % RING) * ROWS + row) * BATCH * ALL_COLUMNS + column0;
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
-            const int batch_rows = min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH);
+            const int batch_rows = min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
             float acc[TILES][TILES_N][4] = {};
             pace.hold(t < T - 1 && !g ? PACE : 0);
-            if (!g)
-#pragma unroll
-                for (int k = 0; k < BLOCKS_K; k++) ask(vectors, from, present, tiles_of(0), k);
-            product_of_arriving<TILES>(acc, kept, more, vectors, from + g * VECTORS, from + (g + 1) * VECTORS, present,
-                                       g + 1 < GROUPS ? tiles_of(g + 1) : 0, patience, pace,
+            product_of_arriving<TILES>(acc, kept, more, from + g * VECTORS, present, rows, patience, pace,
                                        [&] { if (t > 0 && g == GROUPS - 1) fetch(t - 1, 0); });
             float* place = sums + turn * WARPS * TILES_N * 8 * STRIDE;
             put_sums<TILES, STRIDE>(place + warp * TILES_N * 8 * STRIDE, acc, lane);

@@ -25,7 +25,7 @@ LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 CLUSTER_RING = 2  # the same within clusters
 WIDE_CAPABILITY = (9, 0)  # the one that has products of four warps, wgmma
 WIDE_TILES = (5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
-PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch, which pays from PART_ROWS rows on
+PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch of PART_ROWS rows or more
 PART_ROWS = 16
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
 MOST_BATCH = (
@@ -104,10 +104,12 @@ def _of_parts(make: Callable[[int, int, int, Card], Iterator[Layout]], H: int, b
     return sorted(found, key=lambda layout: layout.cost)
 
 
-def _fitted(tiles_m: int, tiles_n: int, blocks_k: int, warps: int, other: int, here: Card) -> tuple[int, int] | None:
+def _fitted(
+    tiles_m: int, tiles_n: int, blocks_k: int, warps: int, other: int, here: Card, biases: int = 0
+) -> tuple[int, int] | None:
     """(blocks of 32 k whose weights are kept in registers, bytes of shared memory); None where neither has room.
 
-    `other` is an estimate of the registers that the rest of the kernel needs.
+    `other` is an estimate of the registers that the rest of the kernel needs, `biases` the bytes of those in shared memory.
     """
     registers = min(
         255, 16384 // (32 * _up(warps, 4)) // 8 * 8
@@ -116,7 +118,7 @@ def _fitted(tiles_m: int, tiles_n: int, blocks_k: int, warps: int, other: int, h
     kept = max(0, min(blocks_k, free // (8 * tiles_m)))
     if kept < blocks_k:  # fragments from shared memory pass through registers
         kept = max(0, min(blocks_k, (free - 4) // (8 * tiles_m)))
-    shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + 2 * warps * tiles_n * 8 * (16 * tiles_m + 4) * 4
+    shared = warps * (blocks_k - kept) * 2 * tiles_m * 512 + 2 * warps * tiles_n * 8 * (16 * tiles_m + 4) * 4 + biases
     return (kept, shared) if free >= 0 and shared <= here.shared - 2048 else None
 
 
@@ -143,13 +145,15 @@ def forward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
 
 
 def _forward(H: int, batch: int, parts: int, here: Card) -> Iterator[Layout]:
-    least = _up(_up(H, 4), max(here.processors, 1))
+    if not here.processors:
+        return
+    least = _up(_up(H, 4), here.processors)
     for tiles_m in (least, least + 1):
         units, blocks = 4 * tiles_m, _up(H, 4 * tiles_m)
         for warps, blocks_k in _warps(_up(H, 32)):
             for groups, rows, tiles_n in _groupings(batch, parts):
                 rounds = _up(units * rows, 32 * warps)
-                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 20 + 5 * rounds + blocks_k, here)
+                fit = _fitted(tiles_m, tiles_n, blocks_k, warps, 20 + 5 * rounds + blocks_k, here, 16 * units)
                 if fit is None:
                     continue
                 products, reads = _work(groups, warps, blocks_k, fit[0], tiles_m, tiles_n)
@@ -164,8 +168,7 @@ def _forward(H: int, batch: int, parts: int, here: Card) -> Iterator[Layout]:
                 )
                 macros = _batch_macros(H, batch, parts, groups, rows, tiles_n, warps)
                 macros |= {"UNITS": units, "BLOCKS_K": blocks_k, "REGISTERS_K": fit[0]}
-                shared = fit[1] + 16 * units  # the biases
-                yield Layout("forward", tuple(macros.items()), parts * blocks, warps, shared, cost)
+                yield Layout("forward", tuple(macros.items()), parts * blocks, warps, fit[1], cost)
 
 
 def backward_layouts(H: int, batch: int, here: Card) -> list[Layout]:
@@ -291,8 +294,8 @@ def _clustered(
     return Layout(name, tuple(macros.items()), parts * strips * cluster, warps, shared, cost)
 
 
-# What was fastest of many layouts on an H200 (bench/results/h200/lstm-pace.txt), by kernel, units and batch. PACE is free: no
-# layout has it otherwise. Batches over MOST_BATCH are computed here for these sizes only.
+# What was fastest of many layouts on an H200, by kernel, units and batch (bench/results/h200/lstm-pace.txt, lstm-parts.txt). PACE
+# is free: no layout has it otherwise. Batches over MOST_BATCH are computed here for these sizes only.
 FASTEST = {
     ("forward", 1152, 20): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
     ("backward", 1152, 20): {"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8, "GROUPS": 1},
@@ -345,6 +348,11 @@ def _left_to_cudnn(units: int, batch: int, index: int) -> bool:
     return batch > MOST_BATCH and not _is_measured(_up(units, MULTIPLE) * MULTIPLE, batch, card(index))
 
 
+def _whole(layouts: list[Layout]) -> list[Layout]:
+    """The first that has one part, which the estimates are fitted to; others are taken where they were measured."""
+    return [layout for layout in layouts if layout.get("PARTS") == 1][:1]
+
+
 @functools.cache
 def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
     """The forward and the backward layout for a GPU of torch's; None where one of the kernels does not fit."""
@@ -355,9 +363,9 @@ def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
     for name, layouts in LAYOUTS.items():
         choice = FASTEST[name, H, batch] if is_measured else None
         known = measured(name, H, batch, here, choice) if choice else None
-        found = [known] if known else layouts(H, batch, here)[:1]
+        found = [known] if known else _whole(layouts(H, batch, here))
         if not known and batch > LEAST_CLUSTERED:
-            found += cluster_layouts(name, H, batch, here)[:1]
+            found += _whole(cluster_layouts(name, H, batch, here))
         if not found:
             return None
         pair.append(min(found, key=lambda layout: layout.cost))

@@ -46,7 +46,7 @@ def compiled(source: str, macros: Mapping[str, int], capability: tuple[int, int]
     from cuda.bindings import nvrtc  # type: ignore[attr-defined]
 
     version = _checked(nvrtc.nvrtcVersion(), "NVRTC")
-    arch = "sm_{}{}{}".format(*capability, "a" * (capability >= (9, 0)))  # with what only this generation has
+    arch = "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")  # wgmma is for this one alone
     options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
     key = hashlib.sha256("\0".join((source, str(version), *options)).encode()).hexdigest()[:32]
     place = cache_folder() / f"{key}.cubin"
