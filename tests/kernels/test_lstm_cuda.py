@@ -96,29 +96,32 @@ PARAMETERS = {
 }
 
 
-def on_cpu(layout: Layout, half: bool, folder: Path, seed: int, name: str = ""):
-    """The kernel, or another of its source, as a function of its arguments, run by fibres in an order drawn from the seed."""
+def on_cpu(layout: Layout, half: bool, folder: Path):
+    """The layout's kernel as a function of its arguments and of a seed, run by fibres in an order drawn from that; or by name
+    the other one of its source."""
     folder.mkdir(parents=True)
-    blocks, name = layout.get("H") // 8 if name else layout.blocks, name or layout.name
-    signature = PARAMETERS[name].replace("const ", "")
-    parameters = [p.strip() for p in signature.split(",")]
-    names = [p.split()[-1] for p in parameters]
-    globals_ = "".join(f"static {p}_;\n" for p in parameters)
-    assign = "".join(f"{n}_ = {n}; " for n in names)
-    (folder / "kernel.cpp").write_text(
-        f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n{lstm_cuda.source(layout)}'
-        f"{globals_}static void go() {{ {name}({', '.join(n + '_' for n in names)}); }}\n"
-        f'extern "C" int run(int blocks, int warps, int bytes, unsigned seed, {signature}) '
-        f"{{ {assign}return launch(go, blocks, warps, bytes, seed); }}\n"
-    )
+    code = f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n{lstm_cuda.source(layout)}'
+    for name in ("forward",) if layout.name == "forward" else ("backward", "bias_gradient"):
+        signature = PARAMETERS[name].replace("const ", "")
+        parameters = [p.strip() for p in signature.split(",")]
+        names = [p.split()[-1] for p in parameters]
+        code += f"namespace of_{name} {{\n" + "".join(f"static {p}_;\n" for p in parameters)
+        code += f"static void go() {{ {name}({', '.join(n + '_' for n in names)}); }}\n}}\n"
+        assign = "".join(f"of_{name}::{n}_ = {n}; " for n in names)
+        code += (
+            f'extern "C" int run_{name}(int blocks, int warps, int bytes, unsigned seed, {signature}) '
+            f"{{ {assign}return launch(of_{name}::go, blocks, warps, bytes, seed); }}\n"
+        )
+    (folder / "kernel.cpp").write_text(code)
     macros = [f"-D{name}={value}" for name, value in (*layout.macros, ("HALF", int(half)))]
     command = ["g++", "-O1", "-std=c++20", "-w", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp", *macros]
     subprocess.run(command, cwd=folder, check=True)
-    run = ctypes.CDLL(str(folder / "kernel.so")).run
+    made = ctypes.CDLL(str(folder / "kernel.so"))
 
-    def call(arguments) -> bool:
+    def call(arguments, seed: int, name: str = layout.name) -> bool:
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_longlong(a) for a in arguments]
-        return bool(run(blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
+        blocks = layout.get("H") // 8 if name == "bias_gradient" else layout.blocks
+        return bool(getattr(made, f"run_{name}")(blocks, layout.warps, layout.shared, ctypes.c_uint(seed), *values))
 
     return call
 
@@ -198,12 +201,14 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     cpu = torch.device("cpu")
     c, h_last, c_last = torch.full((T + 1, B, H), float("nan")), torch.empty_like(h_BH), torch.empty_like(c_BH)
 
-    def forward(folder: str, seed: int, gates: Tensor, y: Tensor) -> None:
+    run_forward = on_cpu(layout, half, tmp_path / "forward")
+
+    def forward(seed: int, gates: Tensor, y: Tensor) -> None:
         x = lstm_cuda.exchange_of(layout, T, B, cpu)[0]
         given = weight_GH, b_ih, b_hh, gates, h_BH, c_BH, x, y, c, h_last, c_last
-        assert on_cpu(layout, half, tmp_path / folder, seed)((*given, 0, T, trouble, limit)) and not trouble
+        assert run_forward((*given, 0, T, trouble, limit), seed) and not trouble
 
-    forward("forward", 1, gates, y)
+    forward(1, gates, y)
     assert (
         torch.equal(y[0], h_BH)
         and torch.equal(c[0], c_BH)
@@ -213,7 +218,7 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     torch.testing.assert_close(y[1:].double(), h_TBH.detach(), rtol=0, atol=T**0.5 * unit)
     torch.testing.assert_close(c[1:].double(), c_TBH.detach(), rtol=0, atol=T**0.5 * unit)
     again = torch.empty(T + 1, B, H, dtype=dtype)
-    forward("again", 2, x_TBG.clone(), again)
+    forward(2, x_TBG.clone(), again)
     assert torch.equal(again.view(torch.int16), y.view(torch.int16)), "the order of threads changes the result"
 
     d_h, d_hT, d_cT = values(T, B, H), values(B, H), values(B, H, of=torch.float32)
@@ -222,11 +227,11 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     layout = picked("backward", H, B, cluster, back)
     d_gates, (x, ring) = torch.empty(T, B, 4 * H, dtype=dtype), lstm_cuda.exchange_of(layout, T, B, cpu)
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
-    run = on_cpu(layout, half, tmp_path / "backward", 3)
+    run = on_cpu(layout, half, tmp_path / "backward")
     arguments = weight_GH, gates, c, d_h, d_hT, d_cT, x, d_gates, d_h0, d_c0, ring, T, trouble, limit
-    assert run(arguments) and not trouble
+    assert run(arguments, 3) and not trouble
     d_bias = torch.empty(4 * H, dtype=dtype)
-    assert on_cpu(layout, half, tmp_path / "bias", 4, "bias_gradient")((d_gates, d_bias, T * B))
+    assert run((d_gates, d_bias, T * B), 4, "bias_gradient")
     exact_bias = d_gates.double().sum((0, 1))
     torch.testing.assert_close(d_bias.double(), exact_bias, rtol=unit, atol=1e-5 * exact_bias.abs().max().item())
     for found, exact in zip((d_gates, d_h0, d_c0), expected, strict=True):
@@ -245,8 +250,8 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     c, trouble = torch.zeros(T + 1, B, H), torch.zeros(1, dtype=torch.int32)
     zeros, bias = torch.zeros(4 * H, H, dtype=torch.bfloat16), torch.zeros(4 * H, dtype=torch.bfloat16)
     gates, h = torch.zeros(T, B, 4 * H, dtype=torch.bfloat16), torch.zeros(B, H, dtype=torch.bfloat16)
-    run = on_cpu(lonely, False, tmp_path / "forward", 1)
-    assert run((zeros, bias, bias, gates, h, torch.zeros(B, H), x, y, c, *last, 0, T, trouble, 2000))
+    run = on_cpu(lonely, False, tmp_path / "forward")
+    assert run((zeros, bias, bias, gates, h, torch.zeros(B, H), x, y, c, *last, 0, T, trouble, 2000), 1)
     assert trouble.item() == 1 and y[-1, :, : layout.get("UNITS")].isnan().all()
 
 
@@ -257,16 +262,17 @@ def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tm
     T, B, E, dtype = 4, 5, 12, torch.bfloat16
 
     @functools.cache
+    def run(layout: Layout, half: bool):
+        return on_cpu(layout, half, tmp_path / layout.name)
+
     def kernel(layout: Layout, half: bool, index: int | None):
-        run = on_cpu(layout, half, tmp_path / layout.name, 1)
-        return lambda blocks, threads, arguments: run(arguments)
+        return lambda blocks, threads, arguments: run(layout, half)(arguments, 1)
 
     def bias_gradient(layout: Layout, half: bool, index: int | None):
-        run = on_cpu(layout, half, tmp_path / "bias", 1, "bias_gradient")
-        return lambda blocks, threads, arguments: run(arguments)
+        return lambda blocks, threads, arguments: run(layout, half)(arguments, 1, "bias_gradient")
 
     monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
-    monkeypatch.setattr(lstm_cuda, "_bias_gradient", functools.cache(bias_gradient))
+    monkeypatch.setattr(lstm_cuda, "_bias_gradient", bias_gradient)
     monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
     choice = {} if cluster > 1 else 0
     layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)
