@@ -70,7 +70,8 @@ def figures_file(split: str) -> str:
     return "eval.json" if split == "test" else f"eval-{split}.json"
 
 
-OWN_STORE, FIGURES = "store", tuple(map(figures_file, SPLITS))
+OWN_STORE = "store"
+FIGURES = tuple(map(figures_file, SPLITS))
 OURS = (
     "config.toml",
     "metrics.jsonl",

@@ -390,15 +390,22 @@ class LanguageModel:
         known = (piece.decode("utf-8", "replace") for piece in pieces)
         raise RequestError(f"{word!r} is not in the vocabulary.{nearest(word, known)}")
 
+    @cached_property
+    def _kinds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(which tokens are bytes of unknown characters, which begin with a space as words do), of all tokens."""
+        ids, pieces = range(self.tokenizer.vocab_size), self.tokenizer.pieces
+        begins = [len(piece) > 1 and piece[:1] == b" " for piece in pieces]
+        return torch.tensor([self.tokenizer.is_byte(id) for id in ids]), torch.tensor(begins)
+
     def _limits(self, k: int, among: int, *asked: int) -> tuple[int, torch.Tensor]:
         """(k, which tokens may be an answer): no bytes, and no pieces from inside words where the words asked for are none."""
         check_range("k", k, 1, 2**31 - 1)
         check_range("among", among, 0, 2**31 - 1, " (0: all tokens)")
-        size = self.tokenizer.vocab_size
-        begins = [len(piece) > 1 and piece[:1] == b" " for piece in self.tokenizer.pieces]
-        words = bool(asked) and all(begins[id] for id in asked)
-        may = [not self.tokenizer.is_byte(id) and (begins[id] or not words) for id in range(min(among or size, size))]
-        return k, torch.tensor(may + [False] * (size - len(may)))
+        bytes_V, begins_V = self._kinds
+        words = bool(asked) and bool(begins_V[list(asked)].all())
+        may_V = ~bytes_V & begins_V if words else ~bytes_V
+        may_V[among or len(may_V) :] = False
+        return k, may_V
 
     def _ranked(self, best: tuple[list[float], list[int]]) -> list[Neighbour]:
         return [Neighbour(self.tokenizer.token(i), i, score) for score, i in zip(*best, strict=True)]

@@ -9,9 +9,6 @@
 #include <vector>
 
 #define ON_CPU
-#ifndef WIDE
-#define WIDE 0
-#endif
 typedef unsigned short T16;
 #define KERNEL static void
 #define DEVICE inline

@@ -20,6 +20,7 @@ from recurlm.bench import (
     hardware,
     heads,
     inference,
+    lstm,
     mixture,
     pooling,
     pooling_cpu,
@@ -29,6 +30,7 @@ from recurlm.bench import (
     update,
 )  # fmt: skip
 from recurlm.errors import ConfigError, RunError, UserError, lookup
+from recurlm.kernels import nvrtc
 from recurlm.provenance import command, commit
 
 Rows = list[dict[str, Any]]
@@ -50,6 +52,11 @@ def gpu_with_triton() -> str:
     return gpu() or ("" if doctor.versions()["triton"] else "it needs triton, which is not installed")
 
 
+def gpu_with_nvrtc() -> str:
+    """What a measurement of a kernel in CUDA C++ lacks here."""
+    return gpu() or nvrtc.missing()
+
+
 class Measurement(NamedTuple):
     """What is measured, the function that does it, and what it lacks on this machine ("" for nothing)."""
 
@@ -66,6 +73,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "step": Measurement(
         "the training step of published models beside the same step not captured", step.rows, gpu_with_triton
     ),
+    "lstm": Measurement("LSTM layers with resident weights beside cuDNN's", lstm.rows, gpu_with_nvrtc),
     "pooling": Measurement("QRNN pooling beside a plain loop over the columns", pooling.rows, gpu_with_triton),
     "cross-entropy": Measurement(
         "time and memory of the linear cross-entropy beside torch's", cross_entropy.rows, gpu_with_triton

@@ -1,7 +1,5 @@
 """An LSTM layer with its weights resident on the GPU beside cuDNN's, whole: input product, recurrence, weight gradients.
 
-    python -m recurlm.bench.lstm
-
 Ours has its sizes padded to a multiple of 16, as training pads them. The peer of a row is the fastest of cuDNN's in the same
 type, with its sizes as they are and padded to a multiple of 128;
 the other rows are cuDNN as it is commonly called. All are CUDA graphs but those called eager. Large batches are measured
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurlm.bench.timing import Row, duration, gemm_rate, gpu_time, in_turn
+from recurlm.bench.timing import Row, gemm_rate, gpu_time, in_turn
 from recurlm.kernels import lstm_cuda, reference
 from recurlm.model import precision
 
@@ -69,8 +67,8 @@ def padded(size: int, multiple: int = 128) -> int:
     return -(-size // multiple) * multiple
 
 
-def rows(show: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
-    """The layers, and for the first shape cuDNN in every type; each is shown as soon as it is measured."""
+def rows() -> list[dict[str, Any]]:
+    """The layers, and for the first shape cuDNN in every type."""
     found = []
 
     def add(
@@ -82,7 +80,6 @@ def rows(show: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict
             measure=measure, shape=f"T {T}, B {B}, {width} -> {H}, {dtype}", ours_us=ours, peer_us=peer, peer=name, target=target,
             limit_us=of * 8e6 * T * B * H * (width + H) / rate,
         ).as_dict())  # fmt: skip
-        show(found[-1])
 
     for T, B, width, H, dtype, both, forward in SHAPES:
         shape, aligned = (T, B, width, H), (T, B, padded(width), padded(H))
@@ -103,13 +100,3 @@ def rows(show: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict
                 spent = time(reference.lstm, sizes, dtype, True, graph)
                 add(f"{name}{'' if graph else ', eager'}, forward + backward", sizes, dtype, spent, None, "", "", 3)
     return found
-
-
-def show(row: dict[str, Any]) -> None:
-    peer = "" if row["peer_us"] is None else f"{row['peer']} {duration(row['peer_us'])}"
-    of = row["measure"], row["shape"], duration(row["ours_us"]), peer, f"{row['share']:.0%}", row["target"]
-    print(*of, flush=True)
-
-
-if __name__ == "__main__":
-    rows(show)

@@ -115,45 +115,40 @@ def _measure(function: Callable[..., Tensor], given: Inputs) -> tuple[float, flo
     return elapsed, memory
 
 
-def variants() -> list[tuple[str, Callable[..., Tensor], dict[str, Any], dict[str, Any]]]:
-    """(label, function, what to change of the whole softmax's kernels, and of the mixture's)."""
-    from recurlm.kernels import cross_entropy_triton as whole
+def variants() -> list[tuple[str, dict[str, Any]]]:
+    """(label, what to change of the mixture's kernels)."""
     from recurlm.kernels import mixture_triton as fused
+    from recurlm.kernels.cross_entropy_triton import Tiles
 
     sizes, tiles = (24, 32, 48, 84), ((128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1))
-    once = {"ONCE": True}
     return [
-        ("logits computed twice", ours, {}, {"ONCE": False}),
-        ("every logit once", ours, {}, once),
-        *((f"chunks of {n} MB (2^20)", ours, {}, once | {"CHUNK_BYTES": n << 20}) for n in sizes),
-        *((f"tiles {it}", ours, {}, once | {"EXPONENTIALS": whole.Tiles(*it, flatten=True)}) for it in tiles),
-        ("not flat", ours, {}, once | {"EXPONENTIALS": fused.EXPONENTIALS._replace(flatten=False)}),
+        ("logits computed twice", {"ONCE": False}),
+        ("every logit once", {}),
+        *((f"chunks of {n} MB (2^20)", {"CHUNK_BYTES": n << 20}) for n in sizes),
+        *((f"tiles {it}", {"EXPONENTIALS": Tiles(*it, flatten=True)}) for it in tiles),
+        ("not flat", {"EXPONENTIALS": fused.EXPONENTIALS._replace(flatten=False)}),
     ]
 
 
 def sweep(seconds: float = 40, only: int | None = None) -> None:
     """Prints times and memory of other ways, chunks and tiles; stops after about `seconds`. `only` compiles one of them."""
-    from recurlm.kernels import cross_entropy_triton as whole
     from recurlm.kernels import mixture_triton as fused
 
     start = time.perf_counter()
     given = {name: inputs(shape) for name, (shape, _) in SHAPES.items()}
     chosen = variants()
-    for label, function, softmax, own in chosen if only is None else chosen[only : only + 1]:
+    for label, changes in chosen if only is None else chosen[only : only + 1]:
         cells = []
-        with contextlib.ExitStack() as changed:
-            for module, values in ((whole, softmax), (fused, own)):
-                for key, value in values.items():
-                    changed.enter_context(mock.patch.object(module, key, value))
+        with mock.patch.multiple(fused, **changes) if changes else contextlib.nullcontext():
             for name, one in given.items():
                 if time.perf_counter() - start > seconds:
                     cells.append("out of time")
                     continue
                 try:
                     if only is not None:
-                        both(function, one)
+                        both(ours, one)
                         continue
-                    elapsed, memory = _measure(function, one)
+                    elapsed, memory = _measure(ours, one)
                     cells.append(f"{name} {elapsed:8.0f} us {memory - sum(x.nbytes for x in one[0]) / 1e6:5.0f} MB")
                 except Exception as error:  # such as too little shared memory
                     cells.append(f"{name} {type(error).__name__}: {str(error)[:80]}")

@@ -271,21 +271,18 @@ def _clustered(
     # microseconds of reading the vectors from the L2 cache, and weights, vectors and sums from shared memory; the factors are
     # fitted to the layouts of at least 7 warps in bench/results/h200/lstm-clusters.txt, fewer are slower than that
     moved = batch * H * (2 if forward else 8) * strips / 5.5e6
-    reads, vectors = (groups * warps * n * 4 / 1900 for n in ((blocks_k - kept) * 2 * tiles_m, blocks_k * tiles_n))
     sums = groups * rows * tiles_n * warps_k / 2 / 1900
-    if wide:  # their own rate; not fitted
-        reads, vectors = groups * warps // 4 * tiles_m * blocks_k * 2 * 4 * tiles_n / 1755, 0.0
+    if wide:  # at their own rate, not fitted
+        products, reads, vectors = groups * warps // 4 * tiles_m * blocks_k * 2 * 4 * tiles_n / 1755, 0.0, 0.0
+    else:
+        products = 0.0  # they are in the other terms
+        reads, vectors = (groups * warps * n * 4 / 1900 for n in ((blocks_k - kept) * 2 * tiles_m, blocks_k * tiles_n))
     if forward:
         cost = (
-            1.3
-            + 1.7 * moved
-            + reads * wide
-            + 0.5 * vectors
-            + 1.1 * sums
-            + groups * (0.27 + 0.19 * rounds + 0.13 * sends)
+            1.3 + 1.7 * moved + products + 0.5 * vectors + 1.1 * sums + groups * (0.27 + 0.19 * rounds + 0.13 * sends)
         )
     else:
-        cost = 2.5 + 2.25 * moved + 0.7 * reads + 0.4 * vectors + 2.2 * sums
+        cost = 2.5 + 2.25 * moved + 0.7 * (products + reads) + 0.4 * vectors + 2.2 * sums
     cost += groups * (0.1 + 0.5 * max(0, 8 - warps))
     macros = _batch_macros(H, batch, parts, groups, batch_rows, tiles_n, warps)
     macros |= {"CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m}
