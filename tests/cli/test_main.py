@@ -160,6 +160,23 @@ def test_eval_reads_a_folder_with_the_split_asked_for_only(trained, tmp_path):
     assert done.returncode == 2 and "no train text" in done.stderr
 
 
+def test_an_interruption_in_a_callback_costs_one_line():
+    """Python can only report what is raised there, so the process goes on, and knows the signal's number."""
+    code = """if True:
+        import signal, sys, weakref
+        from recurlm.cli.signals import listen
+
+        class It: pass
+
+        stopped, it = listen(), It()
+        seen = weakref.ref(it, lambda _: signal.raise_signal(signal.SIGTERM))
+        del it
+        sys.exit(128 + stopped[0])
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (143, "recurlm: interrupted (SIGTERM).\n")
+
+
 @pytest.mark.parametrize("verb", ["score", "generate"])
 def test_control_c_costs_one_line(trained, verb):
     """Interrupted in the middle of its output, the verb says so, without a traceback, and exits 130."""

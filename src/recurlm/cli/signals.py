@@ -8,6 +8,12 @@ import sys
 import threading
 
 
+def _unraisable(what: sys.UnraisableHookArgs) -> None:
+    """Says nothing of an interruption that came where Python cannot raise it, as in a callback of a weak reference."""
+    if what.exc_type is not SystemExit:
+        sys.__unraisablehook__(what)
+
+
 def listen() -> list[int]:
     """A list that gets the number of the first SIGINT or SIGTERM, which ends the process; training listens itself.
 
@@ -19,6 +25,7 @@ def listen() -> list[int]:
         if stopped:
             os._exit(128 + stopped[0])
         stopped.append(number)
+        sys.unraisablehook = _unraisable
         print(f"recurlm: interrupted ({signal.Signals(number).name}).", file=sys.stderr, flush=True)
         last = threading.Timer(5.0, os._exit, (128 + number,))
         last.daemon = True
