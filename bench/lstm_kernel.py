@@ -62,7 +62,7 @@ def candidates(name: str, H: int, B: int, card: Card, each: int) -> list[Layout]
     best, found = min(layout.cost for layout in made), []
     for layout in made:
         of = dict(layout.macros)
-        kind = of["PARTS"], layout.cluster, of["TILES_N"], layout.warps // 4
+        kind = of["PARTS"], of.get("TEAMS", 1), layout.cluster, of["TILES_N"], layout.warps // 4
         counts[kind] += 1
         if counts[kind] <= each and layout.cost < 1.5 * best:
             found.append(layout)

@@ -27,7 +27,7 @@ TYPES = (torch.bfloat16, torch.float16)
 
 def assert_batch_is_covered(of, batch):
     """No group is without a row: its blocks would wait for nothing and run ahead."""
-    groups = of["PARTS"] * of["GROUPS"]
+    groups = of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"]
     assert groups * of["GROUP_BATCH"] >= batch > (groups - 1) * of["GROUP_BATCH"]
 
 
@@ -66,7 +66,10 @@ def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, 
                 layout.blocks <= layout.cluster * dict(H200.clusters)[layout.cluster] and layout.shared <= H200.shared
             )
             assert_batch_is_covered(of, batch)
-            assert of["WARPS"] == of["WARPS_M"] * of["WARPS_K"] <= 16 and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            assert (
+                of["WARPS"] == of.get("TEAMS", 1) * of["WARPS_M"] * of["WARPS_K"] <= 16
+                and 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
+            )
             strips, rows, k = (
                 layout.blocks // layout.cluster // of["PARTS"],
                 of["WARPS_M"] * of["WARP_TILES"],
@@ -149,7 +152,7 @@ def picked(name: str, H: int, B: int, cluster: int, choice: int | dict[str, int]
     if kept is None:
         return layout
     of = dict(layout.macros)
-    moved = of["WARPS"] * (of["REGISTERS_K"] - kept) * 2 * of["WARP_TILES"] * 512
+    moved = of["WARPS"] // of.get("TEAMS", 1) * (of["REGISTERS_K"] - kept) * 2 * of["WARP_TILES"] * 512
     return layout._replace(macros=tuple((of | {"REGISTERS_K": kept}).items()), shared=layout.shared + moved)
 
 
@@ -175,6 +178,9 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (96, 75, 3, {"WIDE": 1, "TILES_N": 10, "REGISTERS_K": 1}, {"WIDE": 1, "GROUPS": 2, "REGISTERS_K": 0}, True, 3),
     (96, 62, 3, {"WIDE": 1, "TILES_N": 8}, {"WIDE": 1, "TILES_N": 8, "REGISTERS_K": 1}, False, 3),
     (112, 70, 4, {"WIDE": 1, "PARTS": 2}, {"WIDE": 1, "PARTS": 2}, False, 2),
+    (96, 37, 4, {"TEAMS": 2, "WIDE": 1, "GROUPS": 1}, {"TEAMS": 2, "GROUPS": 1}, False, 2),
+    (96, 50, 3, {"TEAMS": 2, "PARTS": 2, "REGISTERS_K": 0}, {"TEAMS": 2, "WIDE": 1, "REGISTERS_K": 0}, True, 3),
+    (128, 21, 4, {"TEAMS": 2, "WARPS_K": 2, "GROUPS": 2}, {"TEAMS": 2, "WARPS_K": 2}, False, 2),
     (80, 1, 1, {}, {}, False, 3),
 )
 

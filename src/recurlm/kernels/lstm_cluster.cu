@@ -16,9 +16,12 @@
 //
 // Where WIDE, products are those of groups of four warps (compute capability 9.0): 64 rows by the 8 TILES_N columns of the group.
 //
-// Macros: H, BATCH, PARTS, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
+// A block's warps are TEAMS teams, with the same weights and a share of the batch each: while one waits, another works.
+//
+// Macros: H, BATCH, PARTS, TEAMS or not, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF as in lstm.cu; CLUSTER, WARPS_M, WARPS_K, WARP_TILES, BLOCKS_K,
 // REGISTERS_K, WIDE or not; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 WARPS_K BLOCKS_K.
 
+#define TEAM_THREADS (WARPS / TEAMS * 32)
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS + 4)
 #define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors, of a warp
@@ -27,29 +30,25 @@
 // Where warps share k, only one barrier a turn is that of all warps, so one can be a turn ahead of another: what it writes before that
 // barrier has two places.
 #define PLACES (WARPS_K > 1 ? 2 : 1)
+#define SUMS_OF_TEAM (PLACES * WARPS_K * TILES_N * 8 * STRIDE)
 #define LAG (GROUPS > 1)  // turns between a group's product and its new values, for the sums to travel
 
 // An item is a place of new values: WIDTH neighbouring rows and a batch row. A block has SHARE items of a group. The
-// sums of the forward kernel travel in fp16 where the type is bf16: they are of moderate size, and of what was rounded to bf16.
+// sums of the forward kernel travel in fp16: they are of moderate size, and of what was rounded to 16 bits.
 #ifdef UNITS
 #define WIDTH 4
 #define PART ((H + UNITS - 1) / UNITS * CLUSTER)
-#if !HALF
-#define IN_FP16 1
-typedef uint2 Sums;
-#else
-typedef uint4 Sums;
-#endif
 #else
 #define WIDTH 2
 #define PART ((H + COLUMNS - 1) / COLUMNS * CLUSTER)
-typedef uint2 Sums;
 #endif
+typedef uint2 Sums;
 #define A_ROW (ROWS / WIDTH)
 #define SHARE ((A_ROW * GROUP_BATCH + 2 * CLUSTER - 1) / (2 * CLUSTER) * 2)
-#define ROUNDS ((SHARE + THREADS - 1) / THREADS)
+#define ROUNDS ((SHARE + TEAM_THREADS - 1) / TEAM_THREADS)
 #define INBOX (RING * GROUPS * CLUSTER * SHARE)
-#define SENDS ((ROWS / 4 * GROUP_BATCH + THREADS - 1) / THREADS)
+#define QUADS (WIDTH / 2)  // of rows in the 16 bytes that are sent at once
+#define SENDS ((ROWS / 4 * GROUP_BATCH / QUADS + TEAM_THREADS - 1) / TEAM_THREADS)
 
 // What a block has of shared memory, and where its warp stands in it.
 struct Places {
@@ -58,12 +57,13 @@ struct Places {
     Sums* inbox;
     int thread, warp, lane, r, q, m, k, rank, strip;
     int row, chunk;  // of a fragment of the vectors, what this lane loads
-    int row0;        // the part's first batch row
+    int team, first_group, row0;  // the first group and batch row of this part's team
     Place to[SENDS];  // where this thread's sums go at the first use of the inbox
 
     DEVICE Places(uint4* shared) {
-        thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
-        strip = blockIdx.x % PART / CLUSTER, row0 = blockIdx.x / PART * GROUPS * GROUP_BATCH;
+        team = threadIdx.x / TEAM_THREADS, thread = threadIdx.x % TEAM_THREADS, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
+        strip = blockIdx.x % PART / CLUSTER, first_group = (blockIdx.x / PART * TEAMS + team) * GROUPS;
+        row0 = first_group * GROUP_BATCH;
         m = warp % WARPS_M, k = warp / WARPS_M, rank = blockIdx.x % CLUSTER;
         row = WIDE ? lane & 7 : r, chunk = WIDE ? lane >> 3 : q;
 #if WIDE
@@ -71,16 +71,17 @@ struct Places {
 #else
         more = shared + warp * SHARED_K * 2 * WARP_TILES * 32 + lane;
 #endif
-        stage = shared + WARPS * SHARED_K * 2 * WARP_TILES * 32;
-        sums = (float*)(stage + WARPS_K * FRAGMENTS * 32);
-        inbox = (Sums*)(sums + PLACES * WARPS_K * TILES_N * 8 * STRIDE);
+        stage = shared + WARPS / TEAMS * SHARED_K * 2 * WARP_TILES * 32;
+        sums = (float*)(stage + TEAMS * WARPS_K * FRAGMENTS * 32) + team * SUMS_OF_TEAM;
+        inbox = (Sums*)(sums + (TEAMS - team) * SUMS_OF_TEAM) + team * INBOX;
+        stage += team * WARPS_K * FRAGMENTS * 32;
     }
 
     DEVICE void begin() {  // before anything arrives
-        for (int i = thread; i < INBOX * (int)(sizeof(Sums) / 4); i += THREADS) ((float*)inbox)[i] = 0.0f;
+        for (int i = thread; i < INBOX * (int)(sizeof(Sums) / 4); i += TEAM_THREADS) ((float*)inbox)[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < SENDS; i++) {
-            const int item = (thread + i * THREADS) * (4 / WIDTH);
+            const int item = (thread + i * TEAM_THREADS) * 2;
             Sums* place = inbox + rank * SHARE + item % SHARE;
             to[i] = place_in(place, min(item / SHARE, CLUSTER - 1));
         }
@@ -92,6 +93,22 @@ struct Places {
 
     // Batch rows of a group of this part.
     DEVICE int rows_of(int g) const { return min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH); }
+
+    // Of the warps of this team; and of those of them with the same share of k.
+    DEVICE void meet() const {
+        if (TEAMS > 1) barrier(TEAMS * WARPS_K + team, WARPS / TEAMS);
+        else barrier();
+    }
+    DEVICE void meet_of_k() const { barrier(team * WARPS_K + k, WARPS_M); }
+
+    // Behind the weights' way to shared memory, which the first team brings there.
+    DEVICE void weights_are_there() const {
+        if (TEAMS == 1) return;
+#if WIDE
+        written_for_wide();
+#endif
+        barrier();
+    }
 
     DEVICE int turn_of(int use, int g) { return (use % RING * GROUPS + g) * CLUSTER * SHARE; }
 };
@@ -110,7 +127,7 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
         const uint4 v = half ? second : first;
         if (k < REGISTERS_K) {
             kept[k < REGISTERS_K ? k : 0][half][m] = v;
-        } else {
+        } else if (!at.team) {
             unsigned* to = (unsigned*)(tile_of(at, k, half, m) + at.warp % 4 * 16 + at.r) + at.q;
             to[0] = v.x, to[32] = v.y, to[256] = v.z, to[288] = v.w;  // rows r, r + 8, r, r + 8
         }
@@ -120,7 +137,7 @@ DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 
 DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 second) {
     if (k < REGISTERS_K) {
         kept[k < REGISTERS_K ? k : 0][0][m] = first, kept[k < REGISTERS_K ? k : 0][1][m] = second;
-    } else {
+    } else if (!at.team) {
         at.more[((k - REGISTERS_K) * 2 * WARP_TILES + m) * 32] = first;
         at.more[(((k - REGISTERS_K) * 2 + 1) * WARP_TILES + m) * 32] = second;
     }
@@ -163,7 +180,7 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, uint4 (&words)[LOADS
     float acc[WARP_TILES][TILES_N][4] = {};
 #if WIDE
     written_for_wide();
-    barrier(at.k, WARPS_M);
+    at.meet_of_k();
     wide_begin(acc);
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++)
@@ -179,7 +196,7 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, uint4 (&words)[LOADS
     meanwhile();
     wide_wait(acc);
 #else
-    barrier(at.k, WARPS_M);
+    at.meet_of_k();
     meanwhile();
 #pragma unroll
     for (int k = 0; k < BLOCKS_K; k++) {
@@ -192,15 +209,17 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, uint4 (&words)[LOADS
     const unsigned bit = (use / RING + 1) & 1, offset = at.turn_of(use, g) * sizeof(Sums);
     float* sums = at.sums + odd * WARPS_K * TILES_N * 8 * STRIDE;
     put_sums<WARP_TILES, STRIDE>(sums + at.k * TILES_N * 8 * STRIDE + at.m * WARP_TILES * 16, acc, at.lane);
-    barrier();
+    at.meet();
     pace.begin();
 #pragma unroll
     for (int i = 0; i < SENDS; i++) {
-        const int item = at.thread + i * THREADS;
-        if (item < ROWS / 4 * at.rows_of(g)) {
-            const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, item / (ROWS / 4), item % (ROWS / 4) * 4);
-#if IN_FP16
-            send(at.to[i] + offset, make_uint2(marked(halves(x.x, x.y), bit), marked(halves(x.z, x.w), bit)));
+        const int quad = (at.thread + i * TEAM_THREADS) * QUADS, n = quad / (ROWS / 4), m = quad % (ROWS / 4) * 4;
+        if (quad < ROWS / 4 * at.rows_of(g)) {
+            const float4 x = sum_of_warps<WARPS_K, STRIDE>(sums, n, m);
+#ifdef UNITS
+            const float4 z = sum_of_warps<WARPS_K, STRIDE>(sums, n, m + 4);
+            send(at.to[i] + offset, make_uint4(marked(halves(x.x, x.y), bit), marked(halves(x.z, x.w), bit),
+                                               marked(halves(z.x, z.y), bit), marked(halves(z.z, z.w), bit)));
 #else
             send(at.to[i] + offset, make_uint4(marked(x.x, bit), marked(x.y, bit), marked(x.z, bit), marked(x.w, bit)));
 #endif
@@ -209,7 +228,6 @@ DEVICE void multiply_and_send(Places& at, const Kept& kept, uint4 (&words)[LOADS
 }
 
 DEVICE bool arrived(uint2 v, unsigned bit) { return (v.x & 1) == bit && (v.y & 1) == bit; }
-DEVICE bool arrived(uint4 v, unsigned bit) { return (v.x & v.y & v.z & v.w & 1) == bit && ((v.x | v.y | v.z | v.w) & 1) == bit; }
 
 // The blocks' parts of item `mine` of this block.
 DEVICE void receive(Sums (&parts)[CLUSTER], Places& at, int mine, int use, int g, Patience& patience) {
@@ -237,11 +255,11 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
     SHARED(shared);
     Places at(shared);
     T16* h = y + BATCH * H;
-    x += (long long)(blockIdx.x / PART * GROUPS) * VECTORS;
+    x += (long long)at.first_group * VECTORS;
     copy_words(y, h0, BATCH * H / 2, PART * PARTS);
     const int unit0 = at.strip * UNITS, column0 = at.rank * WARPS_K * BLOCKS_K * 32;
     Patience patience = {limit, 0, trouble, 0};
-    float4* bias = (float4*)(at.inbox + INBOX);
+    float4* bias = (float4*)(at.inbox + (TEAMS - at.team) * INBOX);
     put_bias(bias, b_ih, b_hh, unit0);
     at.begin();
 
@@ -268,6 +286,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
                  make_uint4(rows[0].z, rows[1].z, rows[0].w, rows[1].w));
         }
     }
+    at.weights_are_there();
     unsigned present = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
@@ -276,22 +295,23 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
     }
     Pace pace;
 
-    unsigned input[ROUNDS][4];
+    const int odd = at.thread & 1;  // whether the second of two neighbouring units; each deals with the memory of two gates of both
+    unsigned input[ROUNDS][2];
     float cell[ROUNDS] = {};
     auto fetch = [&](int t, int g) {  // what the new values of group g at step t need of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * TEAM_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
-            const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit;
+            const T16* place = gates + ((long long)t * BATCH + b) * 4 * H + unit - odd + 2 * odd * H;
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) input[i][gate] = there ? place[gate * H] : 0;
+            for (int j = 0; j < 2; j++) input[i][j] = there ? *(const unsigned*)(place + j * H) : 0;
             if (there && (t == 0 || GROUPS > 1)) cell[i] = c[((long long)t * BATCH + b) * H + unit];
         }
     };
     for (int g = 0; g < GROUPS; g++)
-        for (int mine = at.thread; mine < SHARE; mine += THREADS) {
+        for (int mine = at.thread; mine < SHARE; mine += TEAM_THREADS) {
             const int item = at.rank * SHARE + mine, n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             c[b * H + unit] = state_at(c0, b * H + unit, is_short);
@@ -320,29 +340,27 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             fetch(t, g);
         }
         if (turn < LAG) continue;
-        float gate_of[ROUNDS][4];
-        unsigned word[ROUNDS];
+        unsigned gate_words[ROUNDS][2], word[ROUNDS];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * TEAM_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             const bool there = mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H;
             const float4 added = bias[item % A_ROW];
+            const unsigned other[2] = {from_neighbour(input[i][0]), from_neighbour(input[i][1])};
             float sum[4] = {added.x, added.y, added.z, added.w};
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) sum[gate] += widened(input[i][gate]);
+            for (int gate = 0; gate < 4; gate++) {
+                const unsigned both = odd == gate >> 1 ? input[i][gate & 1] : other[gate & 1];
+                sum[gate] += odd ? unpacked(both).y : unpacked(both).x;
+            }
             if (there) {
                 Sums parts[CLUSTER];
                 receive(parts, at, mine, t, g, patience);
 #pragma unroll
                 for (int p = 0; p < CLUSTER; p++) {
-#if IN_FP16
                     const float2 low = from_halves(parts[p].x), high = from_halves(parts[p].y);
                     sum[0] += low.x, sum[1] += low.y, sum[2] += high.x, sum[3] += high.y;
-#else
-                    sum[0] += __uint_as_float(parts[p].x), sum[1] += __uint_as_float(parts[p].y);
-                    sum[2] += __uint_as_float(parts[p].z), sum[3] += __uint_as_float(parts[p].w);
-#endif
                 }
             }
             const float in = sigmoid(sum[0]), forget = sigmoid(sum[1]), value = tangent(sum[2]), out = sigmoid(sum[3]);
@@ -351,26 +369,30 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             word[i] = packed(now, next);
             if (there && !(item & 1) && t + 1 < T)
                 store_shared_word(x + ((long long)(t + 1) * ALL_GROUPS + g) * VECTORS + place_in_vectors(n, unit), word[i]);
-            gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
+            const float theirs[2] = {odd ? in : value, odd ? forget : out}, ours[2] = {odd ? value : in, odd ? out : forget};
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float of_neighbour = from_neighbour(theirs[j]);
+                gate_words[i][j] = odd ? packed(of_neighbour, ours[j]) : packed(ours[j], of_neighbour);
+            }
         }
         // others wait for x alone: the rest is written after it
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * TEAM_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (mine < SHARE && n < GROUP_BATCH && b < BATCH && unit < H) {
                 const long long place = ((long long)t * BATCH + b) * H + unit;
                 c[place + BATCH * H] = cell[i];
                 if (!(item & 1)) *(unsigned*)(h + place) = word[i];
-#pragma unroll
-                for (int gate = 0; gate < 4; gate++)
-                    gates[(place - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
+                T16* of_pair = gates + (place - unit) * 4 + unit - odd + 2 * odd * H;
+                *(unsigned*)of_pair = gate_words[i][0], *(unsigned*)(of_pair + H) = gate_words[i][1];
             }
         }
         if (!LAG && turn + 1 < T) fetch(turn + 1, 0);
     }
     for (int g = 0; g < GROUPS; g++)  // the last state: each thread copies what it wrote
-        for (int mine = at.thread; mine < SHARE; mine += THREADS) {
+        for (int mine = at.thread; mine < SHARE; mine += TEAM_THREADS) {
             const int item = at.rank * SHARE + mine, n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = unit0 + item % A_ROW;
             if (n < GROUP_BATCH && b < BATCH && unit < H) copy_last(h_last, c_last, is_short, y, c, T, b * H + unit);
         }
@@ -385,7 +407,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
                 unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
-    x += (long long)(blockIdx.x / PART * GROUPS) * VECTORS;
+    x += (long long)at.first_group * VECTORS;
     const int column0 = at.strip * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
     Patience patience = {limit, 0, trouble, 0};
     at.begin();
@@ -409,6 +431,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
                  make_uint4(words[0][2], words[1][2], words[0][3], words[1][3]));
         }
     }
+    at.weights_are_there();
     unsigned present = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
@@ -426,7 +449,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     auto fetch = [&](int t, int g) {  // what the gradients of group g's gates at step t need of memory
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * TEAM_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             const long long place = ((long long)t * BATCH + b) * H + unit;
@@ -463,7 +486,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     auto differentiate = [&](int t, int g) {
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.thread + i * THREADS, item = at.rank * SHARE + mine;
+            const int mine = at.thread + i * TEAM_THREADS, item = at.rank * SHARE + mine;
             const int n = item / A_ROW, b = at.row0 + g * GROUP_BATCH + n, unit = column0 + item % A_ROW * 2;
             if (mine >= SHARE || n >= GROUP_BATCH || b >= BATCH || unit >= H) continue;
             if (t >= 0) prepare(i);

@@ -2,6 +2,9 @@
 
 typedef unsigned short T16;
 
+#ifndef TEAMS  // of warps of a block, each with a share of the batch
+#define TEAMS 1
+#endif
 #ifndef WIDE  // whether products are those of groups of four warps
 #define WIDE 0
 #endif
@@ -194,6 +197,7 @@ DEVICE float2 from_halves(unsigned v) {
     return x;
 }
 
+DEVICE unsigned from_neighbour(unsigned v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE float from_neighbour(float v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
 
@@ -240,7 +244,7 @@ DEVICE void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 #endif
 
 #define EMPTY 0xffffffffu
-#define ALL_GROUPS (PARTS * GROUPS)
+#define ALL_GROUPS (PARTS * TEAMS * GROUPS)
 #define THREADS (WARPS * 32)
 #define SHARED_K (BLOCKS_K - REGISTERS_K)
 DEVICE bool is_empty(uint4 v) { return v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY; }

@@ -22,8 +22,10 @@ RING = 4  # uses of the ring of partial sums before a place is used again
 CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
 CLUSTER_CAPABILITY = (9, 0)
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
+TEAMS = (1, 2)  # of the warps of such a block
 CLUSTER_RING = 2  # the same within clusters
 WIDE_CAPABILITY = (9, 0)  # the one that has products of four warps, wgmma
+SMALL_TILES = (1, 2, 3, 4)  # of 8 batch rows in a group
 WIDE_TILES = (5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
 PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch of PART_ROWS rows or more
 PART_ROWS = 16
@@ -86,7 +88,7 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _groupings(batch: int, parts: int, tiles: Sequence[int] = (1, 2, 3, 4)) -> dict[tuple[int, int, int], None]:
+def _groupings(batch: int, parts: int, tiles: Sequence[int] = SMALL_TILES) -> dict[tuple[int, int, int], None]:
     """(groups of a part, batch rows of each, tiles of 8 rows) of ways to take a batch in groups, with such numbers of tiles."""
     found = {}
     for most, more in itertools.product(tiles, (0, 1)):  # a second group, for one's exchange to hide behind
@@ -227,23 +229,26 @@ def _clusters(name: str, H: int, batch: int, parts: int, here: Card) -> Iterator
             continue
         tiles = _up(_up(H, most), 4 if forward else 16)
         blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        ways = itertools.product(_splits(tiles), _splits(blocks), _groupings(batch, parts), (False,))
-        if here.capability == WIDE_CAPABILITY:
-            of_four = [(warps, _up(tiles, warps)) for warps in (4, 8)]
-            wide = itertools.product(of_four, _splits(blocks), _groupings(batch, parts, WIDE_TILES), (True,))
-            ways = itertools.chain(ways, wide)
-        for of_rows, of_k, of_batch, is_wide in ways:
-            layout = _clustered(name, H, batch, here, cluster, (*of_rows, *of_k), (parts, *of_batch), is_wide)
-            if layout is not None:
-                yield layout
+        of_four = [(warps, _up(tiles, warps)) for warps in (4, 8)]
+        for teams, wide in itertools.product(TEAMS, (False, True)):
+            if wide and here.capability != WIDE_CAPABILITY:
+                continue
+            splits, of_batches = (of_four, WIDE_TILES) if wide else (_splits(tiles), SMALL_TILES)
+            of_batches = _groupings(batch, parts * teams, of_batches)
+            for of_rows, of_k, of_batch in itertools.product(splits, _splits(blocks), of_batches):
+                shares, of_batch = (*of_rows, *of_k), (parts, teams, *of_batch)
+                layout = _clustered(name, H, batch, here, cluster, shares, of_batch, wide)
+                if layout is not None:
+                    yield layout
 
 
 def _clustered(
     name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], of_batch: Sequence[int], wide: bool
 ) -> Layout | None:
     """The layout with these shares of a warp; None where it does not fit."""
-    (warps_m, tiles_m, warps_k, blocks_k), (parts, groups, batch_rows, tiles_n) = shares, of_batch
-    forward, warps, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
+    (warps_m, tiles_m, warps_k, blocks_k), (parts, teams, groups, batch_rows, tiles_n) = shares, of_batch
+    forward, team, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
+    warps = teams * team
     k = ((cluster - 1) * warps_k + warps_k - 1) * blocks_k * 4  # the last warp's first chunk of 8 k
     if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
         return None  # a warp with nothing to wait for would run ahead
@@ -253,21 +258,22 @@ def _clustered(
     if strips > dict(here.clusters)[cluster]:
         return None
     share = _up(rows // width * batch_rows, 2 * cluster) * 2
-    rounds, loads = _up(share, 32 * warps), _up(blocks_k * tiles_n, warps_m)
-    sends = _up(rows // 4 * batch_rows, 32 * warps)
+    rounds, loads = _up(share, 32 * team), _up(blocks_k * tiles_n, warps_m)
+    sends = _up(rows // (8 if forward else 4) * batch_rows, 32 * team)
     registers = min(255, 16384 // (32 * _up(warps, 4)) // 8 * 8)
     other = (40 + 6 * rounds if forward else 44 + 22 * rounds) + loads + sends
     product = 4 * tiles_m * tiles_n + (8 if wide else 4 * tiles_n)
     product += 4 * loads if groups > 1 else 0  # the next group's are on their way
     free = registers - other - max(product, 4 * loads, width * cluster)
     shared = warps_k * blocks_k * tiles_n * 512 + min(2, warps_k) * warps_k * tiles_n * 8 * (rows + 4) * 4
-    shared += CLUSTER_RING * groups * cluster * share * width * 4 + (4 * rows if forward else 0)  # and the biases
-    kept, room = max(0, min(blocks_k, free // (8 * tiles_m))), (here.shared - 2048 - shared) // (warps * tiles_m * 1024)
+    shared += CLUSTER_RING * groups * cluster * share * 8
+    shared = teams * shared + (4 * rows if forward else 0)  # and the biases
+    kept, room = max(0, min(blocks_k, free // (8 * tiles_m))), (here.shared - 2048 - shared) // (team * tiles_m * 1024)
     if wide:  # they read shared memory as fast as registers
         kept = min(kept, max(0, blocks_k - room))
     if free < 0 or blocks_k - kept > room:
         return None
-    shared += warps * (blocks_k - kept) * tiles_m * 1024
+    shared += team * (blocks_k - kept) * tiles_m * 1024
     # microseconds of reading the vectors from the L2 cache, and weights, vectors and sums from shared memory; the factors are
     # fitted to the layouts of at least 7 warps in bench/results/h200/lstm-clusters.txt, fewer are slower than that
     moved = batch * H * (2 if forward else 8) * strips / 5.5e6
@@ -284,7 +290,9 @@ def _clustered(
     else:
         cost = 2.5 + 2.25 * moved + 0.7 * (products + reads) + 0.4 * vectors + 2.2 * sums
     cost += groups * (0.1 + 0.5 * max(0, 8 - warps))
-    macros = _batch_macros(H, batch, parts, groups, batch_rows, tiles_n, warps)
+    macros = _batch_macros(H, batch, parts, groups, batch_rows, tiles_n, warps) | (
+        {"TEAMS": teams} if teams > 1 else {}
+    )
     macros |= {"CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m}
     macros |= {"BLOCKS_K": blocks_k, "REGISTERS_K": kept} | ({"WIDE": 1} if wide else {})
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
@@ -404,7 +412,7 @@ def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tup
         blocks = rows * of["ROW_UNITS"] // 8
         if layout.cluster == 1:
             ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
-    vectors = T * of["PARTS"] * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    vectors = T * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
     both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
     return both[:vectors], both[vectors:]
 
