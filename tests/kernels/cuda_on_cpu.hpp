@@ -9,6 +9,11 @@
 #include <vector>
 
 #define ON_CPU
+#ifdef CLUSTER
+#define IN_CLUSTER CLUSTER
+#else
+#define IN_CLUSTER 1
+#endif
 typedef unsigned short T16;
 #define KERNEL static void
 #define DEVICE inline
@@ -37,7 +42,7 @@ struct Block {
     Meeting meeting, groups[16];
     std::vector<Warp> warps;
     int threads;
-    Block* cluster;  // its first block
+    Block* cluster;  // the first block of its cluster
     Meeting cluster_meeting;
     bool ended;
 };
@@ -88,11 +93,21 @@ static void send_word(Place to, unsigned v) {
     abort();
 }
 static void send(Place to, uint4 v) { send_word(to, v.x), send_word(to + 4, v.y), send_word(to + 8, v.z), send_word(to + 12, v.w); }
-static void send(Place to, uint2 v) { send_word(to, v.x), send_word(to + 4, v.y); }
 static uint4 load_arriving(const uint4* p) { give_way(); return *p; }
-static uint2 load_arriving(const uint2* p) { give_way(); return *p; }
-#else
-#define CLUSTER 1
+static unsigned load_arriving(const unsigned* p) { give_way(); return *p; }
+static void bring(void* to, const void* from, bool wanted) {
+    if (wanted) memcpy(to, from, 8), give_way(), memcpy((char*)to + 8, (const char*)from + 8, 8);
+    else memset(to, 0, 16);
+}
+static void wait_for_brought() { give_way(); }
+struct Token { uint16_t count, there; uint32_t passed; };
+static void begin_token(Token* token, int count) { *token = {(uint16_t)count, 0, 0}; }
+static void arrive(Token* token) {
+    if (++token->there == token->count) token->there = 0, token->passed++;
+    give_way();
+}
+static void wait_for(Token* token, unsigned odd) { while ((token->passed & 1) == odd) give_way(); }
+static void warp_barrier() { meet(fibre->block->warps[fibre->thread.x / 32].meeting, 32); }
 #endif
 static unsigned long long nanoseconds() { return rounds + 1; }
 static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
@@ -159,9 +174,10 @@ static void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
     meet(warp.meeting, 32);
 }
 
-#if WIDE
+#ifdef CLUSTER
 struct Matrix { const char* p; int k_bytes, row_bytes; };
 static Matrix matrix_at(const void* p, int k_bytes, int row_bytes) { return {(const char*)p, k_bytes, row_bytes}; }
+static Matrix further(Matrix m, int bytes) { return {m.p + bytes, m.k_bytes, m.row_bytes}; }
 static float element(Matrix m, int row, int k) {
     T16 v;
     memcpy(&v, m.p + k / 8 * m.k_bytes + row / 8 * m.row_bytes + row % 8 * 16 + k % 8 * 2, 2);
@@ -202,7 +218,7 @@ static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, un
     std::vector<Block> all(blocks);
     std::vector<std::unique_ptr<Fibre>> fibres;
     for (int b = 0; b < blocks; b++) {
-        all[b].cluster = &all[b / CLUSTER * CLUSTER], all[b].ended = false;
+        all[b].cluster = &all[b / IN_CLUSTER * IN_CLUSTER], all[b].ended = false;
         all[b].index = {b}, all[b].threads = warps * 32, all[b].warps.resize(warps), all[b].shared.resize(shared_bytes / 16);
         memset(all[b].shared.data(), 0xff, all[b].shared.size() * 16);
         for (int i = 0; i < warps * 32; i++) {

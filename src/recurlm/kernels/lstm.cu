@@ -18,6 +18,51 @@
 // Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work. Where a
 // part of the blocks can hold all weights, PARTS such parts have groups of their own, and nothing to do with each other.
 
+// acc += weights * vectors for block k of this warp's share. `weights` are the fragments kept in registers, `more` those in
+// shared memory, 16 bytes a lane.
+template <int TILES_M>
+DEVICE void product(float (&acc)[TILES_M][TILES_N][4], const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M],
+                    const uint4* more, const uint4 (&vectors)[TILES_N], int k) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int m = 0; m < TILES_M; m++) {
+            uint4 a = k < REGISTERS_K ? weights[k < REGISTERS_K ? k : 0][half][m]
+                                      : more[(((k - REGISTERS_K) * 2 + half) * TILES_M + m) * 32];
+#pragma unroll
+            for (int n = 0; n < TILES_N; n++) {
+                uint4 b = vectors[n];
+                multiply(acc[m][n], a.x, a.y, a.z, a.w, half ? b.z : b.x, half ? b.w : b.y);
+            }
+        }
+    }
+}
+
+// The warp's sums to shared memory, as [column n][row m] with rows of LENGTH floats.
+template <int TILES_M, int LENGTH>
+DEVICE void put_sums(float* sums, const float (&acc)[TILES_M][TILES_N][4], int lane) {
+    const int r = lane >> 2, q = lane & 3;
+#pragma unroll
+    for (int m = 0; m < TILES_M; m++)
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                *(float2*)(sums + (n * 8 + 2 * q + e) * LENGTH + m * 16 + 2 * r) = make_float2(acc[m][n][e], acc[m][n][e + 2]);
+}
+
+// The sum over COUNT warps' sums of four neighbouring rows m of column n.
+template <int COUNT, int LENGTH>
+DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < COUNT; w++) {
+        float4 part = *(const float4*)(sums + (w * TILES_N * 8 + n) * LENGTH + m);
+        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+    }
+    return total;
+}
+
 // acc = weights * vectors over this warp's share of k, of which bit k of `present` says whether this lane has any of block k, and
 // whose words for this lane begin at `from`; `rows` tiles of batch rows are there for it. Waits for words that are EMPTY, block by
 // block. `then` is called when all are there: loads asked for before would be waited for with them, or even before they are.

@@ -2,11 +2,11 @@
 
 typedef unsigned short T16;
 
-#ifndef TEAMS  // of warps of a block, each with a share of the batch
-#define TEAMS 1
-#endif
-#ifndef WIDE  // whether products are those of groups of four warps
+#ifdef CLUSTER
+#define WIDE 1  // products are those of groups of four warps
+#else
 #define WIDE 0
+#define TEAMS 1
 #endif
 
 #ifndef ON_CPU  // the tests bring these for a CPU
@@ -92,10 +92,6 @@ DEVICE void send(Place to, uint4 v) {
                  ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-DEVICE void send(Place to, uint2 v) {
-    asm volatile("st.relaxed.cluster.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(v.x), "r"(v.y) : "memory");
-}
-
 // Words of this block's shared memory that the cluster's blocks may be writing.
 DEVICE uint4 load_arriving(const uint4* p) {
     uint4 v;
@@ -104,12 +100,33 @@ DEVICE uint4 load_arriving(const uint4* p) {
     return v;
 }
 
-DEVICE uint2 load_arriving(const uint2* p) {
-    uint2 v;
-    asm volatile("ld.relaxed.cluster.shared::cta.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(v.x), "=r"(v.y) : "r"((unsigned)__cvta_generic_to_shared(p)) : "memory");
+DEVICE unsigned load_arriving(const unsigned* p) {
+    unsigned v;
+    asm volatile("ld.relaxed.cluster.shared::cta.u32 %0, [%1];" : "=r"(v) : "r"((unsigned)__cvta_generic_to_shared(p)) : "memory");
     return v;
 }
+
+// 16 bytes from the L2 cache to shared memory, or zeros where they are not `wanted`; there after the next `wait_for_brought`.
+DEVICE void bring(void* to, const void* from, bool wanted) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+}
+DEVICE void wait_for_brought() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Of this block, in shared memory: passed each time when `count` have arrived at it.
+typedef unsigned long long Token;
+DEVICE void begin_token(Token* token, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((unsigned)__cvta_generic_to_shared(token)), "r"(count) : "memory");
+}
+DEVICE void arrive(Token* token) {
+    asm volatile("{.reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0];}" ::"r"((unsigned)__cvta_generic_to_shared(token)) : "memory");
+}
+// Until it has been passed an odd number of times (odd = 0: the first, third, ...), or an even one (1).
+DEVICE void wait_for(Token* token, unsigned odd) {
+    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again;}"
+                 ::"r"((unsigned)__cvta_generic_to_shared(token)), "r"(odd) : "memory");
+}
+DEVICE void warp_barrier() { __syncwarp(); }
 #endif
 
 #if WIDE
@@ -117,13 +134,23 @@ DEVICE uint2 load_arriving(const uint2* p) {
 // next 8 rows `row_bytes`.
 typedef unsigned long long Matrix;
 DEVICE Matrix matrix_at(const void* p, int k_bytes, int row_bytes) {
-    const unsigned place = (unsigned)__cvta_generic_to_shared(p);
+    unsigned place = (unsigned)__cvta_generic_to_shared(p);
+    asm volatile("" : "+r"(place));  // computed anew each time: places of all parts in registers would be too many
     return (Matrix)((place & 0x3ffff) >> 4) | (Matrix)(k_bytes >> 4) << 16 | (Matrix)(row_bytes >> 4) << 32;
 }
+DEVICE Matrix further(Matrix matrix, int bytes) { return matrix + (bytes >> 4); }
 
 #define SUM(n) "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])
 #define TEN(d) "%" #d "0, %" #d "1, %" #d "2, %" #d "3, %" #d "4, %" #d "5, %" #d "6, %" #d "7, %" #d "8, %" #d "9"
-#if TILES_N == 5
+#if TILES_N == 3
+#define SUMS SUM(0), SUM(1), SUM(2)
+#define SHAPE "m64n24k16"
+#define SUMS_TEXT TEN() ", %10, %11"
+#define ONE_TEXT "%12"
+#define TWO_TEXT "%13"
+#define FOUR_TEXT "{%12, %13, %14, %15}"
+#define FIFTH_TEXT "%16"
+#elif TILES_N == 5
 #define SUMS SUM(0), SUM(1), SUM(2), SUM(3), SUM(4)
 #define SHAPE "m64n40k16"
 #define SUMS_TEXT TEN() ", " TEN(1)
@@ -248,6 +275,11 @@ DEVICE void multiply(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 #define THREADS (WARPS * 32)
 #define SHARED_K (BLOCKS_K - REGISTERS_K)
 DEVICE bool is_empty(uint4 v) { return v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY; }
+#ifdef CLUSTER
+DEVICE bool is_empty(unsigned v) { return v == EMPTY; }
+DEVICE void make_empty(uint4* place) { *place = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY); }
+DEVICE void make_empty(unsigned* place) { *place = EMPTY; }
+#endif
 
 // `count` words, in turn by all threads of so many blocks.
 DEVICE void copy_words(void* to, const void* from, int count, int blocks) {
@@ -347,50 +379,26 @@ DEVICE void put_bias(float4* to, const T16* b_ih, const T16* b_hh, int unit0) {
 
 DEVICE float tangent(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
-// acc += weights * vectors for block k of this warp's share. `weights` are the fragments kept in registers, `more` those in
-// shared memory, 16 bytes a lane.
-template <int TILES_M>
-DEVICE void product(float (&acc)[TILES_M][TILES_N][4], const uint4 (&weights)[REGISTERS_K ? REGISTERS_K : 1][2][TILES_M],
-                    const uint4* more, const uint4 (&vectors)[TILES_N], int k) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int m = 0; m < TILES_M; m++) {
-            uint4 a = k < REGISTERS_K ? weights[k < REGISTERS_K ? k : 0][half][m]
-                                      : more[(((k - REGISTERS_K) * 2 + half) * TILES_M + m) * 32];
-#pragma unroll
-            for (int n = 0; n < TILES_N; n++) {
-                uint4 b = vectors[n];
-                multiply(acc[m][n], a.x, a.y, a.z, a.w, half ? b.z : b.x, half ? b.w : b.y);
-            }
-        }
-    }
+#ifdef CLUSTER
+// The sums that a cluster's blocks send each other, two in a word: forward in fp16, for they are of moderate size and of what was rounded to 16
+// bits; backward in the layer's own type, as the gradients that are made of them.
+#ifdef UNITS
+DEVICE unsigned narrow_sums(float low, float high) { return halves(low, high); }
+DEVICE float2 wide_sums(unsigned v) { return from_halves(v); }
+#else
+DEVICE unsigned narrow_sums(float low, float high) { return packed(low, high); }
+DEVICE float2 wide_sums(unsigned v) { return unpacked(v); }
+#endif
+DEVICE void add_sums(float (&sums)[2], unsigned v) {
+    const float2 x = wide_sums(v);
+    sums[0] += x.x, sums[1] += x.y;
 }
-
-// The warp's sums to shared memory, as [column n][row m] with rows of LENGTH floats.
-template <int TILES_M, int LENGTH>
-DEVICE void put_sums(float* sums, const float (&acc)[TILES_M][TILES_N][4], int lane) {
-    const int r = lane >> 2, q = lane & 3;
+DEVICE void add_sums(float (&sums)[8], uint4 v) {
+    const float2 x[4] = {wide_sums(v.x), wide_sums(v.y), wide_sums(v.z), wide_sums(v.w)};
 #pragma unroll
-    for (int m = 0; m < TILES_M; m++)
-#pragma unroll
-        for (int n = 0; n < TILES_N; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                *(float2*)(sums + (n * 8 + 2 * q + e) * LENGTH + m * 16 + 2 * r) = make_float2(acc[m][n][e], acc[m][n][e + 2]);
+    for (int j = 0; j < 4; j++) sums[2 * j] += x[j].x, sums[2 * j + 1] += x[j].y;
 }
-
-// The sum over COUNT warps' sums of four neighbouring rows m of column n.
-template <int COUNT, int LENGTH>
-DEVICE float4 sum_of_warps(const float* sums, int n, int m) {
-    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (int w = 0; w < COUNT; w++) {
-        float4 part = *(const float4*)(sums + (w * TILES_N * 8 + n) * LENGTH + m);
-        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
-    }
-    return total;
-}
+#endif
 
 #ifdef ROW_UNITS
 #define AT_ONCE 12  // loads on their way

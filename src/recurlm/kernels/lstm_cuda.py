@@ -20,13 +20,11 @@ PATIENCE = 4_000_000_000  # nanoseconds that a block waits for another
 LEAST_CAPABILITY = (8, 0)
 RING = 4  # uses of the ring of partial sums before a place is used again
 CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
-CLUSTER_CAPABILITY = (9, 0)
+CLUSTER_CAPABILITY = (9, 0)  # the one that has products of four warps, wgmma
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 TEAMS = (1, 2)  # of the warps of such a block
 CLUSTER_RING = 2  # the same within clusters
-WIDE_CAPABILITY = (9, 0)  # the one that has products of four warps, wgmma
-SMALL_TILES = (1, 2, 3, 4)  # of 8 batch rows in a group
-WIDE_TILES = (5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
+WIDE_TILES = (3, 5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
 PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch of PART_ROWS rows or more
 PART_ROWS = 16
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
@@ -75,7 +73,7 @@ def card(index: int) -> Card:
     known = torch.cuda.get_device_properties(index)
     shared, capability = known.shared_memory_per_block_optin, (known.major, known.minor)
     clusters = []
-    if capability >= CLUSTER_CAPABILITY:
+    if capability == CLUSTER_CAPABILITY:
         code = nvrtc.compiled('extern "C" __global__ void nothing() {}', {}, capability)
         for size in CLUSTERS:
             kernel = nvrtc.Kernel(code, "nothing", shared, size)
@@ -88,7 +86,7 @@ def _up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _groupings(batch: int, parts: int, tiles: Sequence[int] = SMALL_TILES) -> dict[tuple[int, int, int], None]:
+def _groupings(batch: int, parts: int, tiles: Sequence[int] = (1, 2, 3, 4)) -> dict[tuple[int, int, int], None]:
     """(groups of a part, batch rows of each, tiles of 8 rows) of ways to take a batch in groups, with such numbers of tiles."""
     found = {}
     for most, more in itertools.product(tiles, (0, 1)):  # a second group, for one's exchange to hide behind
@@ -209,93 +207,58 @@ def _batch_macros(H: int, batch: int, parts: int, groups: int, rows: int, tiles_
 LAYOUTS = {"forward": forward_layouts, "backward": backward_layouts}
 
 
-def _splits(count: int) -> Iterator[tuple[int, int]]:
-    """(warps, tiles or blocks of k for each) of ways to share so many among at most 8 warps."""
-    for warps in range(1, 9):
-        each = _up(count, warps)
-        if warps == 1 or _up(count, warps - 1) > each:
-            yield warps, each
-
-
 def cluster_layouts(name: str, H: int, batch: int, here: Card) -> list[Layout]:
     """Ways to lay out a kernel of lstm_cluster.cu for H units (a multiple of 16), the one estimated best first."""
     return _of_parts(functools.partial(_clusters, name), H, batch, here)
 
 
 def _clusters(name: str, H: int, batch: int, parts: int, here: Card) -> Iterator[Layout]:
-    forward = name == "forward"
-    for cluster, most in here.clusters:
-        if not most:
+    if here.capability != CLUSTER_CAPABILITY:
+        return
+    for (cluster, most), teams in itertools.product(here.clusters, TEAMS):
+        batch_rows = _up(batch, parts * teams)
+        tiles_n = next((n for n in WIDE_TILES if 8 * n >= batch_rows), None)
+        if not most or tiles_n is None or _up(batch, batch_rows) != parts * teams:
             continue
-        tiles = _up(_up(H, most), 4 if forward else 16)
-        blocks = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2  # of 32 k
-        of_four = [(warps, _up(tiles, warps)) for warps in (4, 8)]
-        for teams, wide in itertools.product(TEAMS, (False, True)):
-            if wide and here.capability != WIDE_CAPABILITY:
-                continue
-            splits, of_batches = (of_four, WIDE_TILES) if wide else (_splits(tiles), SMALL_TILES)
-            of_batches = _groupings(batch, parts * teams, of_batches)
-            for of_rows, of_k, of_batch in itertools.product(splits, _splits(blocks), of_batches):
-                shares, of_batch = (*of_rows, *of_k), (parts, teams, *of_batch)
-                layout = _clustered(name, H, batch, here, cluster, shares, of_batch, wide)
-                if layout is not None:
-                    yield layout
+        least = _up(_up(H, most), 4 if name == "forward" else 16)  # tiles of rows of a cluster
+        for warps_m in (4, 8, 12):
+            of_team = warps_m, _up(least, warps_m), batch_rows, tiles_n
+            layout = _clustered(name, H, batch, here, cluster, parts, teams, *of_team)
+            if layout is not None:
+                yield layout
 
 
 def _clustered(
-    name: str, H: int, batch: int, here: Card, cluster: int, shares: Sequence[int], of_batch: Sequence[int], wide: bool
-) -> Layout | None:
+    name: str, H: int, batch: int, here: Card, cluster: int, parts: int, teams: int,
+    warps_m: int, tiles_m: int, batch_rows: int, tiles_n: int,
+) -> Layout | None:  # fmt: skip
     """The layout with these shares of a warp; None where it does not fit."""
-    (warps_m, tiles_m, warps_k, blocks_k), (parts, teams, groups, batch_rows, tiles_n) = shares, of_batch
-    forward, team, rows = name == "forward", warps_m * warps_k, 16 * warps_m * tiles_m
-    warps = teams * team
-    k = ((cluster - 1) * warps_k + warps_k - 1) * blocks_k * 4  # the last warp's first chunk of 8 k
-    if (k * 8 if forward else k // 8 * 16 + k % 2 * 8) >= H:
-        return None  # a warp with nothing to wait for would run ahead
-    if warps > 16 or (not forward and warps_k * blocks_k % 2):
-        return None
-    strips, width = _up(H, rows // 4 if forward else rows), 4 if forward else 2
+    forward, warps, rows = name == "forward", teams * warps_m, 16 * warps_m * tiles_m
+    blocks_k = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2
+    if warps > 16 or (cluster - 1) * blocks_k * (32 if forward else 8) >= H:
+        return None  # the last block would have nothing to wait for and run ahead
+    strips, width, of_item = _up(H, rows // 4 if forward else rows), 8 if forward else 2, 16 if forward else 4
     if strips > dict(here.clusters)[cluster]:
         return None
-    share = _up(rows // width * batch_rows, 2 * cluster) * 2
-    rounds, loads = _up(share, 32 * team), _up(blocks_k * tiles_n, warps_m)
-    sends = _up(rows // (8 if forward else 4) * batch_rows, 32 * team)
-    registers = min(255, 16384 // (32 * _up(warps, 4)) // 8 * 8)
-    other = (40 + 6 * rounds if forward else 44 + 22 * rounds) + loads + sends
-    product = 4 * tiles_m * tiles_n + (8 if wide else 4 * tiles_n)
-    product += 4 * loads if groups > 1 else 0  # the next group's are on their way
-    free = registers - other - max(product, 4 * loads, width * cluster)
-    shared = warps_k * blocks_k * tiles_n * 512 + min(2, warps_k) * warps_k * tiles_n * 8 * (rows + 4) * 4
-    shared += CLUSTER_RING * groups * cluster * share * 8
-    shared = teams * shared + (4 * rows if forward else 0)  # and the biases
-    kept, room = max(0, min(blocks_k, free // (8 * tiles_m))), (here.shared - 2048 - shared) // (team * tiles_m * 1024)
-    if wide:  # they read shared memory as fast as registers
-        kept = min(kept, max(0, blocks_k - room))
-    if free < 0 or blocks_k - kept > room:
+    share = _up(rows * batch_rows, 8 * cluster) * 8 // width
+    rounds, sends = _up(share, 32 * warps_m), _up(cluster * share * width // 8, 32 * warps_m)
+    registers = min(255, 65536 // (32 * warps) // 8 * 8)
+    free = registers - (44 + 8 * rounds if forward else 20 + 14 * rounds) - 2 * sends - 4 * tiles_m * tiles_n
+    stage = max(blocks_k * tiles_n * 512, tiles_n * 8 * (rows // 2 + 4) * 4)
+    shared = teams * (stage + CLUSTER_RING * cluster * share * of_item + 16) + (4 * rows if forward else 0)
+    room = (here.shared - 2048 - shared) // (warps_m * tiles_m * 1024)  # for blocks of 32 k of the weights
+    kept = max(0, blocks_k - room)  # registers are no faster
+    if room < 0 or kept * 8 * tiles_m > free:
         return None
-    shared += team * (blocks_k - kept) * tiles_m * 1024
-    # microseconds of reading the vectors from the L2 cache, and weights, vectors and sums from shared memory; the factors are
-    # fitted to the layouts of at least 7 warps in bench/results/h200/lstm-clusters.txt, fewer are slower than that
+    shared += warps_m * (blocks_k - kept) * tiles_m * 1024
+    # microseconds on an H200: of the exchange, and of one team's products and sums, while another team does something else
     moved = batch * H * (2 if forward else 8) * strips / 5.5e6
-    sums = groups * rows * tiles_n * warps_k / 2 / 1900
-    if wide:  # at their own rate, not fitted
-        products, reads, vectors = groups * warps // 4 * tiles_m * blocks_k * 2 * 4 * tiles_n / 1755, 0.0, 0.0
-    else:
-        products = 0.0  # they are in the other terms
-        reads, vectors = (groups * warps * n * 4 / 1900 for n in ((blocks_k - kept) * 2 * tiles_m, blocks_k * tiles_n))
-    if forward:
-        cost = (
-            1.3 + 1.7 * moved + products + 0.5 * vectors + 1.1 * sums + groups * (0.27 + 0.19 * rounds + 0.13 * sends)
-        )
-    else:
-        cost = 2.5 + 2.25 * moved + 0.7 * (products + reads) + 0.4 * vectors + 2.2 * sums
-    cost += groups * (0.1 + 0.5 * max(0, 8 - warps))
-    macros = _batch_macros(H, batch, parts, groups, batch_rows, tiles_n, warps) | (
-        {"TEAMS": teams} if teams > 1 else {}
-    )
-    macros |= {"CLUSTER": cluster, "WARPS_M": warps_m, "WARPS_K": warps_k, "WARP_TILES": tiles_m}
-    macros |= {"BLOCKS_K": blocks_k, "REGISTERS_K": kept} | ({"WIDE": 1} if wide else {})
-    macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * warps_k * blocks_k}
+    product = warps_m // 4 * tiles_m * blocks_k * 2 * 4 * tiles_n / 1830
+    sums = rows * batch_rows * 2 * (cluster - 1) / cluster / 14 / 1830
+    cost = max(1.6 + moved / teams + product + sums + 0.4 * rounds, moved, 1.3 * teams * product)
+    macros = _batch_macros(H, batch, parts, 1, batch_rows, tiles_n, warps) | {"TEAMS": teams, "CLUSTER": cluster}
+    macros |= {"WARPS_M": warps_m, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k, "REGISTERS_K": kept}
+    macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * blocks_k}
     return Layout(name, tuple(macros.items()), parts * strips * cluster, warps, shared, cost)
 
 
