@@ -16,7 +16,7 @@ from recurlm.kernels.lstm_cuda import Card, Layout
 
 CUDA = torch.cuda.is_available()
 H200, SMALL, SMALL_HOPPER = (
-    Card(132, 232448, (9, 0), ((2, 66), (3, 40), (4, 31), (8, 15))),
+    Card(132, 232448, (9, 0), ((2, 66), (3, 39), (4, 30), (8, 15), (16, 7))),
     Card(8, 60000, (8, 0)),
     Card(36, 120000, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2))),
 )
@@ -66,7 +66,7 @@ def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, 
                 layout.blocks <= layout.cluster * dict(H200.clusters)[layout.cluster] and layout.shared <= H200.shared
             )
             assert_batch_is_covered(of, batch)
-            assert of["WARPS"] == of["TEAMS"] * of["WARPS_M"] <= 16 and of["WARPS_M"] % 4 == 0
+            assert of["WARPS"] == of["TEAMS"] * of["WARPS_M"] <= 24 and of["WARPS_M"] % 4 == 0
             assert 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
             strips, rows, k = (
                 layout.blocks // layout.cluster // of["PARTS"],
@@ -77,7 +77,7 @@ def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, 
                 assert of["UNITS"] == 4 * rows and strips * of["UNITS"] >= H and layout.cluster * k * 32 >= H
             else:
                 assert of["COLUMNS"] == 16 * rows and strips * of["COLUMNS"] >= H
-                assert of["ROW_UNITS"] == 8 * k and layout.cluster * of["ROW_UNITS"] >= H and of["ROW_UNITS"] % 16 == 0
+                assert of["ROW_UNITS"] == 8 * k and layout.cluster * of["ROW_UNITS"] >= H
 
 
 def test_a_layer_too_large_for_the_card_has_no_layout():

@@ -10,11 +10,14 @@
 // multiply in turn, for teams in step would all need the same part of the processor at once. A warp has WARP_TILES tiles of 16 rows.
 // Vectors go from the L2 cache to shared memory, where the matrix units find them; when a product is over, its sums take their place.
 //
+// Vectors are exchanged in SLOTS places, to stay in the L2 cache. Who has the sums of a step knows that all vectors of the step before have been
+// read, and makes its own words of them EMPTY again, SLOTS - 2 steps before they are written anew.
+//
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
 // Macros: H, BATCH, PARTS, GROUP_BATCH (batch rows of a team), TILES_N, WARPS, HALF as in lstm.cu, GROUPS 1; CLUSTER, TEAMS, WARPS_M,
-// WARP_TILES, BLOCKS_K, REGISTERS_K; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 BLOCKS_K.
+// WARP_TILES, BLOCKS_K, REGISTERS_K, SLOTS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 BLOCKS_K.
 
 #define TEAM_THREADS (WARPS_M * 32)
 #define ROWS (16 * WARPS_M * WARP_TILES)
@@ -83,6 +86,9 @@ struct Places {
         }
         cluster_barrier();
     }
+
+    // Of this team's vectors, those of number `step`.
+    DEVICE T16* vectors(T16* x, int step) const { return x + ((step & (SLOTS - 1)) * ALL_GROUPS + group) * VECTORS; }
 
     DEVICE void meet() const {
         if (TEAMS > 1) barrier(team, WARPS_M);
@@ -223,7 +229,6 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
                float* c, T16* h_last, void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
-    x += (long long)at.group * VECTORS;
     copy_words(y, h0, BATCH * H / 2, PART * PARTS);
     const int unit0 = at.strip * UNITS, column0 = at.rank * BLOCKS_K * 32;
     Patience patience = {limit, 0, trouble, 0};
@@ -280,11 +285,11 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
         if (!there[i]) continue;
         cell[i] = make_float2(state_at(c0, place[i], is_short), state_at(c0, place[i] + 1, is_short));
         *(float2*)(c + place[i]) = cell[i];
-        store_shared_word(x + place_in_vectors(at.row(i), unit), *(const unsigned*)(h0 + place[i]));
+        store_shared_word(at.vectors(x, 0) + place_in_vectors(at.row(i), unit), *(const unsigned*)(h0 + place[i]));
     }
 #pragma unroll 1
     for (int t = 0; t < T; t++) {
-        const T16* from = x + (long long)t * ALL_GROUPS * VECTORS + at.rank * FRAGMENTS * 256;
+        const T16* from = at.vectors(x, t) + at.rank * FRAGMENTS * 256;
         if (t) wait_for(at.is_free, (t - 1) & 1);
         pace.hold(t ? PACE : 0);
         ask(at, from, present);
@@ -307,7 +312,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             cell[i].x = of[1].x * cell[i].x + of[0].x * of[2].x, cell[i].y = of[1].y * cell[i].y + of[0].y * of[2].y;
             word[i] = packed(of[3].x * tangent(cell[i].x), of[3].y * tangent(cell[i].y));
             if (there[i] && t + 1 < T)
-                store_shared_word(x + (long long)(t + 1) * ALL_GROUPS * VECTORS + place_in_vectors(at.row(i), unit0 + at.pair(i) * 2), word[i]);
+                store_shared_word(at.vectors(x, t + 1) + place_in_vectors(at.row(i), unit0 + at.pair(i) * 2), word[i]);
         }
         // others wait for x alone: the rest is written after it
 #pragma unroll
@@ -320,6 +325,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             T16* to = gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) *(unsigned*)(to + gate * H) = gate_of[i][gate];
+            if (t) store_shared_word(at.vectors(x, t - 1) + place_in_vectors(at.row(i), unit), EMPTY);
         }
     }
 #pragma unroll
@@ -339,7 +345,6 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
                 unsigned long long limit) {
     SHARED(shared);
     Places at(shared);
-    x += (long long)at.group * VECTORS;
     const int column0 = at.strip * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
     Patience patience = {limit, 0, trouble, 0};
     at.begin();
@@ -352,12 +357,12 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             unsigned words[2][4];
             const int column = column0 + (at.warp * WARP_TILES + m) * 16 + 2 * at.r;
 #pragma unroll
-            for (int e = 0; e < 4; e++) {  // two neighbouring units by two neighbouring columns
-                const int chunk = k * 4 + e, unit = row_unit0 + chunk_unit(chunk);
-                const T16* from = weights + ((long long)chunk_gate(chunk) * H + unit + 2 * at.q) * H + column;
+            for (int gate = 0; gate < 4; gate++) {  // two neighbouring units by two neighbouring columns
+                const int unit = row_unit0 + k * 8 + 2 * at.q;
+                const T16* from = weights + ((long long)gate * H + unit) * H + column;
                 const unsigned even = load_word(from, unit < H && column < H);
                 const unsigned odd = load_word(from + H, unit < H && column < H);
-                words[0][e] = (even & 0xffff) | odd << 16, words[1][e] = even >> 16 | (odd & 0xffff0000u);
+                words[0][gate] = (even & 0xffff) | odd << 16, words[1][gate] = even >> 16 | (odd & 0xffff0000u);
             }
             keep(kept, at, k, m, make_uint4(words[0][0], words[1][0], words[0][1], words[1][1]),
                  make_uint4(words[0][2], words[1][2], words[0][3], words[1][3]));
@@ -367,8 +372,8 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     unsigned present = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int fragment = at.warp + i * WARPS_M, chunk = fragment / TILES_N * 4 + at.lane / 8;
-        present |= (row_unit0 + chunk_unit(chunk) < H && fragment % TILES_N * 8 + at.lane % 8 < at.rows) << i;
+        const int fragment = at.warp + i * WARPS_M;
+        present |= (row_unit0 + fragment / TILES_N * 8 < H && fragment % TILES_N * 8 + at.lane % 8 < at.rows) << i;
     }
     Pace pace;
 
@@ -389,6 +394,9 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             cell[i] = *(const float2*)(c + step + BATCH * H + place[i]);
             cell_before[i] = *(const float2*)(c + step + place[i]);
         }
+    };
+    auto put = [&](int i, int step, int gate, unsigned word) {  // of item i to x
+        store_shared_word(at.vectors(x, step) + place_in_vectors(at.row(i), column0 + at.pair(i) * 2, gate), word);
     };
     // The gradients of the gates at step t for those `sums` of h; others wait for those in x alone.
     auto differentiate = [&](int t, const float (&sums)[ROUNDS][WIDTH]) {
@@ -412,11 +420,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             EACH(x, 0)
             EACH(y, 1)
 #undef EACH
-            T16* to = x + (long long)t * ALL_GROUPS * VECTORS + place_in_vectors(at.row(i), column0 + at.pair(i) * 2, 0);
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) {
                 words[i][gate] = packed(d_of[gate].x, d_of[gate].y);
-                if (there[i]) store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 8 * LANE(0, 2), words[i][gate]);
+                if (there[i]) put(i, T - 1 - t, gate, words[i][gate]);
             }
         }
 #pragma unroll
@@ -425,7 +432,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             const int unit = column0 + at.pair(i) * 2;
             T16* to = d_gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) *(unsigned*)(to + gate * H) = words[i][gate];
+            for (int gate = 0; gate < 4; gate++) {
+                *(unsigned*)(to + gate * H) = words[i][gate];
+                if (t < T - 2) put(i, T - 3 - t, gate, EMPTY);
+            }
         }
     };
     float sums[ROUNDS][WIDTH];
@@ -443,7 +453,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll 1
     for (int use = 0; use < T; use++) {
         const int t = T - 2 - use;  // of the gradients; -1: of the first state
-        const T16* from = x + (long long)(t + 1) * ALL_GROUPS * VECTORS + at.rank * FRAGMENTS * 256;
+        const T16* from = at.vectors(x, use) + at.rank * FRAGMENTS * 256;
         if (use) wait_for(at.is_free, (use - 1) & 1);
         pace.hold(use ? PACE : 0);
         ask(at, from, present);

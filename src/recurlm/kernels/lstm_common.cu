@@ -331,6 +331,12 @@ DEVICE int place_in_vectors(int row, int unit) {
 }
 #else
 #define VECTORS ((H + ROW_UNITS - 1) / ROW_UNITS * ROW_UNITS / 8 * TILES_N * 256)
+#ifdef CLUSTER
+// A block of 32 k: the gates of 8 units.
+DEVICE int place_in_vectors(int row, int unit, int gate) {
+    return ((unit / 8 * TILES_N + row / 8) * 32 + LANE(row % 8, gate)) * 8 + unit % 8;
+}
+#else
 // Chunk k of a block's rows: 16 units of a gate, then the same of the next gate.
 DEVICE int chunk_gate(int k) { return (k >> 1) & 3; }
 DEVICE int chunk_unit(int k) { return (k >> 3) * 16 + (k & 1) * 8; }
@@ -338,6 +344,7 @@ DEVICE int place_in_vectors(int row, int unit, int gate) {
     const int of_block = unit % ROW_UNITS, chunk = of_block / 16 * 8 + gate * 2 + of_block % 16 / 8;
     return (((unit / ROW_UNITS * (ROW_UNITS / 8) + chunk / 4) * TILES_N + row / 8) * 32 + LANE(row % 8, chunk % 4)) * 8 + unit % 8;
 }
+#endif
 #endif
 
 // What is asked for too early costs a whole trip, and others' trips their time: so a warp waits for PACE cycles after a barrier

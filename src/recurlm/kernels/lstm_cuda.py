@@ -19,11 +19,12 @@ MULTIPLE = 16  # of units, as the kernels compute them
 PATIENCE = 4_000_000_000  # nanoseconds that a block waits for another
 LEAST_CAPABILITY = (8, 0)
 RING = 4  # uses of the ring of partial sums before a place is used again
-CLUSTERS = (2, 3, 4, 8)  # blocks that add their sums through shared memory
+CLUSTERS = (2, 3, 4, 8, 16)  # blocks that add their sums through shared memory
 CLUSTER_CAPABILITY = (9, 0)  # the one that has products of four warps, wgmma
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 TEAMS = (1, 2)  # of the warps of such a block
 CLUSTER_RING = 2  # the same within clusters
+SLOTS = 8  # steps whose vectors clusters exchange before a place is used again
 WIDE_TILES = (3, 5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
 PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch of PART_ROWS rows or more
 PART_ROWS = 16
@@ -234,8 +235,8 @@ def _clustered(
 ) -> Layout | None:  # fmt: skip
     """The layout with these shares of a warp; None where it does not fit."""
     forward, warps, rows = name == "forward", teams * warps_m, 16 * warps_m * tiles_m
-    blocks_k = _up(_up(H, cluster), 32) if forward else _up(_up(H, cluster), 16) * 2
-    if warps > 16 or (cluster - 1) * blocks_k * (32 if forward else 8) >= H:
+    blocks_k = _up(_up(H, cluster), 32 if forward else 8)  # of 32 k: gates of 8 units
+    if warps > 24 or (cluster - 1) * blocks_k * (32 if forward else 8) >= H:
         return None  # the last block would have nothing to wait for and run ahead
     strips, width, of_item = _up(H, rows // 4 if forward else rows), 8 if forward else 2, 16 if forward else 4
     if strips > dict(here.clusters)[cluster]:
@@ -243,7 +244,7 @@ def _clustered(
     share = _up(rows * batch_rows, 8 * cluster) * 8 // width
     rounds, sends = _up(share, 32 * warps_m), _up(cluster * share * width // 8, 32 * warps_m)
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
-    free = registers - (44 + 8 * rounds if forward else 20 + 14 * rounds) - 2 * sends - 4 * tiles_m * tiles_n
+    free = registers - (44 + 8 * rounds if forward else 14 * rounds) - 2 * sends - 4 * tiles_m * tiles_n
     stage = max(blocks_k * tiles_n * 512, tiles_n * 8 * (rows // 2 + 4) * 4)
     shared = teams * (stage + CLUSTER_RING * cluster * share * of_item + 16) + (4 * rows if forward else 0)
     room = (here.shared - 2048 - shared) // (warps_m * tiles_m * 1024)  # for blocks of 32 k of the weights
@@ -256,7 +257,7 @@ def _clustered(
     product = warps_m // 4 * tiles_m * blocks_k * 2 * 4 * tiles_n / 1830
     sums = rows * batch_rows * 2 * (cluster - 1) / cluster / 14 / 1830
     cost = max(1.6 + moved / teams + product + sums + 0.4 * rounds, moved, 1.3 * teams * product)
-    macros = _batch_macros(H, batch, parts, 1, batch_rows, tiles_n, warps) | {"TEAMS": teams, "CLUSTER": cluster}
+    macros = _batch_macros(H, batch, parts, 1, batch_rows, tiles_n, warps) | {"TEAMS": teams, "SLOTS": SLOTS, "CLUSTER": cluster}
     macros |= {"WARPS_M": warps_m, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k, "REGISTERS_K": kept}
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * blocks_k}
     return Layout(name, tuple(macros.items()), parts * strips * cluster, warps, shared, cost)
@@ -375,7 +376,7 @@ def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tup
         blocks = rows * of["ROW_UNITS"] // 8
         if layout.cluster == 1:
             ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
-    vectors = T * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    vectors = of.get("SLOTS", T) * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
     both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
     return both[:vectors], both[vectors:]
 

@@ -92,6 +92,9 @@ class Kernel:
         self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()), "CUDA")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self.function, attribute, shared), "CUDA")
+        if cluster > 8:  # which not every GPU has
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _checked(driver.cuFuncSetAttribute(self.function, attribute, 1), "CUDA")
 
     def _configured(self, blocks: int, threads: int, launched: bool = True) -> Any:
         """How so many blocks are launched, all at once or not at all; or are asked after."""
