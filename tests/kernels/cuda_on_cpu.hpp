@@ -95,6 +95,8 @@ static void send_word(Place to, unsigned v) {
 static void send(Place to, uint4 v) { send_word(to, v.x), send_word(to + 4, v.y), send_word(to + 8, v.z), send_word(to + 12, v.w); }
 static uint4 load_arriving(const uint4* p) { give_way(); return *p; }
 static unsigned load_arriving(const unsigned* p) { give_way(); return *p; }
+template <class Word> static Word load_once(const Word* p) { return *p; }
+template <class Word> static void store_once(Word* p, Word v) { *p = v; }
 static void bring(void* to, const void* from, bool wanted) {
     if (wanted) memcpy(to, from, 8), give_way(), memcpy((char*)to + 8, (const char*)from + 8, 8);
     else memset(to, 0, 16);

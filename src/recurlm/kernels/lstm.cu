@@ -2,8 +2,10 @@
 //
 // Every block keeps its part of the recurrent weights R (4H x H) in registers, and in shared memory what does not fit
 // there. Blocks exchange vectors through the L2 cache, and the flag is the data: a place that is not yet written holds
-// EMPTY, a NaN that no computation gives, so a reader simply loads until no word is EMPTY. No place is written twice,
-// except in the ring of partial sums, whose words carry a bit that tells one use of a place from the next.
+// EMPTY, a NaN that no computation gives, so a reader simply loads until no word is EMPTY. There are places for SLOTS steps, for
+// more would leave the cache: who has what was made of all vectors of a step knows that all blocks have read those of the step
+// before, and makes its own words of them EMPTY again, SLOTS - 2 steps before they are written anew. The words of the ring of partial sums
+// carry a bit that tells one use of a place from the next.
 //
 // forward: a block owns UNITS units, computes their 4 * UNITS gates from the whole of h, and publishes their new h.
 // backward: block (i, j) multiplies the gradients of the gates of ROW_UNITS units by the weights to COLUMNS units of h;
@@ -110,7 +112,7 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 #define ROUNDS ((ITEMS + THREADS - 1) / THREADS)
 
 // weights R (4H, H); b_ih, b_hh (4H); gates (T, BATCH, 4H): pre-activations without these, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
-// h0 and h; x (T, PARTS GROUPS, VECTORS): the same of all but the last step, to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
+// h0 and h; x (SLOTS, PARTS GROUPS, VECTORS): the same to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
 // c0 and c_last have 16 bits if `is_short`.
 KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, T16* y,
                float* c, T16* h_last, void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
@@ -194,8 +196,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
 #pragma unroll 1
     for (int turn = 0; turn < T * GROUPS; turn++) {
         const int t = turn / GROUPS, g = turn % GROUPS;
-        T16* const turn_x = x + ((long long)t * ALL_GROUPS + g) * VECTORS;
-        const T16* from = turn_x + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
+        const T16* from = x + slot(t, g) + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
         const int batch_rows = min(GROUP_BATCH, BATCH - row0 - g * GROUP_BATCH), rows = (batch_rows - r + 7) >> 3;
         float acc[TILES][TILES_N][4] = {};
         pace.hold(turn ? PACE : 0);
@@ -222,7 +223,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             cell[i] = forget * cell[i] + in * value;
             const float now = out * tangent(cell[i]), next = from_neighbour(now);
             word[i] = packed(now, next);
-            if (there && !(item & 1) && t + 1 < T) store_shared_word(turn_x + ALL_GROUPS * VECTORS + place_of[i], word[i]);
+            if (there && !(item & 1) && t + 1 < T) store_shared_word(x + slot(t + 1, g) + place_of[i], word[i]);
             gate_of[i][0] = in, gate_of[i][1] = forget, gate_of[i][2] = value, gate_of[i][3] = out;
         }
         // others wait for x alone: the rest is written after it
@@ -232,7 +233,10 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             if (item < ITEMS && b < BATCH && unit < H) {
                 const long long at = ((long long)t * BATCH + b) * H + unit;
                 c[at + BATCH * H] = cell[i];
-                if (!(item & 1)) *(unsigned*)(h + at) = word[i];
+                if (!(item & 1)) {
+                    *(unsigned*)(h + at) = word[i];
+                    if (t) store_shared_word(x + slot(t - 1, g) + place_of[i], EMPTY);
+                }
 #pragma unroll
                 for (int gate = 0; gate < 4; gate++) gates[(at - unit) * 4 + gate * H + unit] = narrowed(gate_of[i][gate]);
             }
@@ -258,7 +262,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
 #define ROUNDS ((SHARE + THREADS - 1) / THREADS)
 #define RING 4
 
-// weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (1 + T, BATCH, H); d_h (T, BATCH, H) the gradient of h, d_hT, d_cT (BATCH, H) of the last state or null; d_gates (T, BATCH, 4H) of the pre-activations; x (T, PARTS GROUPS,
+// weights R (4H, H); gates (T, BATCH, 4H) after their activation; c (1 + T, BATCH, H); d_h (T, BATCH, H) the gradient of h, d_hT, d_cT (BATCH, H) of the last state or null; d_gates (T, BATCH, 4H) of the pre-activations; x (SLOTS, PARTS GROUPS,
 // VECTORS) the same to exchange, every word EMPTY before; d_h0, d_c0 (BATCH, H) of the first state; ring (RING, ROWS, BATCH, ALL_COLUMNS), EMPTY before.
 KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
                 const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float* ring, int T, int* trouble,
@@ -404,13 +408,18 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
                 for (int gate = 0; gate < 3; gate++)
                     words[gate] = packed(d_c.x * by_c[i][gate].x, d_c.y * by_c[i][gate].y);
                 words[3] = packed(d.x * by_o[i].x, d.y * by_o[i].y);
-                T16* to = x + ((long long)t * ALL_GROUPS + g) * VECTORS + place_of[i];
+                T16* to = x + slot(T - 1 - t, g) + place_of[i];
                 T16* place = d_gates + ((long long)t * BATCH + b) * 4 * H + unit;
 #pragma unroll
                 for (int gate = 0; gate < 4; gate++)
                     store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 16, words[gate]);
 #pragma unroll
                 for (int gate = 0; gate < 4; gate++) *(unsigned*)(place + gate * H) = words[gate];
+                if (t < T - 2) {
+                    to = x + slot(T - 3 - t, g) + place_of[i];
+#pragma unroll
+                    for (int gate = 0; gate < 4; gate++) store_shared_word(to + (gate >> 1) * TILES_N * 256 + (gate & 1) * 16, EMPTY);
+                }
                 d_cell[i] = make_float2(d_c.x * forget[i].x, d_c.y * forget[i].y);
                 if (GROUPS > 1) *(float2*)(d_c0 + b * H + unit) = d_cell[i];
             }
@@ -419,7 +428,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         if (t < 0) break;
 
         // this block's part of the gradients of h before step t
-        const T16* from = x + (long long)t * ALL_GROUPS * VECTORS + row * (ROW_UNITS / 8 * TILES_N * 256) + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
+        const T16* from = x + slot(T - 1 - t, 0) + row * (ROW_UNITS / 8 * TILES_N * 256) + (warp * BLOCKS_K * TILES_N * 32 + lane) * 8;
         const int use = T - 1 - t;
         const unsigned bit = (use / RING) & 1;
         float* to = ring + ((long long)(use % RING) * ROWS + row) * BATCH * ALL_COLUMNS + column0;

@@ -10,9 +10,6 @@
 // multiply in turn, for teams in step would all need the same part of the processor at once. A warp has WARP_TILES tiles of 16 rows.
 // Vectors go from the L2 cache to shared memory, where the matrix units find them; when a product is over, its sums take their place.
 //
-// Vectors are exchanged in SLOTS places, to stay in the L2 cache. Who has the sums of a step knows that all vectors of the step before have been
-// read, and makes its own words of them EMPTY again, SLOTS - 2 steps before they are written anew.
-//
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
@@ -88,7 +85,7 @@ struct Places {
     }
 
     // Of this team's vectors, those of number `step`.
-    DEVICE T16* vectors(T16* x, int step) const { return x + ((step & (SLOTS - 1)) * ALL_GROUPS + group) * VECTORS; }
+    DEVICE T16* vectors(T16* x, int step) const { return x + slot(step, group); }
 
     DEVICE void meet() const {
         if (TEAMS > 1) barrier(team, WARPS_M);
@@ -273,7 +270,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             const int unit = unit0 + at.pair(i) * 2;
             const T16* from = gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) input[i][gate] = there[i] ? *(const unsigned*)(from + gate * H) : 0;
+            for (int gate = 0; gate < 4; gate++) input[i][gate] = there[i] ? load_once((const unsigned*)(from + gate * H)) : 0;
         }
     };
 #pragma unroll
@@ -320,11 +317,11 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             if (!there[i]) continue;
             const long long step = (long long)(t + 1) * BATCH * H;
             const int unit = unit0 + at.pair(i) * 2;
-            *(float2*)(c + step + place[i]) = cell[i];
-            *(unsigned*)(y + step + place[i]) = word[i];
+            store_once((float2*)(c + step + place[i]), cell[i]);
+            store_once((unsigned*)(y + step + place[i]), word[i]);
             T16* to = gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) *(unsigned*)(to + gate * H) = gate_of[i][gate];
+            for (int gate = 0; gate < 4; gate++) store_once((unsigned*)(to + gate * H), gate_of[i][gate]);
             if (t) store_shared_word(at.vectors(x, t - 1) + place_in_vectors(at.row(i), unit), EMPTY);
         }
     }
@@ -389,10 +386,9 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             const int unit = column0 + at.pair(i) * 2;
 #pragma unroll
             for (int gate = 0; gate < 4; gate++)
-                gates_of[i][gate] = *(const unsigned*)(gates + step * 4 + (place[i] - unit) * 4 + gate * H + unit);
-            d_h_of[i] = *(const unsigned*)(d_h + step + place[i]);
-            cell[i] = *(const float2*)(c + step + BATCH * H + place[i]);
-            cell_before[i] = *(const float2*)(c + step + place[i]);
+                gates_of[i][gate] = load_once((const unsigned*)(gates + step * 4 + (place[i] - unit) * 4 + gate * H + unit));
+            d_h_of[i] = load_once((const unsigned*)(d_h + step + place[i]));
+            cell_before[i] = load_once((const float2*)(c + step + place[i]));
         }
     };
     auto put = [&](int i, int step, int gate, unsigned word) {  // of item i to x
@@ -415,7 +411,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         d_of[1].x = d_c * (cell_before[i].x * of[1].x * (1.0f - of[1].x));                     \
         d_of[2].x = d_c * (of[0].x * (1.0f - of[2].x * of[2].x));                              \
         d_of[3].x = d * (tanh_c * of[3].x * (1.0f - of[3].x));                                 \
-        d_cell[i].x = d_c * of[1].x;                                                           \
+        d_cell[i].x = d_c * of[1].x, cell[i].x = cell_before[i].x;                             \
     }
             EACH(x, 0)
             EACH(y, 1)
@@ -433,7 +429,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             T16* to = d_gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) {
-                *(unsigned*)(to + gate * H) = words[i][gate];
+                store_once((unsigned*)(to + gate * H), words[i][gate]);
                 if (t < T - 2) put(i, T - 3 - t, gate, EMPTY);
             }
         }
@@ -446,6 +442,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         place[i] = (at.row0 + at.row(i)) * H + unit;
         const float2 d = there[i] && d_hT ? unpacked(*(const unsigned*)(d_hT + place[i])) : make_float2(0.0f, 0.0f);
         sums[i][0] = d.x, sums[i][1] = d.y;
+        cell[i] = there[i] ? *(const float2*)(c + (long long)T * BATCH * H + place[i]) : make_float2(0.0f, 0.0f);
         d_cell[i] = there[i] && d_cT ? *(const float2*)(d_cT + place[i]) : make_float2(0.0f, 0.0f);
     }
     fetch(T - 1);

@@ -106,6 +106,12 @@ DEVICE unsigned load_arriving(const unsigned* p) {
     return v;
 }
 
+// Words that are needed once: they leave the caches before others.
+DEVICE unsigned load_once(const unsigned* p) { return __ldcs(p); }
+DEVICE float2 load_once(const float2* p) { return __ldcs(p); }
+DEVICE void store_once(unsigned* p, unsigned v) { __stcs(p, v); }
+DEVICE void store_once(float2* p, float2 v) { __stcs(p, v); }
+
 // 16 bytes from the L2 cache to shared memory, or zeros where they are not `wanted`; there after the next `wait_for_brought`.
 DEVICE void bring(void* to, const void* from, bool wanted) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -346,6 +352,9 @@ DEVICE int place_in_vectors(int row, int unit, int gate) {
 }
 #endif
 #endif
+
+// Where the vectors of number `step` of a group are.
+DEVICE int slot(int step, int group) { return ((step & (SLOTS - 1)) * ALL_GROUPS + group) * VECTORS; }
 
 // What is asked for too early costs a whole trip, and others' trips their time: so a warp waits for PACE cycles after a barrier
 // before it asks for vectors. Where PACE is not given, the forward kernel with one group finds it.

@@ -24,7 +24,7 @@ CLUSTER_CAPABILITY = (9, 0)  # the one that has products of four warps, wgmma
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 TEAMS = (1, 2)  # of the warps of such a block
 CLUSTER_RING = 2  # the same within clusters
-SLOTS = 8  # steps whose vectors clusters exchange before a place is used again
+SLOTS = 8  # steps whose vectors have places of their own
 WIDE_TILES = (3, 5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
 PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch of PART_ROWS rows or more
 PART_ROWS = 16
@@ -202,7 +202,7 @@ def _backward(H: int, batch: int, parts: int, here: Card) -> Iterator[Layout]:
 
 def _batch_macros(H: int, batch: int, parts: int, groups: int, rows: int, tiles_n: int, warps: int) -> dict[str, int]:
     of_batch = {"PARTS": parts, "GROUPS": groups, "GROUP_BATCH": rows, "TILES_N": tiles_n}
-    return {"H": H, "BATCH": batch, **of_batch, "WARPS": warps}
+    return {"H": H, "BATCH": batch, **of_batch, "WARPS": warps, "SLOTS": SLOTS}
 
 
 LAYOUTS = {"forward": forward_layouts, "backward": backward_layouts}
@@ -257,7 +257,7 @@ def _clustered(
     product = warps_m // 4 * tiles_m * blocks_k * 2 * 4 * tiles_n / 1830
     sums = rows * batch_rows * 2 * (cluster - 1) / cluster / 14 / 1830
     cost = max(1.6 + moved / teams + product + sums + 0.4 * rounds, moved, 1.3 * teams * product)
-    macros = _batch_macros(H, batch, parts, 1, batch_rows, tiles_n, warps) | {"TEAMS": teams, "SLOTS": SLOTS, "CLUSTER": cluster}
+    macros = _batch_macros(H, batch, parts, 1, batch_rows, tiles_n, warps) | {"TEAMS": teams, "CLUSTER": cluster}
     macros |= {"WARPS_M": warps_m, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k, "REGISTERS_K": kept}
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * blocks_k}
     return Layout(name, tuple(macros.items()), parts * strips * cluster, warps, shared, cost)
@@ -270,8 +270,8 @@ FASTEST = {
     ("backward", 1152, 20): {"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8, "GROUPS": 1},
     ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 700},
     ("backward", 400, 20): {"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6, "GROUPS": 1},
-    ("forward", 1152, 80): {"WIDE": 1, "CLUSTER": 3, "GROUPS": 1},
-    ("backward", 1152, 80): {"PARTS": 2, "CLUSTER": 8, "COLUMNS": 192, "WARPS": 8, "TILES_N": 1},
+    ("forward", 1152, 80): {"TEAMS": 2, "PARTS": 1, "CLUSTER": 3, "WARPS_M": 8},
+    ("backward", 1152, 80): {"TEAMS": 1, "PARTS": 2, "CLUSTER": 8, "WARPS_M": 12},
     ("forward", 400, 80): {"PARTS": 4, "UNITS": 16, "WARPS": 13, "GROUPS": 1},
     ("backward", 400, 80): {"PARTS": 4, "ROW_UNITS": 208, "COLUMNS": 32, "WARPS": 13},
     ("forward", 1024, 32): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
@@ -376,7 +376,7 @@ def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tup
         blocks = rows * of["ROW_UNITS"] // 8
         if layout.cluster == 1:
             ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
-    vectors = of.get("SLOTS", T) * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    vectors = of["SLOTS"] * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
     both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
     return both[:vectors], both[vectors:]
 
