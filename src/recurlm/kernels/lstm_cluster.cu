@@ -22,10 +22,11 @@
 #define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors
 #define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
 #define STAGE_OF(a, b) ((a) > (b) ? (a) : (b))
-#define STAGE STAGE_OF(FRAGMENTS * 32, TILES_N * 2 * STRIDE)
+#define STAGE STAGE_OF(FRAGMENTS * 32, STAGE_OF(TILES_N * 2 * STRIDE, BATCH_SHARE * (ROWS / 2 + 4)))
 #define RING 2
 
-// An item is a place of new values: two units and a batch row, of WIDTH rows of the product. A block has SHARE items of a team.
+// An item is a place of new values: two units and a batch row, of WIDTH rows of the product. A block has SHARE items of a team, those of
+// BATCH_SHARE batch rows.
 #ifdef UNITS
 #define WIDTH 8
 #define PART ((H + UNITS - 1) / UNITS * CLUSTER)
@@ -37,8 +38,10 @@ typedef unsigned Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
 #define A_SEND (8 / WIDTH)  // items in the 16 bytes that are sent at once
-#define SHARE ((A_ROW * GROUP_BATCH + A_SEND * CLUSTER - 1) / (A_SEND * CLUSTER) * A_SEND)
+#define BATCH_SHARE ((GROUP_BATCH + CLUSTER - 1) / CLUSTER)
+#define SHARE (A_ROW * BATCH_SHARE)
 #define ROUNDS ((SHARE + TEAM_THREADS - 1) / TEAM_THREADS)
+#define SHARE_WORDS (BATCH_SHARE * (A_ROW + 4))  // of a gate's words of all items, where rows do not meet in the banks of shared memory
 #define INBOX (RING * CLUSTER * SHARE)
 #define SENDS ((CLUSTER * SHARE / A_SEND + TEAM_THREADS - 1) / TEAM_THREADS)
 
@@ -101,8 +104,8 @@ struct Places {
     // An item of this thread in one of its rounds: whether there is one, its number in this block's share, its batch row of the team's, and which
     // pair of units of the strip.
     DEVICE int mine(int round) const { return min(thread + round * TEAM_THREADS, SHARE - 1); }
-    DEVICE int row(int round) const { return (rank * SHARE + mine(round)) / A_ROW; }
-    DEVICE int pair(int round) const { return (rank * SHARE + mine(round)) % A_ROW; }
+    DEVICE int row(int round) const { return rank * BATCH_SHARE + mine(round) / A_ROW; }
+    DEVICE int pair(int round) const { return mine(round) % A_ROW; }
     DEVICE bool has(int round) const { return thread + round * TEAM_THREADS < SHARE && row(round) < rows; }
 };
 
@@ -391,12 +394,22 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             cell_before[i] = load_once((const float2*)(c + step + place[i]));
         }
     };
-    auto put = [&](int i, int step, int gate, unsigned word) {  // of item i to x
-        store_shared_word(at.vectors(x, step) + place_in_vectors(at.row(i), column0 + at.pair(i) * 2, gate), word);
+    int piece[ROUNDS], to[ROUNDS];  // 8 neighbouring units of a gate: among the words of all items in shared memory, and in x; -1: none
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int k = at.thread + i * TEAM_THREADS, row = k % BATCH_SHARE, gate = k / BATCH_SHARE % 4, chunk = k / BATCH_SHARE / 4;
+        const int unit = column0 + chunk * 8, b = at.rank * BATCH_SHARE + row;
+        piece[i] = gate * SHARE_WORDS + row * (A_ROW + 4) + chunk * 4;
+        to[i] = k < SHARE && b < at.rows && unit < H ? place_in_vectors(b, unit, gate) : -1;
+    }
+    auto clear = [&](int step) {  // this thread's pieces of x
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++)
+            if (to[i] >= 0) store_shared_words(at.vectors(x, step) + to[i], make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
     };
     // The gradients of the gates at step t for those `sums` of h; others wait for those in x alone.
     auto differentiate = [&](int t, const float (&sums)[ROUNDS][WIDTH]) {
-        unsigned words[ROUNDS][4];
+        unsigned words[ROUNDS][4], *all = (unsigned*)at.stage;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             float2 of[4], d_of[4];
@@ -419,20 +432,22 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) {
                 words[i][gate] = packed(d_of[gate].x, d_of[gate].y);
-                if (there[i]) put(i, T - 1 - t, gate, words[i][gate]);
+                if (at.has(i)) all[gate * SHARE_WORDS + at.mine(i) + at.mine(i) / A_ROW * 4] = words[i][gate];
             }
         }
+        at.meet();
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++)
+            if (to[i] >= 0) store_shared_words(at.vectors(x, T - 1 - t) + to[i], *(const uint4*)(all + piece[i]));
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             if (!there[i]) continue;
             const int unit = column0 + at.pair(i) * 2;
-            T16* to = d_gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
+            T16* place_of = d_gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) {
-                store_once((unsigned*)(to + gate * H), words[i][gate]);
-                if (t < T - 2) put(i, T - 3 - t, gate, EMPTY);
-            }
+            for (int gate = 0; gate < 4; gate++) store_once((unsigned*)(place_of + gate * H), words[i][gate]);
         }
+        if (t < T - 2) clear(T - 3 - t);
     };
     float sums[ROUNDS][WIDTH];
 #pragma unroll
@@ -451,11 +466,12 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     for (int use = 0; use < T; use++) {
         const int t = T - 2 - use;  // of the gradients; -1: of the first state
         const T16* from = at.vectors(x, use) + at.rank * FRAGMENTS * 256;
-        if (use) wait_for(at.is_free, (use - 1) & 1);
+        at.meet();  // the stage is free
         pace.hold(use ? PACE : 0);
         ask(at, from, present);
         multiply_and_send(at, kept, from, use, patience, pace, [&] { if (t >= 0) fetch(t); });
         receive(sums, at, use, patience);
+        wait_for(at.is_free, use & 1);
         if (t >= 0) differentiate(t, sums);
     }
 #pragma unroll

@@ -24,7 +24,7 @@ CLUSTER_CAPABILITY = (9, 0)  # the one that has products of four warps, wgmma
 LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 TEAMS = (1, 2)  # of the warps of such a block
 CLUSTER_RING = 2  # the same within clusters
-SLOTS = 8  # steps whose vectors have places of their own
+SLOTS = 4  # steps whose vectors have places of their own
 WIDE_TILES = (3, 5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
 PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch of PART_ROWS rows or more
 PART_ROWS = 16
@@ -241,11 +241,11 @@ def _clustered(
     strips, width, of_item = _up(H, rows // 4 if forward else rows), 8 if forward else 2, 16 if forward else 4
     if strips > dict(here.clusters)[cluster]:
         return None
-    share = _up(rows * batch_rows, 8 * cluster) * 8 // width
+    share = rows // width * _up(batch_rows, cluster)
     rounds, sends = _up(share, 32 * warps_m), _up(cluster * share * width // 8, 32 * warps_m)
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
     free = registers - (44 + 8 * rounds if forward else 14 * rounds) - 2 * sends - 4 * tiles_m * tiles_n
-    stage = max(blocks_k * tiles_n * 512, tiles_n * 8 * (rows // 2 + 4) * 4)
+    stage = 16 * max(blocks_k * tiles_n * 32, (rows // 2 + 4) * max(tiles_n * 2, _up(batch_rows, cluster)))
     shared = teams * (stage + CLUSTER_RING * cluster * share * of_item + 16) + (4 * rows if forward else 0)
     room = (here.shared - 2048 - shared) // (warps_m * tiles_m * 1024)  # for blocks of 32 k of the weights
     kept = max(0, blocks_k - room)  # registers are no faster
