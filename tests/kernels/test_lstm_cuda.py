@@ -66,7 +66,9 @@ def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, 
                 layout.blocks <= layout.cluster * dict(H200.clusters)[layout.cluster] and layout.shared <= H200.shared
             )
             assert_batch_is_covered(of, batch)
-            assert of["WARPS"] == of["TEAMS"] * of["WARPS_M"] <= 24 and of["WARPS_M"] % 4 == 0
+            assert of["WARPS"] == of["WARPS_M"] + of["TEAMS"] * of["TEAM_WARPS"] and of["WARPS_M"] % 4 == 0
+            of_both = of["WARPS_M"] * of["MULTIPLY_REGISTERS"] + of["TEAMS"] * of["TEAM_WARPS"] * of["TEAM_REGISTERS"]
+            assert of_both <= 65536 // (32 * of["WARPS"]) // 8 * 8 * of["WARPS"]
             assert 0 <= of["REGISTERS_K"] <= of["BLOCKS_K"]
             strips, rows, k = (
                 layout.blocks // layout.cluster // of["PARTS"],

@@ -6,23 +6,25 @@
 // bandwidth bounds a step where every block loads all of them. Sums travel in 16 bits, to places that hold EMPTY until they arrive and
 // again when they have been read: a block that sends sums of step t + RING has vectors that depend on every block's having read those of step t.
 //
-// A block's warps are TEAMS teams of WARPS_M, with the same weights and a share of the batch each: while one waits, another works. They
-// multiply in turn, for teams in step would all need the same part of the processor at once. A warp has WARP_TILES tiles of 16 rows.
-// Vectors go from the L2 cache to shared memory, where the matrix units find them; when a product is over, its sums take their place.
+// The first WARPS_M warps of a block multiply; the others are TEAMS teams of TEAM_WARPS, with a share of the batch each. A team brings its
+// vectors from the L2 cache to shared memory, where the matrix units find them, and turns the sums that come back into new values; the
+// weights are in the registers of those who multiply, who serve the teams in turn: what one team waits for is another's work.
 //
 // forward: the rows are the gates of UNITS units, the vector is h. backward: the rows are COLUMNS units of h, the vector is
 // the gates' gradients, by ROW_UNITS units for each block.
 //
-// Macros: H, BATCH, PARTS, GROUP_BATCH (batch rows of a team), TILES_N, WARPS, HALF as in lstm.cu, GROUPS 1; CLUSTER, TEAMS, WARPS_M,
-// WARP_TILES, BLOCKS_K, REGISTERS_K, SLOTS; UNITS = 4 WARPS_M WARP_TILES or COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 BLOCKS_K.
+// Macros: H, BATCH, PARTS, GROUP_BATCH (batch rows of a team), TILES_N, WARPS, SLOTS, HALF as in lstm.cu, GROUPS 1; CLUSTER, TEAMS, TEAM_WARPS,
+// WARPS_M, WARP_TILES (of 16 rows, of a warp), BLOCKS_K, REGISTERS_K; MULTIPLY_REGISTERS and TEAM_REGISTERS of a thread; UNITS = 4 WARPS_M WARP_TILES or
+// COLUMNS = 16 WARPS_M WARP_TILES and ROW_UNITS = 8 BLOCKS_K.
 
-#define TEAM_THREADS (WARPS_M * 32)
+#define MULTIPLIERS (WARPS_M * 32)
+#define TEAM_THREADS (TEAM_WARPS * 32)
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS / 2 + 4)           // words of two sums from one batch row to the next
 #define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors
-#define LOADS ((FRAGMENTS + WARPS_M - 1) / WARPS_M)
-#define STAGE_OF(a, b) ((a) > (b) ? (a) : (b))
-#define STAGE STAGE_OF(FRAGMENTS * 32, STAGE_OF(TILES_N * 2 * STRIDE, BATCH_SHARE * (ROWS / 2 + 4)))
+#define LOADS ((FRAGMENTS + TEAM_WARPS - 1) / TEAM_WARPS)
+#define STAGE (FRAGMENTS * 32)
+#define SUMS_AT_ONCE (TILES_N * 8 * STRIDE)
 #define RING 2
 
 // An item is a place of new values: two units and a batch row, of WIDTH rows of the product. A block has SHARE items of a team, those of
@@ -30,10 +32,12 @@
 #ifdef UNITS
 #define WIDTH 8
 #define PART ((H + UNITS - 1) / UNITS * CLUSTER)
+#define LEAVING 0
 typedef uint4 Sums;
 #else
 #define WIDTH 2
 #define PART ((H + COLUMNS - 1) / COLUMNS * CLUSTER)
+#define LEAVING (4 * SHARE_WORDS)  // words of new values in shared memory
 typedef unsigned Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
@@ -43,158 +47,178 @@ typedef unsigned Sums;
 #define ROUNDS ((SHARE + TEAM_THREADS - 1) / TEAM_THREADS)
 #define SHARE_WORDS (BATCH_SHARE * (A_ROW + 4))  // of a gate's words of all items, where rows do not meet in the banks of shared memory
 #define INBOX (RING * CLUSTER * SHARE)
-#define SENDS ((CLUSTER * SHARE / A_SEND + TEAM_THREADS - 1) / TEAM_THREADS)
+#define SENDS ((A_ROW / A_SEND * GROUP_BATCH + MULTIPLIERS - 1) / MULTIPLIERS)
 
-// What a team has of shared memory, and where its thread stands in it.
+// A block's shared memory: the weights that are not in registers; of each team the vectors, the sums that arrive, and new values on their way;
+// sums before they are sent, of two products; the biases.
 struct Places {
-    uint4 *weights, *stage;
-    Sums* inbox;
+    uint4 *weights, *stages;
+    Sums* inboxes;
+    unsigned *leaving, *sums;
     float4* bias;
-    Token *is_free, *has_multiplied, *may_multiply;  // of the stage; of this team and the one before it
-    int thread, warp, lane, r, q, rank, strip;
-    int team, group, row0, rows;  // the number of this team among those of all parts, its first batch row, how many
-    Place to[SENDS];              // where this thread's sums go at the first use of the inbox
-    int from[SENDS];              // and where it finds them; -1: none
+    Token* tokens;
+    int rank, strip, part;
 
     DEVICE Places(uint4* shared) {
-        team = threadIdx.x / TEAM_THREADS, thread = threadIdx.x % TEAM_THREADS;
-        warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
-        strip = blockIdx.x % PART / CLUSTER, rank = blockIdx.x % CLUSTER, group = blockIdx.x / PART * TEAMS + team;
-        row0 = group * GROUP_BATCH, rows = min(GROUP_BATCH, BATCH - row0);
-        weights = shared + warp / 4 * SHARED_K * 2 * WARP_TILES * 128;
-        uint4* after = shared + WARPS_M * SHARED_K * 2 * WARP_TILES * 32;
-        stage = after + team * STAGE, after += TEAMS * STAGE;
-        inbox = (Sums*)after + team * INBOX, after = (uint4*)((Sums*)after + TEAMS * INBOX);
-        bias = (float4*)after;
+        strip = blockIdx.x % PART / CLUSTER, rank = blockIdx.x % CLUSTER, part = blockIdx.x / PART;
+        weights = shared;
+        stages = weights + WARPS_M * SHARED_K * 2 * WARP_TILES * 32;
+        sums = (unsigned*)(stages + TEAMS * STAGE);
+        leaving = sums + 2 * SUMS_AT_ONCE;
+        inboxes = (Sums*)(leaving + TEAMS * LEAVING);
+        bias = (float4*)(inboxes + TEAMS * INBOX);
+        tokens = (Token*)bias;
 #ifdef UNITS
-        after += UNITS;
+        tokens = (Token*)(bias + UNITS);
 #endif
-        Token* tokens = (Token*)after;
-        is_free = tokens + team, has_multiplied = tokens + TEAMS + team;
-        may_multiply = tokens + TEAMS + (team + TEAMS - 1) % TEAMS;
     }
 
-    // Before anything arrives. Each block begins with its own share, so that no block is sent to by all at once.
-    DEVICE void begin() {
-        for (int i = thread; i < INBOX * (int)(sizeof(Sums) / 4); i += TEAM_THREADS) ((unsigned*)inbox)[i] = EMPTY;
-        if (thread == 0) begin_token(is_free, WARPS_M), begin_token(has_multiplied, 1);
-#pragma unroll
-        for (int i = 0; i < SENDS; i++) {
-            const int send = thread + i * TEAM_THREADS, item = (send * A_SEND + rank * SHARE) % (CLUSTER * SHARE), n = item / A_ROW;
-            to[i] = place_in(inbox + rank * SHARE + item % SHARE, item / SHARE);
-            from[i] = send < CLUSTER * SHARE / A_SEND && n < rows ? n * STRIDE + item % A_ROW * (WIDTH / 2) : -1;
-        }
+    DEVICE Token* is_full(int team) const { return tokens + team; }  // the stage, of vectors
+    DEVICE Token* is_free(int team) const { return tokens + TEAMS + team; }
+
+    DEVICE void begin() const {  // before anything arrives
+        for (int i = threadIdx.x; i < TEAMS * INBOX * (int)(sizeof(Sums) / 4); i += THREADS) ((unsigned*)inboxes)[i] = EMPTY;
+        for (int i = threadIdx.x; i < TEAMS * STAGE; i += THREADS) stages[i] = make_uint4(0, 0, 0, 0);
+        if (threadIdx.x < TEAMS) begin_token(is_full(threadIdx.x), TEAM_WARPS), begin_token(is_free(threadIdx.x), WARPS_M);
         cluster_barrier();
+    }
+};
+
+// ---- who multiplies -----------------------------------------------------------------------------------------------------
+
+typedef uint4 Kept[REGISTERS_K ? REGISTERS_K : 1][2][WARP_TILES];
+
+struct Multiplier {
+    int thread, warp, lane, r, q;
+    uint4* weights;
+    DEVICE Multiplier(const Places& at) {
+        thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, r = lane >> 2, q = lane & 3;
+        weights = at.weights + warp / 4 * SHARED_K * 2 * WARP_TILES * 128;
+    }
+};
+
+// Where the part of the weights in shared memory is, behind the first one, that four warps multiply by a half of block k.
+DEVICE int tile_of(int k, int half, int m) { return (((k - REGISTERS_K) * 2 + half) * WARP_TILES + m) * 128; }
+
+DEVICE void keep(Kept& kept, const Multiplier& self, int k, int m, uint4 first, uint4 second) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint4 v = half ? second : first;
+        if (k < REGISTERS_K) {
+            kept[k < REGISTERS_K ? k : 0][half][m] = v;
+        } else {
+            unsigned* to = (unsigned*)(self.weights + tile_of(k, half, m) + self.warp % 4 * 16 + self.r) + self.q;
+            to[0] = v.x, to[32] = v.y, to[256] = v.z, to[288] = v.w;  // rows r, r + 8, r, r + 8
+        }
+    }
+}
+
+// All products of this block's warps, of `steps` steps of each team, and the sums sent to their blocks.
+DEVICE void multiply_and_send(const Places& at, const Multiplier& self, const Kept& kept, int steps) {
+    Place to[SENDS];  // where this thread's sums go at the first use of the first team's inbox
+    int from[SENDS];  // and where it finds them; -1: none
+#pragma unroll
+    for (int i = 0; i < SENDS; i++) {
+        const int item = (self.thread + i * MULTIPLIERS) * A_SEND, n = item / A_ROW;
+        to[i] = place_in(at.inboxes + at.rank * SHARE + item % SHARE, min(item / SHARE, CLUSTER - 1));
+        from[i] = n < GROUP_BATCH ? n * STRIDE + item % A_ROW * (WIDTH / 2) : -1;
+    }
+    written_for_wide();
+    barrier(0, WARPS_M);
+#pragma unroll 1
+    for (int turn = 0; turn < steps * TEAMS; turn++) {
+        const int use = turn / TEAMS, team = turn % TEAMS;
+        float acc[WARP_TILES][TILES_N][4] = {};
+        wait_for(at.is_full(team), use & 1);
+        const Matrix vectors = matrix_at(at.stages + team * STAGE, 128, 512), weights = matrix_at(self.weights, 1024, 128);
+        wide_begin(acc);
+#pragma unroll
+        for (int k = 0; k < BLOCKS_K; k++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const Matrix b = further(vectors, k * TILES_N * 512 + half * 256);
+#pragma unroll
+                for (int m = 0; m < WARP_TILES; m++)
+                    if (k < REGISTERS_K) multiply_wide(acc[m], kept[k < REGISTERS_K ? k : 0][half][m], b);
+                    else multiply_wide(acc[m], further(weights, tile_of(k, half, m) * 16), b);
+            }
+        wide_end();
+        wide_wait(acc);
+        if (self.lane == 0) arrive(at.is_free(team));
+        unsigned* sums = at.sums + turn % 2 * SUMS_AT_ONCE;
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++)
+#pragma unroll
+            for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    sums[(n * 8 + 2 * self.q + e) * STRIDE + (self.warp * WARP_TILES + m) * 8 + self.r] = narrow_sums(acc[m][n][e], acc[m][n][e + 2]);
+        barrier(0, WARPS_M);
+        const unsigned offset = (team * INBOX + use % RING * CLUSTER * SHARE) * sizeof(Sums);
+#pragma unroll
+        for (int i = 0; i < SENDS; i++)
+            if (from[i] >= 0) send(to[i] + offset, *(const uint4*)(sums + from[i]));
+    }
+}
+
+// ---- teams --------------------------------------------------------------------------------------------------------------
+
+struct Team {
+    int team, thread, warp, lane, rank;
+    int group, row0, rows;  // its number among the teams of all parts, its first batch row, how many
+    uint4* stage;
+    Sums* inbox;
+    unsigned* leaving;
+    Token *is_full, *is_free;
+
+    DEVICE Team(const Places& at) {
+        thread = threadIdx.x - MULTIPLIERS, team = thread / TEAM_THREADS, thread %= TEAM_THREADS, warp = thread >> 5, lane = thread & 31;
+        rank = at.rank, group = at.part * TEAMS + team, row0 = group * GROUP_BATCH, rows = min(GROUP_BATCH, BATCH - row0);
+        stage = at.stages + team * STAGE, inbox = at.inboxes + team * INBOX, leaving = at.leaving + team * LEAVING;
+        is_full = at.is_full(team), is_free = at.is_free(team);
     }
 
     // Of this team's vectors, those of number `step`.
     DEVICE T16* vectors(T16* x, int step) const { return x + slot(step, group); }
 
-    DEVICE void meet() const {
-        if (TEAMS > 1) barrier(team, WARPS_M);
-        else barrier();
-    }
+    DEVICE void meet() const { barrier(1 + team, TEAM_WARPS); }
 
-    // Behind the weights' way to shared memory, where the first team brings them.
-    DEVICE void weights_are_there() const {
-        written_for_wide();
-        barrier();
-    }
-
-    // An item of this thread in one of its rounds: whether there is one, its number in this block's share, its batch row of the team's, and which
-    // pair of units of the strip.
+    // An item of this thread in one of its rounds: its number in this block's share, its batch row of the team's, which pair of units of the strip it
+    // is, and whether there is one.
     DEVICE int mine(int round) const { return min(thread + round * TEAM_THREADS, SHARE - 1); }
     DEVICE int row(int round) const { return rank * BATCH_SHARE + mine(round) / A_ROW; }
     DEVICE int pair(int round) const { return mine(round) % A_ROW; }
     DEVICE bool has(int round) const { return thread + round * TEAM_THREADS < SHARE && row(round) < rows; }
 };
 
-typedef uint4 Kept[REGISTERS_K ? REGISTERS_K : 1][2][WARP_TILES];
-
-// Where the part of the weights in shared memory is, behind the first one, that four warps multiply by a half of block k.
-DEVICE int tile_of(int k, int half, int m) { return (((k - REGISTERS_K) * 2 + half) * WARP_TILES + m) * 128; }
-
-DEVICE void keep(Kept& kept, const Places& at, int k, int m, uint4 first, uint4 second) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint4 v = half ? second : first;
-        if (k < REGISTERS_K) {
-            kept[k < REGISTERS_K ? k : 0][half][m] = v;
-        } else if (!at.team) {
-            unsigned* to = (unsigned*)(at.weights + tile_of(k, half, m) + at.warp % 4 * 16 + at.r) + at.q;
-            to[0] = v.x, to[32] = v.y, to[256] = v.z, to[288] = v.w;  // rows r, r + 8, r, r + 8
-        }
-    }
-}
-
-// Brings this lane's part of the vectors, which begin at `from`, to the stage; bit i of `present` says whether load i is of any, 0 where not.
-DEVICE void ask(const Places& at, const T16* from, unsigned present) {
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-        const int word = (at.warp + i * WARPS_M) * 32 + at.lane;
-        if (word < FRAGMENTS * 32) bring(at.stage + word, from + word * 8, present >> i & 1);
-    }
-}
-
-// Step `use`: this block's part of the sums, sent to their blocks, from the vectors that were asked for at `from`. `then` is called when the
-// registers of the product are free.
-template <class Then>
-DEVICE void multiply_and_send(Places& at, const Kept& kept, const T16* from, int use, Patience& patience, Pace& pace, Then then) {
+// Brings this lane's part of the vectors, which begin at `from`, to the stage, and says so when they are all there; bit i of `present` says whether
+// load i is of any, which is 0 where not.
+DEVICE void bring_vectors(const Team& at, const T16* from, unsigned present, Patience& patience, Pace& pace) {
+    const int first = at.warp * 32 + at.lane;
+    uint4* to = at.stage + first;
+    const uint4* of_lane = (const uint4*)from + first;
+    unsigned missing = present;
     patience.renew();
-    for (bool too_early = false;; too_early = true) {
-        bool waits = false;
+    for (int asked = 0;; asked++) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) bring(to + i * TEAM_THREADS, of_lane + i * TEAM_THREADS, missing >> i & 1);
+        missing = 0;
         wait_for_brought();
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            const int word = (at.warp + i * WARPS_M) * 32 + at.lane;
-            if (word < FRAGMENTS * 32 && is_empty(at.stage[word])) bring(at.stage + word, from + word * 8, true), waits = true;
-        }
-        if (!any_lane(waits) || !any_lane(patience.lasts())) {
-            pace.judge(too_early);
+        for (int i = 0; i < LOADS; i++) missing |= is_empty(to[i * TEAM_THREADS]) << i;
+        missing &= present;
+        if (!any_lane(missing) || !any_lane(patience.lasts())) {
+            pace.judge(asked > 0);
             break;
         }
     }
     written_for_wide();
-    at.meet();
-    if (TEAMS > 1 && (at.team || use)) wait_for(at.may_multiply, (use - !at.team) & 1);
-    float acc[WARP_TILES][TILES_N][4] = {};
-    const Matrix vectors = matrix_at(at.stage, 128, 512), weights = matrix_at(at.weights, 1024, 128);
-    wide_begin(acc);
-#pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const Matrix b = further(vectors, k * TILES_N * 512 + half * 256);
-#pragma unroll
-            for (int m = 0; m < WARP_TILES; m++)
-                if (k < REGISTERS_K) multiply_wide(acc[m], kept[k < REGISTERS_K ? k : 0][half][m], b);
-                else multiply_wide(acc[m], further(weights, tile_of(k, half, m) * 16), b);
-        }
-    wide_end();
-    wide_wait(acc);
-    at.meet();
-    if (at.thread == 0) arrive(at.has_multiplied);
-    unsigned* sums = (unsigned*)at.stage;
-#pragma unroll
-    for (int m = 0; m < WARP_TILES; m++)
-#pragma unroll
-        for (int n = 0; n < TILES_N; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                sums[(n * 8 + 2 * at.q + e) * STRIDE + (at.warp * WARP_TILES + m) * 8 + at.r] = narrow_sums(acc[m][n][e], acc[m][n][e + 2]);
-    at.meet();
-    then();
-    pace.begin();
-    const unsigned offset = use % RING * CLUSTER * SHARE * sizeof(Sums);
-#pragma unroll
-    for (int i = 0; i < SENDS; i++)
-        if (at.from[i] >= 0) send(at.to[i] + offset, *(const uint4*)(sums + at.from[i]));
     warp_barrier();
-    if (at.lane == 0) arrive(at.is_free);
+    if (at.lane == 0) arrive(at.is_full);
 }
 
 // The sums of this thread's items at step `use`, over the blocks of the cluster.
-DEVICE void receive(float (&sums)[ROUNDS][WIDTH], const Places& at, int use, Patience& patience) {
+DEVICE void receive(float (&sums)[ROUNDS][WIDTH], const Team& at, int use, Patience& patience) {
     Sums* from = at.inbox + use % RING * CLUSTER * SHARE;
     patience.renew();
     for (;;) {
@@ -228,50 +252,55 @@ DEVICE void receive(float (&sums)[ROUNDS][WIDTH], const Places& at, int use, Pat
 KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, T16* y,
                float* c, T16* h_last, void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);
-    Places at(shared);
+    const Places places(shared);
     copy_words(y, h0, BATCH * H / 2, PART * PARTS);
-    const int unit0 = at.strip * UNITS, column0 = at.rank * BLOCKS_K * 32;
-    Patience patience = {limit, 0, trouble, 0};
-    put_bias(at.bias, b_ih, b_hh, unit0);
-    at.begin();
-
-    Kept kept;
+    const int unit0 = places.strip * UNITS, column0 = places.rank * BLOCKS_K * 32;
+    put_bias(places.bias, b_ih, b_hh, unit0);
+    places.begin();
+    if (threadIdx.x < MULTIPLIERS) {
+        take_registers<MULTIPLY_REGISTERS>();
+        const Multiplier self(places);
+        Kept kept;
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++) {
-        const int column = column0 + k * 32 + at.q * 2;
+        for (int k = 0; k < BLOCKS_K; k++)
 #pragma unroll
-        for (int m = 0; m < WARP_TILES; m++) {
-            uint4 rows[2];  // units, of each its gates
+            for (int m = 0; m < WARP_TILES; m++) {
+                const int column = column0 + k * 32 + self.q * 2;
+                uint4 rows[2];  // units, of each its gates
 #pragma unroll
-            for (int s = 0; s < 2; s++) {
-                const int row = (at.warp * WARP_TILES + m) * 16 + 2 * at.r + s, unit = unit0 + row / 4;
-                const T16* from = weights + ((long long)(row % 4) * H + unit) * H + column;
-                rows[s].x = load_word(from, column < H && unit < H), rows[s].y = load_word(from + 8, column < H && unit < H);
-                rows[s].z = load_word(from + 16, column + 16 < H && unit < H);
-                rows[s].w = load_word(from + 24, column + 16 < H && unit < H);
+                for (int s = 0; s < 2; s++) {
+                    const int row = (self.warp * WARP_TILES + m) * 16 + 2 * self.r + s, unit = unit0 + row / 4;
+                    const T16* from = weights + ((long long)(row % 4) * H + unit) * H + column;
+                    rows[s].x = load_word(from, column < H && unit < H), rows[s].y = load_word(from + 8, column < H && unit < H);
+                    rows[s].z = load_word(from + 16, column + 16 < H && unit < H);
+                    rows[s].w = load_word(from + 24, column + 16 < H && unit < H);
+                }
+                keep(kept, self, k, m, make_uint4(rows[0].x, rows[1].x, rows[0].y, rows[1].y),
+                     make_uint4(rows[0].z, rows[1].z, rows[0].w, rows[1].w));
             }
-            keep(kept, at, k, m, make_uint4(rows[0].x, rows[1].x, rows[0].y, rows[1].y),
-                 make_uint4(rows[0].z, rows[1].z, rows[0].w, rows[1].w));
-        }
+        multiply_and_send(places, self, kept, T);
+        cluster_barrier();  // a block that has ended has no shared memory to write to
+        return;
     }
-    at.weights_are_there();
+    give_registers<TEAM_REGISTERS>();
+    const Team at(places);
+    Patience patience = {limit, 0, trouble, 0};
+    Pace pace;
     unsigned present = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int fragment = at.warp + i * WARPS_M, column = column0 + fragment / TILES_N * 32 + at.lane / 8 * 8;
-        present |= (column < H && fragment % TILES_N * 8 + at.lane % 8 < at.rows) << i;
+        const int fragment = at.warp + i * TEAM_WARPS, column = column0 + fragment / TILES_N * 32 + at.lane / 8 * 8;
+        present |= (fragment < FRAGMENTS && column < H && fragment % TILES_N * 8 + at.lane % 8 < at.rows) << i;
     }
-    Pace pace;
 
     bool there[ROUNDS];
-    int place[ROUNDS];  // of h and c of an item at a step
+    int place[ROUNDS], gate_place[ROUNDS], x_place[ROUNDS];  // of an item's h and c, its first gate, and its words in x, at a step
     float2 cell[ROUNDS];
     unsigned input[ROUNDS][4];
     auto fetch = [&](int t) {  // the gates' sums without h's part
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int unit = unit0 + at.pair(i) * 2;
-            const T16* from = gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
+            const T16* from = gates + (long long)t * BATCH * 4 * H + anew(gate_place[i]);
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) input[i][gate] = there[i] ? load_once((const unsigned*)(from + gate * H)) : 0;
         }
@@ -280,20 +309,20 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
     for (int i = 0; i < ROUNDS; i++) {
         const int unit = unit0 + at.pair(i) * 2;
         there[i] = at.has(i) && unit < H;
-        place[i] = (at.row0 + at.row(i)) * H + unit;
+        place[i] = (at.row0 + at.row(i)) * H + unit, gate_place[i] = (place[i] - unit) * 4 + unit;
+        x_place[i] = place_in_vectors(at.row(i), unit);
         cell[i] = make_float2(0.0f, 0.0f);
         if (!there[i]) continue;
         cell[i] = make_float2(state_at(c0, place[i], is_short), state_at(c0, place[i] + 1, is_short));
         *(float2*)(c + place[i]) = cell[i];
-        store_shared_word(at.vectors(x, 0) + place_in_vectors(at.row(i), unit), *(const unsigned*)(h0 + place[i]));
+        store_shared_word(at.vectors(x, 0) + x_place[i], *(const unsigned*)(h0 + place[i]));
     }
 #pragma unroll 1
     for (int t = 0; t < T; t++) {
-        const T16* from = at.vectors(x, t) + at.rank * FRAGMENTS * 256;
         if (t) wait_for(at.is_free, (t - 1) & 1);
         pace.hold(t ? PACE : 0);
-        ask(at, from, present);
-        multiply_and_send(at, kept, from, t, patience, pace, [&] { fetch(t); });
+        bring_vectors(at, at.vectors(x, t) + at.rank * FRAGMENTS * 256, present, patience, pace);
+        fetch(t);
         float sums[ROUNDS][WIDTH];
         receive(sums, at, t, patience);
         unsigned word[ROUNDS], gate_of[ROUNDS][4];
@@ -302,7 +331,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             float2 of[4];
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) {
-                const float *added = (const float*)(at.bias + at.pair(i) * 2) + gate;
+                const float *added = (const float*)(places.bias + at.pair(i) * 2) + gate;
                 of[gate] = unpacked(input[i][gate]);
                 of[gate].x += added[0] + sums[i][gate], of[gate].y += added[4] + sums[i][gate + 4];
                 of[gate] = gate == 2 ? make_float2(tangent(of[gate].x), tangent(of[gate].y))
@@ -312,20 +341,20 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             cell[i].x = of[1].x * cell[i].x + of[0].x * of[2].x, cell[i].y = of[1].y * cell[i].y + of[0].y * of[2].y;
             word[i] = packed(of[3].x * tangent(cell[i].x), of[3].y * tangent(cell[i].y));
             if (there[i] && t + 1 < T)
-                store_shared_word(at.vectors(x, t + 1) + place_in_vectors(at.row(i), unit0 + at.pair(i) * 2), word[i]);
+                store_shared_word(at.vectors(x, t + 1) + anew(x_place[i]), word[i]);
         }
+        pace.begin();
         // others wait for x alone: the rest is written after it
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             if (!there[i]) continue;
-            const long long step = (long long)(t + 1) * BATCH * H;
-            const int unit = unit0 + at.pair(i) * 2;
-            store_once((float2*)(c + step + place[i]), cell[i]);
-            store_once((unsigned*)(y + step + place[i]), word[i]);
-            T16* to = gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
+            const long long step = (long long)(t + 1) * BATCH * H + anew(place[i]);
+            store_once((float2*)(c + step), cell[i]);
+            store_once((unsigned*)(y + step), word[i]);
+            T16* to = gates + (long long)t * BATCH * 4 * H + anew(gate_place[i]);
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) store_once((unsigned*)(to + gate * H), gate_of[i][gate]);
-            if (t) store_shared_word(at.vectors(x, t - 1) + place_in_vectors(at.row(i), unit), EMPTY);
+            if (t) store_shared_word(at.vectors(x, t - 1) + anew(x_place[i]), EMPTY);
         }
     }
 #pragma unroll
@@ -344,41 +373,47 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
                 const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float*, int T, int* trouble,
                 unsigned long long limit) {
     SHARED(shared);
-    Places at(shared);
-    const int column0 = at.strip * COLUMNS, row_unit0 = at.rank * ROW_UNITS;
-    Patience patience = {limit, 0, trouble, 0};
-    at.begin();
-
-    Kept kept;
+    const Places places(shared);
+    const int column0 = places.strip * COLUMNS, row_unit0 = places.rank * ROW_UNITS;
+    places.begin();
+    if (threadIdx.x < MULTIPLIERS) {
+        take_registers<MULTIPLY_REGISTERS>();
+        const Multiplier self(places);
+        Kept kept;
 #pragma unroll
-    for (int k = 0; k < BLOCKS_K; k++) {
+        for (int k = 0; k < BLOCKS_K; k++)
 #pragma unroll
-        for (int m = 0; m < WARP_TILES; m++) {
-            unsigned words[2][4];
-            const int column = column0 + (at.warp * WARP_TILES + m) * 16 + 2 * at.r;
+            for (int m = 0; m < WARP_TILES; m++) {
+                unsigned words[2][4];
+                const int column = column0 + (self.warp * WARP_TILES + m) * 16 + 2 * self.r;
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) {  // two neighbouring units by two neighbouring columns
-                const int unit = row_unit0 + k * 8 + 2 * at.q;
-                const T16* from = weights + ((long long)gate * H + unit) * H + column;
-                const unsigned even = load_word(from, unit < H && column < H);
-                const unsigned odd = load_word(from + H, unit < H && column < H);
-                words[0][gate] = (even & 0xffff) | odd << 16, words[1][gate] = even >> 16 | (odd & 0xffff0000u);
+                for (int gate = 0; gate < 4; gate++) {  // two neighbouring units by two neighbouring columns
+                    const int unit = row_unit0 + k * 8 + 2 * self.q;
+                    const T16* from = weights + ((long long)gate * H + unit) * H + column;
+                    const unsigned even = load_word(from, unit < H && column < H);
+                    const unsigned odd = load_word(from + H, unit < H && column < H);
+                    words[0][gate] = (even & 0xffff) | odd << 16, words[1][gate] = even >> 16 | (odd & 0xffff0000u);
+                }
+                keep(kept, self, k, m, make_uint4(words[0][0], words[1][0], words[0][1], words[1][1]),
+                     make_uint4(words[0][2], words[1][2], words[0][3], words[1][3]));
             }
-            keep(kept, at, k, m, make_uint4(words[0][0], words[1][0], words[0][1], words[1][1]),
-                 make_uint4(words[0][2], words[1][2], words[0][3], words[1][3]));
-        }
+        multiply_and_send(places, self, kept, T);
+        cluster_barrier();  // a block that has ended has no shared memory to write to
+        return;
     }
-    at.weights_are_there();
+    give_registers<TEAM_REGISTERS>();
+    const Team at(places);
+    Patience patience = {limit, 0, trouble, 0};
+    Pace pace;
     unsigned present = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int fragment = at.warp + i * WARPS_M;
-        present |= (row_unit0 + fragment / TILES_N * 8 < H && fragment % TILES_N * 8 + at.lane % 8 < at.rows) << i;
+        const int fragment = at.warp + i * TEAM_WARPS;
+        present |= (fragment < FRAGMENTS && row_unit0 + fragment / TILES_N * 8 < H && fragment % TILES_N * 8 + at.lane % 8 < at.rows) << i;
     }
-    Pace pace;
 
     bool there[ROUNDS];
-    int place[ROUNDS];  // of h and c of an item at a step
+    int place[ROUNDS], gate_place[ROUNDS];  // of an item's h and c, and of its first gate, at a step
     unsigned gates_of[ROUNDS][4], d_h_of[ROUNDS];
     float2 cell[ROUNDS], cell_before[ROUNDS], d_cell[ROUNDS];
     auto fetch = [&](int t) {  // what the gradients of the gates at step t need of memory
@@ -386,12 +421,11 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             if (!there[i]) continue;
-            const int unit = column0 + at.pair(i) * 2;
+            const T16* from = gates + step * 4 + anew(gate_place[i]);
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++)
-                gates_of[i][gate] = load_once((const unsigned*)(gates + step * 4 + (place[i] - unit) * 4 + gate * H + unit));
-            d_h_of[i] = load_once((const unsigned*)(d_h + step + place[i]));
-            cell_before[i] = load_once((const float2*)(c + step + place[i]));
+            for (int gate = 0; gate < 4; gate++) gates_of[i][gate] = load_once((const unsigned*)(from + gate * H));
+            const int of_h = anew(place[i]);
+            d_h_of[i] = load_once((const unsigned*)(d_h + step + of_h)), cell_before[i] = load_once((const float2*)(c + step + of_h));
         }
     };
     int piece[ROUNDS], to[ROUNDS];  // 8 neighbouring units of a gate: among the words of all items in shared memory, and in x; -1: none
@@ -405,11 +439,11 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     auto clear = [&](int step) {  // this thread's pieces of x
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++)
-            if (to[i] >= 0) store_shared_words(at.vectors(x, step) + to[i], make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
+            if (to[i] >= 0) store_shared_words(at.vectors(x, step) + anew(to[i]), make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
     };
     // The gradients of the gates at step t for those `sums` of h; others wait for those in x alone.
     auto differentiate = [&](int t, const float (&sums)[ROUNDS][WIDTH]) {
-        unsigned words[ROUNDS][4], *all = (unsigned*)at.stage;
+        unsigned words[ROUNDS][4];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             float2 of[4], d_of[4];
@@ -432,20 +466,20 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) {
                 words[i][gate] = packed(d_of[gate].x, d_of[gate].y);
-                if (at.has(i)) all[gate * SHARE_WORDS + at.mine(i) + at.mine(i) / A_ROW * 4] = words[i][gate];
+                if (at.has(i)) at.leaving[gate * SHARE_WORDS + at.mine(i) + at.mine(i) / A_ROW * 4] = words[i][gate];
             }
         }
         at.meet();
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++)
-            if (to[i] >= 0) store_shared_words(at.vectors(x, T - 1 - t) + to[i], *(const uint4*)(all + piece[i]));
+            if (to[i] >= 0) store_shared_words(at.vectors(x, T - 1 - t) + anew(to[i]), *(const uint4*)(at.leaving + piece[i]));
+        pace.begin();
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             if (!there[i]) continue;
-            const int unit = column0 + at.pair(i) * 2;
-            T16* place_of = d_gates + (long long)t * BATCH * 4 * H + (place[i] - unit) * 4 + unit;
+            T16* of_gates = d_gates + (long long)t * BATCH * 4 * H + anew(gate_place[i]);
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) store_once((unsigned*)(place_of + gate * H), words[i][gate]);
+            for (int gate = 0; gate < 4; gate++) store_once((unsigned*)(of_gates + gate * H), words[i][gate]);
         }
         if (t < T - 2) clear(T - 3 - t);
     };
@@ -454,7 +488,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     for (int i = 0; i < ROUNDS; i++) {
         const int unit = column0 + at.pair(i) * 2;
         there[i] = at.has(i) && unit < H;
-        place[i] = (at.row0 + at.row(i)) * H + unit;
+        place[i] = (at.row0 + at.row(i)) * H + unit, gate_place[i] = (place[i] - unit) * 4 + unit;
         const float2 d = there[i] && d_hT ? unpacked(*(const unsigned*)(d_hT + place[i])) : make_float2(0.0f, 0.0f);
         sums[i][0] = d.x, sums[i][1] = d.y;
         cell[i] = there[i] ? *(const float2*)(c + (long long)T * BATCH * H + place[i]) : make_float2(0.0f, 0.0f);
@@ -465,13 +499,12 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 #pragma unroll 1
     for (int use = 0; use < T; use++) {
         const int t = T - 2 - use;  // of the gradients; -1: of the first state
-        const T16* from = at.vectors(x, use) + at.rank * FRAGMENTS * 256;
-        at.meet();  // the stage is free
+        if (use) wait_for(at.is_free, (use - 1) & 1);
         pace.hold(use ? PACE : 0);
-        ask(at, from, present);
-        multiply_and_send(at, kept, from, use, patience, pace, [&] { if (t >= 0) fetch(t); });
+        bring_vectors(at, at.vectors(x, use) + at.rank * FRAGMENTS * 256, present, patience, pace);
+        if (t >= 0) fetch(t);
         receive(sums, at, use, patience);
-        wait_for(at.is_free, use & 1);
+        at.meet();  // all have taken what was leaving
         if (t >= 0) differentiate(t, sums);
     }
 #pragma unroll

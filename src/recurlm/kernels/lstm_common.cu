@@ -112,10 +112,10 @@ DEVICE float2 load_once(const float2* p) { return __ldcs(p); }
 DEVICE void store_once(unsigned* p, unsigned v) { __stcs(p, v); }
 DEVICE void store_once(float2* p, float2 v) { __stcs(p, v); }
 
-// 16 bytes from the L2 cache to shared memory, or zeros where they are not `wanted`; there after the next `wait_for_brought`.
+// 16 bytes from the L2 cache to shared memory where they are `wanted`; there after the next `wait_for_brought`.
 DEVICE void bring(void* to, const void* from, bool wanted) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
+                 ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"((unsigned)wanted) : "memory");
 }
 DEVICE void wait_for_brought() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -133,6 +133,18 @@ DEVICE void wait_for(Token* token, unsigned odd) {
                  ::"r"((unsigned)__cvta_generic_to_shared(token)), "r"(odd) : "memory");
 }
 DEVICE void warp_barrier() { __syncwarp(); }
+
+// v, of which the compiler knows nothing: what is computed from it is so each time, and not kept in registers.
+DEVICE int anew(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+// Registers of each thread of four neighbouring warps, all of which call this.
+template <int COUNT>
+DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 #endif
 
 #if WIDE
@@ -140,8 +152,7 @@ DEVICE void warp_barrier() { __syncwarp(); }
 // next 8 rows `row_bytes`.
 typedef unsigned long long Matrix;
 DEVICE Matrix matrix_at(const void* p, int k_bytes, int row_bytes) {
-    unsigned place = (unsigned)__cvta_generic_to_shared(p);
-    asm volatile("" : "+r"(place));  // computed anew each time: places of all parts in registers would be too many
+    const unsigned place = anew((unsigned)__cvta_generic_to_shared(p));
     return (Matrix)((place & 0x3ffff) >> 4) | (Matrix)(k_bytes >> 4) << 16 | (Matrix)(row_bytes >> 4) << 32;
 }
 DEVICE Matrix further(Matrix matrix, int bytes) { return matrix + (bytes >> 4); }

@@ -222,19 +222,19 @@ def _clusters(name: str, H: int, batch: int, parts: int, here: Card) -> Iterator
         if not most or tiles_n is None or _up(batch, batch_rows) != parts * teams:
             continue
         least = _up(_up(H, most), 4 if name == "forward" else 16)  # tiles of rows of a cluster
-        for warps_m in (4, 8, 12):
-            of_team = warps_m, _up(least, warps_m), batch_rows, tiles_n
-            layout = _clustered(name, H, batch, here, cluster, parts, teams, *of_team)
+        for warps_m, team_warps in itertools.product((4, 8, 12), (4, 8)):
+            shares = warps_m, _up(least, warps_m), team_warps, batch_rows, tiles_n
+            layout = _clustered(name, H, batch, here, cluster, parts, teams, *shares)
             if layout is not None:
                 yield layout
 
 
 def _clustered(
     name: str, H: int, batch: int, here: Card, cluster: int, parts: int, teams: int,
-    warps_m: int, tiles_m: int, batch_rows: int, tiles_n: int,
+    warps_m: int, tiles_m: int, team_warps: int, batch_rows: int, tiles_n: int,
 ) -> Layout | None:  # fmt: skip
     """The layout with these shares of a warp; None where it does not fit."""
-    forward, warps, rows = name == "forward", teams * warps_m, 16 * warps_m * tiles_m
+    forward, warps, rows = name == "forward", warps_m + teams * team_warps, 16 * warps_m * tiles_m
     blocks_k = _up(_up(H, cluster), 32 if forward else 8)  # of 32 k: gates of 8 units
     if warps > 24 or (cluster - 1) * blocks_k * (32 if forward else 8) >= H:
         return None  # the last block would have nothing to wait for and run ahead
@@ -242,14 +242,18 @@ def _clustered(
     if strips > dict(here.clusters)[cluster]:
         return None
     share = rows // width * _up(batch_rows, cluster)
-    rounds, sends = _up(share, 32 * warps_m), _up(cluster * share * width // 8, 32 * warps_m)
-    registers = min(255, 65536 // (32 * warps) // 8 * 8)
-    free = registers - (44 + 8 * rounds if forward else 14 * rounds) - 2 * sends - 4 * tiles_m * tiles_n
-    stage = 16 * max(blocks_k * tiles_n * 32, (rows // 2 + 4) * max(tiles_n * 2, _up(batch_rows, cluster)))
-    shared = teams * (stage + CLUSTER_RING * cluster * share * of_item + 16) + (4 * rows if forward else 0)
-    room = (here.shared - 2048 - shared) // (warps_m * tiles_m * 1024)  # for blocks of 32 k of the weights
-    kept = max(0, blocks_k - room)  # registers are no faster
-    if room < 0 or kept * 8 * tiles_m > free:
+    rounds = _up(share, 32 * team_warps)
+    # registers of a thread: those that a team needs, and what that leaves for who multiplies
+    of_team = _up(56 + 22 * rounds if forward else 76 + 14 * rounds, 8) * 8
+    equal = min(65536 // (32 * warps) // 8 * 8, 248)
+    of_multiplier = min(232, (equal * warps - of_team * teams * team_warps) // warps_m // 8 * 8)
+    free = of_multiplier - 4 * tiles_m * tiles_n - 36
+    vectors = blocks_k * tiles_n * 512
+    shared = teams * (vectors + CLUSTER_RING * cluster * share * of_item + 16) + 2 * tiles_n * 8 * (rows // 2 + 4) * 4
+    shared += 4 * rows if forward else teams * 16 * _up(batch_rows, cluster) * (rows // 2 + 4)
+    room = (here.shared - shared) // (warps_m * tiles_m * 1024)  # for blocks of 32 k of the weights
+    kept = min(blocks_k, free // (8 * tiles_m))
+    if not of_team <= equal <= of_multiplier or kept < 0 or blocks_k - kept > room:
         return None
     shared += warps_m * (blocks_k - kept) * tiles_m * 1024
     # microseconds on an H200: of the exchange, and of one team's products and sums, while another team does something else
@@ -257,8 +261,9 @@ def _clustered(
     product = warps_m // 4 * tiles_m * blocks_k * 2 * 4 * tiles_n / 1830
     sums = rows * batch_rows * 2 * (cluster - 1) / cluster / 14 / 1830
     cost = max(1.6 + moved / teams + product + sums + 0.4 * rounds, moved, 1.3 * teams * product)
-    macros = _batch_macros(H, batch, parts, 1, batch_rows, tiles_n, warps) | {"TEAMS": teams, "CLUSTER": cluster}
-    macros |= {"WARPS_M": warps_m, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k, "REGISTERS_K": kept}
+    macros = _batch_macros(H, batch, parts, 1, batch_rows, tiles_n, warps) | {"TEAMS": teams, "TEAM_WARPS": team_warps}
+    macros |= {"CLUSTER": cluster, "WARPS_M": warps_m, "WARP_TILES": tiles_m, "BLOCKS_K": blocks_k, "REGISTERS_K": kept}
+    macros |= {"MULTIPLY_REGISTERS": of_multiplier, "TEAM_REGISTERS": of_team}
     macros |= {"UNITS": rows // 4} if forward else {"COLUMNS": rows, "ROW_UNITS": 8 * blocks_k}
     return Layout(name, tuple(macros.items()), parts * strips * cluster, warps, shared, cost)
 
@@ -270,8 +275,8 @@ FASTEST = {
     ("backward", 1152, 20): {"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8, "GROUPS": 1},
     ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 700},
     ("backward", 400, 20): {"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6, "GROUPS": 1},
-    ("forward", 1152, 80): {"TEAMS": 2, "PARTS": 1, "CLUSTER": 3, "WARPS_M": 8},
-    ("backward", 1152, 80): {"TEAMS": 1, "PARTS": 2, "CLUSTER": 8, "WARPS_M": 12},
+    ("forward", 1152, 80): {"TEAMS": 2, "PARTS": 1, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4},
+    ("backward", 1152, 80): {"TEAMS": 2, "PARTS": 1, "CLUSTER": 8, "WARPS_M": 8, "TEAM_WARPS": 4},
     ("forward", 400, 80): {"PARTS": 4, "UNITS": 16, "WARPS": 13, "GROUPS": 1},
     ("backward", 400, 80): {"PARTS": 4, "ROW_UNITS": 208, "COLUMNS": 32, "WARPS": 13},
     ("forward", 1024, 32): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
