@@ -100,6 +100,8 @@ template <class Word> static void store_once(Word* p, Word v) { *p = v; }
 static void bring(void* to, const void* from, bool wanted) {
     if (wanted) memcpy(to, from, 8), give_way(), memcpy((char*)to + 8, (const char*)from + 8, 8);
 }
+static void bring_word(void* to, const void* from) { memcpy(to, from, 4); }
+static void bring_pair(void* to, const void* from) { memcpy(to, from, 8); }
 static void wait_for_brought() { give_way(); }
 struct Token { uint16_t count, there; uint32_t passed; };
 static void begin_token(Token* token, int count) { *token = {(uint16_t)count, 0, 0}; }
@@ -109,6 +111,7 @@ static void arrive(Token* token) {
 }
 static void wait_for(Token* token, unsigned odd) { while ((token->passed & 1) == odd) give_way(); }
 static int anew(int v) { return v; }
+static void in_order() {}
 template <int> static void take_registers() {}
 template <int> static void give_registers() {}
 static void warp_barrier() { meet(fibre->block->warps[fibre->thread.x / 32].meeting, 32); }

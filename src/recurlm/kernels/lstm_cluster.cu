@@ -32,12 +32,13 @@
 #ifdef UNITS
 #define WIDTH 8
 #define PART ((H + UNITS - 1) / UNITS * CLUSTER)
-#define LEAVING 0
+#define OWN 0
 typedef uint4 Sums;
 #else
 #define WIDTH 2
 #define PART ((H + COLUMNS - 1) / COLUMNS * CLUSTER)
-#define LEAVING (4 * SHARE_WORDS)  // words of new values in shared memory
+#define LEAVING (4 * SHARE_WORDS)
+#define OWN (LEAVING + 7 * SHARE)  // words of a team in shared memory: new values on their way, and what they need of memory
 typedef unsigned Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
@@ -49,12 +50,12 @@ typedef unsigned Sums;
 #define INBOX (RING * CLUSTER * SHARE)
 #define SENDS ((A_ROW / A_SEND * GROUP_BATCH + MULTIPLIERS - 1) / MULTIPLIERS)
 
-// A block's shared memory: the weights that are not in registers; of each team the vectors, the sums that arrive, and new values on their way;
+// A block's shared memory: the weights that are not in registers; of each team the vectors, the sums that arrive, and backward what is OWN;
 // sums before they are sent, of two products; the biases.
 struct Places {
     uint4 *weights, *stages;
     Sums* inboxes;
-    unsigned *leaving, *sums;
+    unsigned *owns, *sums;
     float4* bias;
     Token* tokens;
     int rank, strip, part;
@@ -64,8 +65,8 @@ struct Places {
         weights = shared;
         stages = weights + WARPS_M * SHARED_K * 2 * WARP_TILES * 32;
         sums = (unsigned*)(stages + TEAMS * STAGE);
-        leaving = sums + 2 * SUMS_AT_ONCE;
-        inboxes = (Sums*)(leaving + TEAMS * LEAVING);
+        owns = sums + 2 * SUMS_AT_ONCE;
+        inboxes = (Sums*)(owns + TEAMS * OWN);
         bias = (float4*)(inboxes + TEAMS * INBOX);
         tokens = (Token*)bias;
 #ifdef UNITS
@@ -168,13 +169,13 @@ struct Team {
     int group, row0, rows;  // its number among the teams of all parts, its first batch row, how many
     uint4* stage;
     Sums* inbox;
-    unsigned* leaving;
+    unsigned* own;
     Token *is_full, *is_free;
 
     DEVICE Team(const Places& at) {
         thread = threadIdx.x - MULTIPLIERS, team = thread / TEAM_THREADS, thread %= TEAM_THREADS, warp = thread >> 5, lane = thread & 31;
         rank = at.rank, group = at.part * TEAMS + team, row0 = group * GROUP_BATCH, rows = min(GROUP_BATCH, BATCH - row0);
-        stage = at.stages + team * STAGE, inbox = at.inboxes + team * INBOX, leaving = at.leaving + team * LEAVING;
+        stage = at.stages + team * STAGE, inbox = at.inboxes + team * INBOX, own = at.owns + team * OWN;
         is_full = at.is_full(team), is_free = at.is_free(team);
     }
 
@@ -205,7 +206,10 @@ DEVICE void bring_vectors(const Team& at, const T16* from, unsigned present, Pat
         missing = 0;
         wait_for_brought();
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) missing |= is_empty(to[i * TEAM_THREADS]) << i;
+        for (int i = 0; i < LOADS; i++) {
+            missing |= is_empty(to[i * TEAM_THREADS]) << i;
+            if (i % 4 == 3) in_order();  // all at once would need too many registers
+        }
         missing &= present;
         if (!any_lane(missing) || !any_lane(patience.lasts())) {
             pace.judge(asked > 0);
@@ -414,74 +418,75 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
 
     bool there[ROUNDS];
     int place[ROUNDS], gate_place[ROUNDS];  // of an item's h and c, and of its first gate, at a step
-    unsigned gates_of[ROUNDS][4], d_h_of[ROUNDS];
-    float2 cell[ROUNDS], cell_before[ROUNDS], d_cell[ROUNDS];
-    auto fetch = [&](int t) {  // what the gradients of the gates at step t need of memory
+    float2 cell[ROUNDS], d_cell[ROUNDS];
+    unsigned* const gates_of = at.own + LEAVING;  // what the gradients of this thread's items need of memory
+    unsigned* const d_h_of = gates_of + 4 * SHARE;
+    float2* const cell_before = (float2*)(d_h_of + SHARE);
+    auto fetch = [&](int t) {
         const long long step = (long long)t * BATCH * H;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             if (!there[i]) continue;
             const T16* from = gates + step * 4 + anew(gate_place[i]);
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) gates_of[i][gate] = load_once((const unsigned*)(from + gate * H));
+            for (int gate = 0; gate < 4; gate++) bring_word(gates_of + gate * SHARE + at.mine(i), from + gate * H);
             const int of_h = anew(place[i]);
-            d_h_of[i] = load_once((const unsigned*)(d_h + step + of_h)), cell_before[i] = load_once((const float2*)(c + step + of_h));
+            bring_word(d_h_of + at.mine(i), d_h + step + of_h), bring_pair(cell_before + at.mine(i), c + step + of_h);
         }
     };
-    int piece[ROUNDS], to[ROUNDS];  // 8 neighbouring units of a gate: among the words of all items in shared memory, and in x; -1: none
+    int piece[ROUNDS], to[ROUNDS], d_place[ROUNDS];  // 8 neighbouring units of a gate: among the words of all items, in x (-1: none), and at a step
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
         const int k = at.thread + i * TEAM_THREADS, row = k % BATCH_SHARE, gate = k / BATCH_SHARE % 4, chunk = k / BATCH_SHARE / 4;
         const int unit = column0 + chunk * 8, b = at.rank * BATCH_SHARE + row;
         piece[i] = gate * SHARE_WORDS + row * (A_ROW + 4) + chunk * 4;
         to[i] = k < SHARE && b < at.rows && unit < H ? place_in_vectors(b, unit, gate) : -1;
+        d_place[i] = ((at.row0 + b) * 4 + gate) * H + unit;
     }
-    auto clear = [&](int step) {  // this thread's pieces of x
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++)
-            if (to[i] >= 0) store_shared_words(at.vectors(x, step) + anew(to[i]), make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
-    };
-    // The gradients of the gates at step t for those `sums` of h; others wait for those in x alone.
+    // The gradients of the gates at step t for those `sums` of h.
     auto differentiate = [&](int t, const float (&sums)[ROUNDS][WIDTH]) {
-        unsigned words[ROUNDS][4];
+        wait_for_brought();
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.mine(i);
             float2 of[4], d_of[4];
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[i][gate]);
-            const float2 above = unpacked(d_h_of[i]);
+            for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[gate * SHARE + mine]);
+            const float2 above = unpacked(d_h_of[mine]), before = cell_before[mine];
 #define EACH(x, j)                                                                             \
     {                                                                                          \
         const float tanh_c = tangent(cell[i].x), d = sums[i][j] + above.x;                     \
         const float d_c = d_cell[i].x + d * of[3].x * (1.0f - tanh_c * tanh_c);                \
         d_of[0].x = d_c * (of[2].x * of[0].x * (1.0f - of[0].x));                              \
-        d_of[1].x = d_c * (cell_before[i].x * of[1].x * (1.0f - of[1].x));                     \
+        d_of[1].x = d_c * (before.x * of[1].x * (1.0f - of[1].x));                             \
         d_of[2].x = d_c * (of[0].x * (1.0f - of[2].x * of[2].x));                              \
         d_of[3].x = d * (tanh_c * of[3].x * (1.0f - of[3].x));                                 \
-        d_cell[i].x = d_c * of[1].x, cell[i].x = cell_before[i].x;                             \
+        d_cell[i].x = d_c * of[1].x, cell[i].x = before.x;                                     \
     }
             EACH(x, 0)
             EACH(y, 1)
 #undef EACH
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) {
-                words[i][gate] = packed(d_of[gate].x, d_of[gate].y);
-                if (at.has(i)) at.leaving[gate * SHARE_WORDS + at.mine(i) + at.mine(i) / A_ROW * 4] = words[i][gate];
-            }
+            for (int gate = 0; gate < 4; gate++)
+                if (at.has(i)) at.own[gate * SHARE_WORDS + mine + mine / A_ROW * 4] = packed(d_of[gate].x, d_of[gate].y);
+            in_order();
         }
         at.meet();
+        uint4 words[ROUNDS];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++)
-            if (to[i] >= 0) store_shared_words(at.vectors(x, T - 1 - t) + anew(to[i]), *(const uint4*)(at.leaving + piece[i]));
+            if (to[i] >= 0) {
+                words[i] = *(const uint4*)(at.own + piece[i]);
+                store_shared_words(at.vectors(x, T - 1 - t) + anew(to[i]), words[i]);
+            }
         pace.begin();
+        // others wait for x alone: the rest is written after it
 #pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            if (!there[i]) continue;
-            T16* of_gates = d_gates + (long long)t * BATCH * 4 * H + anew(gate_place[i]);
-#pragma unroll
-            for (int gate = 0; gate < 4; gate++) store_once((unsigned*)(of_gates + gate * H), words[i][gate]);
-        }
-        if (t < T - 2) clear(T - 3 - t);
+        for (int i = 0; i < ROUNDS; i++)
+            if (to[i] >= 0) {
+                store_once((uint4*)(d_gates + (long long)t * BATCH * 4 * H + anew(d_place[i])), words[i]);
+                if (t < T - 2) store_shared_words(at.vectors(x, T - 3 - t) + anew(to[i]), make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
+            }
     };
     float sums[ROUNDS][WIDTH];
 #pragma unroll

@@ -108,14 +108,20 @@ DEVICE unsigned load_arriving(const unsigned* p) {
 
 // Words that are needed once: they leave the caches before others.
 DEVICE unsigned load_once(const unsigned* p) { return __ldcs(p); }
-DEVICE float2 load_once(const float2* p) { return __ldcs(p); }
 DEVICE void store_once(unsigned* p, unsigned v) { __stcs(p, v); }
 DEVICE void store_once(float2* p, float2 v) { __stcs(p, v); }
+DEVICE void store_once(uint4* p, uint4 v) { __stcs(p, v); }
 
 // 16 bytes from the L2 cache to shared memory where they are `wanted`; there after the next `wait_for_brought`.
 DEVICE void bring(void* to, const void* from, bool wanted) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
                  ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"((unsigned)wanted) : "memory");
+}
+DEVICE void bring_word(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+DEVICE void bring_pair(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 DEVICE void wait_for_brought() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -139,6 +145,9 @@ DEVICE int anew(int v) {
     asm volatile("" : "+r"(v));
     return v;
 }
+
+// What is before in the text is before in time.
+DEVICE void in_order() { asm volatile("" ::: "memory"); }
 
 // Registers of each thread of four neighbouring warps, all of which call this.
 template <int COUNT>
