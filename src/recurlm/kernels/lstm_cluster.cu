@@ -38,7 +38,7 @@ typedef uint4 Sums;
 #define WIDTH 2
 #define PART ((H + COLUMNS - 1) / COLUMNS * CLUSTER)
 #define LEAVING (4 * SHARE_WORDS)
-#define OWN (LEAVING + 7 * SHARE)  // words of a team in shared memory: new values on their way, and what they need of memory
+#define OWN (LEAVING + 11 * SHARE)  // words of a team in shared memory: new values on their way, and what they need of memory and of the step before
 typedef unsigned Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
@@ -221,34 +221,30 @@ DEVICE void bring_vectors(const Team& at, const T16* from, unsigned present, Pat
     if (at.lane == 0) arrive(at.is_full);
 }
 
-// The sums of this thread's items at step `use`, over the blocks of the cluster.
-DEVICE void receive(float (&sums)[ROUNDS][WIDTH], const Team& at, int use, Patience& patience) {
-    Sums* from = at.inbox + use % RING * CLUSTER * SHARE;
+// The sums of item `mine` of this block's share at step `use`, over the blocks of the cluster; `has` says whether there is such an item. For whole
+// warps.
+DEVICE void receive(float (&sums)[WIDTH], const Team& at, int mine, bool has, int use, Patience& patience) {
+    Sums* from = at.inbox + use % RING * CLUSTER * SHARE + mine;
     patience.renew();
     for (;;) {
         bool waits = false;
 #pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
+        for (int j = 0; j < WIDTH; j++) sums[j] = 0.0f;
 #pragma unroll
-            for (int j = 0; j < WIDTH; j++) sums[i][j] = 0.0f;
-#pragma unroll
-            for (int p = 0; p < CLUSTER; p++) {
-                const Sums v = load_arriving(from + p * SHARE + at.mine(i));
-                waits |= at.has(i) && is_empty(v);
-                add_sums(sums[i], v);
-            }
+        for (int p = 0; p < CLUSTER; p++) {
+            const Sums v = load_arriving(from + p * SHARE);
+            waits |= has && is_empty(v);
+            add_sums(sums, v);
         }
         if (!any_lane(waits)) break;
         if (!any_lane(patience.lasts())) {
-            sums[0][0] = __uint_as_float(EMPTY);
+            sums[0] = __uint_as_float(EMPTY);
             break;
         }
     }
 #pragma unroll
-    for (int i = 0; i < ROUNDS; i++)
-#pragma unroll
-        for (int p = 0; p < CLUSTER; p++)
-            if (at.has(i)) make_empty(from + p * SHARE + at.mine(i));
+    for (int p = 0; p < CLUSTER; p++)
+        if (has) make_empty(from + p * SHARE);
 }
 
 #ifdef UNITS  // ---- forward --------------------------------------------------------------------------------------------
@@ -328,7 +324,8 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
         bring_vectors(at, at.vectors(x, t) + at.rank * FRAGMENTS * 256, present, patience, pace);
         fetch(t);
         float sums[ROUNDS][WIDTH];
-        receive(sums, at, t, patience);
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) receive(sums[i], at, at.mine(i), at.has(i), t, patience);
         unsigned word[ROUNDS], gate_of[ROUNDS][4];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
@@ -416,108 +413,105 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         present |= (fragment < FRAGMENTS && row_unit0 + fragment / TILES_N * 8 < H && fragment % TILES_N * 8 + at.lane % 8 < at.rows) << i;
     }
 
-    bool there[ROUNDS];
-    int place[ROUNDS], gate_place[ROUNDS];  // of an item's h and c, and of its first gate, at a step
-    float2 cell[ROUNDS], d_cell[ROUNDS];
-    unsigned* const gates_of = at.own + LEAVING;  // what the gradients of this thread's items need of memory
-    unsigned* const d_h_of = gates_of + 4 * SHARE;
-    float2* const cell_before = (float2*)(d_h_of + SHARE);
+    // Of all items, for registers are few: what is new, 8 units of a gate together; the cell's value and its gradient; and of memory the cell's
+    // value before, the gates, the gradient of h.
+    unsigned* const leaving = at.own;
+    float4* const states = (float4*)(leaving + LEAVING);
+    float2* const cells_before = (float2*)(states + SHARE);
+    unsigned *const gates_of = (unsigned*)(cells_before + SHARE), *const d_h_of = gates_of + 4 * SHARE;
     auto fetch = [&](int t) {
         const long long step = (long long)t * BATCH * H;
+#pragma unroll 1
+        for (int mine = at.thread; mine < SHARE; mine += TEAM_THREADS) {
+            const int row = at.rank * BATCH_SHARE + mine / A_ROW, unit = column0 + mine % A_ROW * 2;
+            if (row >= at.rows || unit >= H) continue;
+            const long long place = step + (at.row0 + row) * H + unit;
+            const T16* from = gates + (place - unit) * 4 + unit;
 #pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            if (!there[i]) continue;
-            const T16* from = gates + step * 4 + anew(gate_place[i]);
-#pragma unroll
-            for (int gate = 0; gate < 4; gate++) bring_word(gates_of + gate * SHARE + at.mine(i), from + gate * H);
-            const int of_h = anew(place[i]);
-            bring_word(d_h_of + at.mine(i), d_h + step + of_h), bring_pair(cell_before + at.mine(i), c + step + of_h);
+            for (int gate = 0; gate < 4; gate++) bring_word(gates_of + gate * SHARE + mine, from + gate * H);
+            bring_word(d_h_of + mine, d_h + place), bring_pair(cells_before + mine, c + place);
         }
     };
-    int piece[ROUNDS], to[ROUNDS], d_place[ROUNDS];  // 8 neighbouring units of a gate: among the words of all items, in x (-1: none), and at a step
-#pragma unroll
-    for (int i = 0; i < ROUNDS; i++) {
-        const int k = at.thread + i * TEAM_THREADS, row = k % BATCH_SHARE, gate = k / BATCH_SHARE % 4, chunk = k / BATCH_SHARE / 4;
-        const int unit = column0 + chunk * 8, b = at.rank * BATCH_SHARE + row;
-        piece[i] = gate * SHARE_WORDS + row * (A_ROW + 4) + chunk * 4;
-        to[i] = k < SHARE && b < at.rows && unit < H ? place_in_vectors(b, unit, gate) : -1;
-        d_place[i] = ((at.row0 + b) * 4 + gate) * H + unit;
-    }
-    // The gradients of the gates at step t for those `sums` of h.
-    auto differentiate = [&](int t, const float (&sums)[ROUNDS][WIDTH]) {
-        wait_for_brought();
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.mine(i);
+    // The gradients of the gates at step t (of the first state if it is -1) for the sums of `use` (none if it is -1).
+    auto differentiate = [&](int t, int use) {
+#pragma unroll 1
+        for (int mine = at.thread; mine < SHARE; mine += TEAM_THREADS) {
+            const int row = at.rank * BATCH_SHARE + mine / A_ROW, unit = column0 + mine % A_ROW * 2, place = (at.row0 + row) * H + unit;
+            const bool has = row < at.rows, there = has && unit < H;
+            float sums[WIDTH] = {};
+            float4 state = states[mine];
+            if (use >= 0) {
+                receive(sums, at, mine, has, use, patience);
+            } else if (there) {
+                const float2 d_cell = d_cT ? *(const float2*)(d_cT + place) : make_float2(0.0f, 0.0f);
+                const float2 d = d_hT ? unpacked(*(const unsigned*)(d_hT + place)) : make_float2(0.0f, 0.0f);
+                const float2 cell = *(const float2*)(c + (long long)T * BATCH * H + place);
+                state = make_float4(cell.x, cell.y, d_cell.x, d_cell.y), sums[0] = d.x, sums[1] = d.y;
+            }
+            if (t < 0) {
+                if (there) *(float2*)(d_h0 + place) = make_float2(sums[0], sums[1]), *(float2*)(d_c0 + place) = make_float2(state.z, state.w);
+                continue;
+            }
+            wait_for_brought();
             float2 of[4], d_of[4];
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[gate * SHARE + mine]);
-            const float2 above = unpacked(d_h_of[mine]), before = cell_before[mine];
-#define EACH(x, j)                                                                             \
-    {                                                                                          \
-        const float tanh_c = tangent(cell[i].x), d = sums[i][j] + above.x;                     \
-        const float d_c = d_cell[i].x + d * of[3].x * (1.0f - tanh_c * tanh_c);                \
-        d_of[0].x = d_c * (of[2].x * of[0].x * (1.0f - of[0].x));                              \
-        d_of[1].x = d_c * (before.x * of[1].x * (1.0f - of[1].x));                             \
-        d_of[2].x = d_c * (of[0].x * (1.0f - of[2].x * of[2].x));                              \
-        d_of[3].x = d * (tanh_c * of[3].x * (1.0f - of[3].x));                                 \
-        d_cell[i].x = d_c * of[1].x, cell[i].x = before.x;                                     \
+            const float2 above = unpacked(d_h_of[mine]), before = cells_before[mine];
+#define EACH(x, cell, d_cell, j)                                              \
+    {                                                                         \
+        const float tanh_c = tangent(cell), d = sums[j] + above.x;            \
+        const float d_c = d_cell + d * of[3].x * (1.0f - tanh_c * tanh_c);    \
+        d_of[0].x = d_c * (of[2].x * of[0].x * (1.0f - of[0].x));             \
+        d_of[1].x = d_c * (before.x * of[1].x * (1.0f - of[1].x));            \
+        d_of[2].x = d_c * (of[0].x * (1.0f - of[2].x * of[2].x));             \
+        d_of[3].x = d * (tanh_c * of[3].x * (1.0f - of[3].x));                \
+        d_cell = d_c * of[1].x, cell = before.x;                              \
     }
-            EACH(x, 0)
-            EACH(y, 1)
+            EACH(x, state.x, state.z, 0)
+            EACH(y, state.y, state.w, 1)
 #undef EACH
+            states[mine] = state;
 #pragma unroll
             for (int gate = 0; gate < 4; gate++)
-                if (at.has(i)) at.own[gate * SHARE_WORDS + mine + mine / A_ROW * 4] = packed(d_of[gate].x, d_of[gate].y);
-            in_order();
+                leaving[gate * SHARE_WORDS + mine + mine / A_ROW * 4] = packed(d_of[gate].x, d_of[gate].y);
         }
-        at.meet();
-        uint4 words[ROUNDS];
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++)
-            if (to[i] >= 0) {
-                words[i] = *(const uint4*)(at.own + piece[i]);
-                store_shared_words(at.vectors(x, T - 1 - t) + anew(to[i]), words[i]);
-            }
-        pace.begin();
-        // others wait for x alone: the rest is written after it
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++)
-            if (to[i] >= 0) {
-                store_once((uint4*)(d_gates + (long long)t * BATCH * 4 * H + anew(d_place[i])), words[i]);
-                if (t < T - 2) store_shared_words(at.vectors(x, T - 3 - t) + anew(to[i]), make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
-            }
     };
-    float sums[ROUNDS][WIDTH];
-#pragma unroll
-    for (int i = 0; i < ROUNDS; i++) {
-        const int unit = column0 + at.pair(i) * 2;
-        there[i] = at.has(i) && unit < H;
-        place[i] = (at.row0 + at.row(i)) * H + unit, gate_place[i] = (place[i] - unit) * 4 + unit;
-        const float2 d = there[i] && d_hT ? unpacked(*(const unsigned*)(d_hT + place[i])) : make_float2(0.0f, 0.0f);
-        sums[i][0] = d.x, sums[i][1] = d.y;
-        cell[i] = there[i] ? *(const float2*)(c + (long long)T * BATCH * H + place[i]) : make_float2(0.0f, 0.0f);
-        d_cell[i] = there[i] && d_cT ? *(const float2*)(d_cT + place[i]) : make_float2(0.0f, 0.0f);
-    }
-    fetch(T - 1);
-    differentiate(T - 1, sums);
+    // Of what is new this thread's share of pieces goes to x at once, for others wait for it, and then to memory; its places of two steps before
+    // become EMPTY.
+    auto leave = [&](int t, bool at_once) {
 #pragma unroll 1
-    for (int use = 0; use < T; use++) {
-        const int t = T - 2 - use;  // of the gradients; -1: of the first state
-        if (use) wait_for(at.is_free, (use - 1) & 1);
-        pace.hold(use ? PACE : 0);
-        bring_vectors(at, at.vectors(x, use) + at.rank * FRAGMENTS * 256, present, patience, pace);
-        if (t >= 0) fetch(t);
-        receive(sums, at, use, patience);
-        at.meet();  // all have taken what was leaving
-        if (t >= 0) differentiate(t, sums);
-    }
-#pragma unroll
-    for (int i = 0; i < ROUNDS; i++)
-        if (there[i]) {
-            *(float2*)(d_h0 + place[i]) = make_float2(sums[i][0], sums[i][1]);
-            *(float2*)(d_c0 + place[i]) = d_cell[i];
+        for (int k = at.thread; k < SHARE; k += TEAM_THREADS) {
+            const int row = k % BATCH_SHARE, gate = k / BATCH_SHARE % 4, chunk = k / BATCH_SHARE / 4;
+            const int unit = column0 + chunk * 8, n = at.rank * BATCH_SHARE + row;
+            if (n >= at.rows || unit >= H) continue;
+            const uint4 words = *(const uint4*)(leaving + gate * SHARE_WORDS + row * (A_ROW + 4) + chunk * 4);
+            const int to = place_in_vectors(n, unit, gate);
+            if (at_once) {
+                store_shared_words(at.vectors(x, T - 1 - t) + to, words);
+            } else {
+                store_once((uint4*)(d_gates + ((long long)t * BATCH + at.row0 + n) * 4 * H + gate * H + unit), words);
+                if (t < T - 2) store_shared_words(at.vectors(x, T - 3 - t) + to, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
+            }
         }
+    };
+    fetch(T - 1);
+#pragma unroll 1
+    for (int use = -1; use < T; use++) {
+        const int t = T - 2 - use;
+        if (use >= 0) {
+            if (use) wait_for(at.is_free, (use - 1) & 1);
+            pace.hold(use ? PACE : 0);
+            bring_vectors(at, at.vectors(x, use) + at.rank * FRAGMENTS * 256, present, patience, pace);
+            if (t >= 0) fetch(t);
+            at.meet();  // all have taken what was leaving
+        }
+        differentiate(t, use);
+        if (t < 0) break;
+        at.meet();
+        leave(t, true);
+        pace.begin();
+        leave(t, false);
+    }
     cluster_barrier();  // a block that has ended has no shared memory to write to
 }
 #endif

@@ -244,13 +244,13 @@ def _clustered(
     share = rows // width * _up(batch_rows, cluster)
     rounds = _up(share, 32 * team_warps)
     # registers of a thread: those that a team needs, and what that leaves for who multiplies
-    of_team = _up(56 + 22 * rounds if forward else 56 + 10 * rounds, 8) * 8
+    of_team = _up(56 + 22 * rounds if forward else 64, 8) * 8
     equal = min(65536 // (32 * warps) // 8 * 8, 248)
     of_multiplier = min(232, (equal * warps - of_team * teams * team_warps) // warps_m // 8 * 8)
     free = of_multiplier - 4 * tiles_m * tiles_n - 36
     vectors = blocks_k * tiles_n * 512
     shared = teams * (vectors + CLUSTER_RING * cluster * share * of_item + 16) + 2 * tiles_n * 8 * (rows // 2 + 4) * 4
-    shared += 4 * rows if forward else teams * (16 * _up(batch_rows, cluster) * (rows // 2 + 4) + 28 * share)
+    shared += 4 * rows if forward else teams * (16 * _up(batch_rows, cluster) * (rows // 2 + 4) + 44 * share)
     room = (here.shared - shared) // (warps_m * tiles_m * 1024)  # for blocks of 32 k of the weights
     kept = min(blocks_k, free // (8 * tiles_m))
     if not of_team <= equal <= of_multiplier or kept < 0 or blocks_k - kept > room:
