@@ -22,7 +22,7 @@
 #define ROWS (16 * WARPS_M * WARP_TILES)
 #define STRIDE (ROWS / 2 + 4)           // words of two sums from one batch row to the next
 #define FRAGMENTS (BLOCKS_K * TILES_N)  // of the vectors
-#define LOADS ((FRAGMENTS + TEAM_WARPS - 1) / TEAM_WARPS)
+#define LOADS ((FRAGMENTS + TEAM_WARPS - 1) / TEAM_WARPS)  // of a lane, 32 at most
 #define STAGE (FRAGMENTS * 32)
 #define SUMS_AT_ONCE (TILES_N * 8 * STRIDE)
 #define RING 2
@@ -432,34 +432,20 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             bring_word(d_h_of + mine, d_h + place), bring_pair(cells_before + mine, c + place);
         }
     };
-    // The gradients of the gates at step t (of the first state if it is -1) for the sums of `use` (none if it is -1).
-    auto differentiate = [&](int t, int use) {
-#pragma unroll 1
-        for (int mine = at.thread; mine < SHARE; mine += TEAM_THREADS) {
-            const int row = at.rank * BATCH_SHARE + mine / A_ROW, unit = column0 + mine % A_ROW * 2, place = (at.row0 + row) * H + unit;
-            const bool has = row < at.rows, there = has && unit < H;
-            float sums[WIDTH] = {};
+    float sums[ROUNDS][WIDTH];  // the gradients of h
+    auto differentiate = [&] {  // the gradients of the gates
+        wait_for_brought();
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = at.mine(i);
             float4 state = states[mine];
-            if (use >= 0) {
-                receive(sums, at, mine, has, use, patience);
-            } else if (there) {
-                const float2 d_cell = d_cT ? *(const float2*)(d_cT + place) : make_float2(0.0f, 0.0f);
-                const float2 d = d_hT ? unpacked(*(const unsigned*)(d_hT + place)) : make_float2(0.0f, 0.0f);
-                const float2 cell = *(const float2*)(c + (long long)T * BATCH * H + place);
-                state = make_float4(cell.x, cell.y, d_cell.x, d_cell.y), sums[0] = d.x, sums[1] = d.y;
-            }
-            if (t < 0) {
-                if (there) *(float2*)(d_h0 + place) = make_float2(sums[0], sums[1]), *(float2*)(d_c0 + place) = make_float2(state.z, state.w);
-                continue;
-            }
-            wait_for_brought();
             float2 of[4], d_of[4];
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[gate * SHARE + mine]);
             const float2 above = unpacked(d_h_of[mine]), before = cells_before[mine];
 #define EACH(x, cell, d_cell, j)                                              \
     {                                                                         \
-        const float tanh_c = tangent(cell), d = sums[j] + above.x;            \
+        const float tanh_c = tangent(cell), d = sums[i][j] + above.x;         \
         const float d_c = d_cell + d * of[3].x * (1.0f - tanh_c * tanh_c);    \
         d_of[0].x = d_c * (of[2].x * of[0].x * (1.0f - of[0].x));             \
         d_of[1].x = d_c * (before.x * of[1].x * (1.0f - of[1].x));            \
@@ -470,6 +456,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             EACH(x, state.x, state.z, 0)
             EACH(y, state.y, state.w, 1)
 #undef EACH
+            if (!at.has(i)) continue;
             states[mine] = state;
 #pragma unroll
             for (int gate = 0; gate < 4; gate++)
@@ -494,23 +481,43 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             }
         }
     };
+    auto place_of = [&](int i) {  // of an item at a step; -1: none
+        const int unit = column0 + at.pair(i) * 2;
+        return at.has(i) && unit < H ? (at.row0 + at.row(i)) * H + unit : -1;
+    };
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int place = place_of(i);
+        sums[i][0] = sums[i][1] = 0.0f;
+        if (place < 0) continue;
+        const float2 cell = *(const float2*)(c + (long long)T * BATCH * H + place);
+        const float2 d_cell = d_cT ? *(const float2*)(d_cT + place) : make_float2(0.0f, 0.0f);
+        const float2 d = d_hT ? unpacked(*(const unsigned*)(d_hT + place)) : make_float2(0.0f, 0.0f);
+        states[at.mine(i)] = make_float4(cell.x, cell.y, d_cell.x, d_cell.y), sums[i][0] = d.x, sums[i][1] = d.y;
+    }
     fetch(T - 1);
 #pragma unroll 1
-    for (int use = -1; use < T; use++) {
-        const int t = T - 2 - use;
-        if (use >= 0) {
-            if (use) wait_for(at.is_free, (use - 1) & 1);
-            pace.hold(use ? PACE : 0);
-            bring_vectors(at, at.vectors(x, use) + at.rank * FRAGMENTS * 256, present, patience, pace);
-            if (t >= 0) fetch(t);
-            at.meet();  // all have taken what was leaving
-        }
-        differentiate(t, use);
-        if (t < 0) break;
+    for (int t = T - 1; t >= 0; t--) {
+        differentiate();
         at.meet();
         leave(t, true);
         pace.begin();
         leave(t, false);
+        const int use = T - 1 - t;
+        if (use) wait_for(at.is_free, (use - 1) & 1);
+        pace.hold(PACE);
+        bring_vectors(at, at.vectors(x, use) + at.rank * FRAGMENTS * 256, present, patience, pace);
+        if (t) fetch(t - 1);
+        at.meet();  // all have taken what was leaving
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) receive(sums[i], at, at.mine(i), at.has(i), use, patience);
+    }
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int place = place_of(i);
+        if (place < 0) continue;
+        const float4 state = states[at.mine(i)];
+        *(float2*)(d_h0 + place) = make_float2(sums[i][0], sums[i][1]), *(float2*)(d_c0 + place) = make_float2(state.z, state.w);
     }
     cluster_barrier();  // a block that has ended has no shared memory to write to
 }

@@ -236,15 +236,17 @@ def _clustered(
     """The layout with these shares of a warp; None where it does not fit."""
     forward, warps, rows = name == "forward", warps_m + teams * team_warps, 16 * warps_m * tiles_m
     blocks_k = _up(_up(H, cluster), 32 if forward else 8)  # of 32 k: gates of 8 units
-    if warps > 24 or (cluster - 1) * blocks_k * (32 if forward else 8) >= H:
+    if (cluster - 1) * blocks_k * (32 if forward else 8) >= H:
         return None  # the last block would have nothing to wait for and run ahead
+    if warps > 24 or _up(blocks_k * tiles_n, team_warps) > 32:  # a lane's loads have a bit each in a word
+        return None
     strips, width, of_item = _up(H, rows // 4 if forward else rows), 8 if forward else 2, 16 if forward else 4
     if strips > dict(here.clusters)[cluster]:
         return None
     share = rows // width * _up(batch_rows, cluster)
     rounds = _up(share, 32 * team_warps)
     # registers of a thread: those that a team needs, and what that leaves for who multiplies
-    of_team = _up(56 + 22 * rounds if forward else 64, 8) * 8
+    of_team = _up(56 + 22 * rounds if forward else 66 + 10 * rounds, 8) * 8
     equal = min(65536 // (32 * warps) // 8 * 8, 248)
     of_multiplier = min(232, (equal * warps - of_team * teams * team_warps) // warps_m // 8 * 8)
     free = of_multiplier - 4 * tiles_m * tiles_n - 36
