@@ -16,7 +16,7 @@ from recurlm.kernels.lstm_cuda import Card, Layout
 
 CUDA = torch.cuda.is_available()
 H200, SMALL, SMALL_HOPPER = (
-    Card(132, 232448, (9, 0), ((2, 66), (3, 39), (4, 30), (8, 15), (16, 7))),
+    Card(132, 232448, (9, 0), ((2, 66), (3, 39), (4, 30), (8, 15), (9, 9), (16, 7))),
     Card(8, 60000, (8, 0)),
     Card(36, 120000, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2))),
 )

@@ -463,22 +463,16 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
                 leaving[gate * SHARE_WORDS + mine + mine / A_ROW * 4] = packed(d_of[gate].x, d_of[gate].y);
         }
     };
-    // Of what is new this thread's share of pieces goes to x at once, for others wait for it, and then to memory; its places of two steps before
-    // become EMPTY.
-    auto leave = [&](int t, bool at_once) {
+    // This thread's pieces of x, 8 units of a gate: of step t, of what is new; or EMPTY.
+    auto put = [&](int t, bool is_new) {
 #pragma unroll 1
         for (int k = at.thread; k < SHARE; k += TEAM_THREADS) {
             const int row = k % BATCH_SHARE, gate = k / BATCH_SHARE % 4, chunk = k / BATCH_SHARE / 4;
             const int unit = column0 + chunk * 8, n = at.rank * BATCH_SHARE + row;
             if (n >= at.rows || unit >= H) continue;
             const uint4 words = *(const uint4*)(leaving + gate * SHARE_WORDS + row * (A_ROW + 4) + chunk * 4);
-            const int to = place_in_vectors(n, unit, gate);
-            if (at_once) {
-                store_shared_words(at.vectors(x, T - 1 - t) + to, words);
-            } else {
-                store_once((uint4*)(d_gates + ((long long)t * BATCH + at.row0 + n) * 4 * H + gate * H + unit), words);
-                if (t < T - 2) store_shared_words(at.vectors(x, T - 3 - t) + to, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
-            }
+            store_shared_words(at.vectors(x, T - 1 - t) + place_in_vectors(n, unit, gate),
+                               is_new ? words : make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
         }
     };
     auto place_of = [&](int i) {  // of an item at a step; -1: none
@@ -500,9 +494,19 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     for (int t = T - 1; t >= 0; t--) {
         differentiate();
         at.meet();
-        leave(t, true);
+        put(t, true);
         pace.begin();
-        leave(t, false);
+        // others wait for x alone: the rest is written after it
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int place = place_of(i), unit = column0 + at.pair(i) * 2;
+            if (place < 0) continue;
+            T16* to = d_gates + (long long)t * BATCH * 4 * H + anew((place - unit) * 4 + unit);
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++)
+                store_once((unsigned*)(to + gate * H), leaving[gate * SHARE_WORDS + at.mine(i) + at.mine(i) / A_ROW * 4]);
+        }
+        if (t < T - 2) put(t + 2, false);
         const int use = T - 1 - t;
         if (use) wait_for(at.is_free, (use - 1) & 1);
         pace.hold(PACE);
