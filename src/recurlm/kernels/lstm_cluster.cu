@@ -38,7 +38,7 @@ typedef uint4 Sums;
 #define WIDTH 2
 #define PART ((H + COLUMNS - 1) / COLUMNS * CLUSTER)
 #define LEAVING (4 * SHARE_WORDS)
-#define OWN (LEAVING + 11 * SHARE)  // words of a team in shared memory: new values on their way, and what they need of memory and of the step before
+#define OWN (LEAVING + 23 * SHARE)  // words of a team in shared memory: new values on their way, and what they need of memory and of the step before
 typedef unsigned Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
@@ -413,11 +413,11 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         present |= (fragment < FRAGMENTS && row_unit0 + fragment / TILES_N * 8 < H && fragment % TILES_N * 8 + at.lane % 8 < at.rows) << i;
     }
 
-    // Of all items, for registers are few: what is new, 8 units of a gate together; the cell's value and its gradient; and of memory the cell's
-    // value before, the gates, the gradient of h.
+    // Of all items, for registers are few: what is new, 8 units of a gate together; what the gradients of the gates are made with, see below; the
+    // cell's value and its gradient; and of memory the cell's value before, the gates, the gradient of h.
     unsigned* const leaving = at.own;
-    float4* const states = (float4*)(leaving + LEAVING);
-    float2* const cells_before = (float2*)(states + SHARE);
+    float4* const factors = (float4*)(leaving + LEAVING);
+    float2 *const cells = (float2*)(factors + 3 * SHARE), *const d_cells = cells + SHARE, *const cells_before = d_cells + SHARE;
     unsigned *const gates_of = (unsigned*)(cells_before + SHARE), *const d_h_of = gates_of + 4 * SHARE;
     auto fetch = [&](int t) {
         const long long step = (long long)t * BATCH * H;
@@ -433,34 +433,47 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         }
     };
     float sums[ROUNDS][WIDTH];  // the gradients of h
-    auto differentiate = [&] {  // the gradients of the gates
+    // With d the gradient of h, the gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of i, f, g that of c times
+    // by_c. These are ready before the sums come.
+    auto prepare = [&] {
         wait_for_brought();
+#pragma unroll 1
+        for (int mine = at.thread; mine < SHARE; mine += TEAM_THREADS) {
+            float2 of[4], by_h, by_o, by_c[3];
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[gate * SHARE + mine]);
+            const float2 cell = cells[mine], before = cells_before[mine];
+#define EACH(x)                                                    \
+    {                                                              \
+        const float tanh_c = tangent(cell.x);                      \
+        by_h.x = of[3].x * (1.0f - tanh_c * tanh_c);               \
+        by_o.x = tanh_c * of[3].x * (1.0f - of[3].x);              \
+        by_c[0].x = of[2].x * of[0].x * (1.0f - of[0].x);          \
+        by_c[1].x = before.x * of[1].x * (1.0f - of[1].x);         \
+        by_c[2].x = of[0].x * (1.0f - of[2].x * of[2].x);          \
+    }
+            EACH(x)
+            EACH(y)
+#undef EACH
+            factors[mine] = make_float4(by_h.x, by_h.y, by_o.x, by_o.y);
+            factors[SHARE + mine] = make_float4(by_c[0].x, by_c[0].y, by_c[1].x, by_c[1].y);
+            factors[2 * SHARE + mine] = make_float4(by_c[2].x, by_c[2].y, of[1].x, of[1].y);
+            cells[mine] = before;
+        }
+    };
+    auto differentiate = [&] {  // the gradients of the gates
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int mine = at.mine(i);
-            float4 state = states[mine];
-            float2 of[4], d_of[4];
-#pragma unroll
-            for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[gate * SHARE + mine]);
-            const float2 above = unpacked(d_h_of[mine]), before = cells_before[mine];
-#define EACH(x, cell, d_cell, j)                                              \
-    {                                                                         \
-        const float tanh_c = tangent(cell), d = sums[i][j] + above.x;         \
-        const float d_c = d_cell + d * of[3].x * (1.0f - tanh_c * tanh_c);    \
-        d_of[0].x = d_c * (of[2].x * of[0].x * (1.0f - of[0].x));             \
-        d_of[1].x = d_c * (before.x * of[1].x * (1.0f - of[1].x));            \
-        d_of[2].x = d_c * (of[0].x * (1.0f - of[2].x * of[2].x));             \
-        d_of[3].x = d * (tanh_c * of[3].x * (1.0f - of[3].x));                \
-        d_cell = d_c * of[1].x, cell = before.x;                              \
-    }
-            EACH(x, state.x, state.z, 0)
-            EACH(y, state.y, state.w, 1)
-#undef EACH
+            const float4 first = factors[mine], second = factors[SHARE + mine], third = factors[2 * SHARE + mine];
+            const float2 above = unpacked(d_h_of[mine]), d_cell = d_cells[mine];
+            const float2 d = make_float2(sums[i][0] + above.x, sums[i][1] + above.y);
+            const float2 d_c = make_float2(d_cell.x + d.x * first.x, d_cell.y + d.y * first.y);
             if (!at.has(i)) continue;
-            states[mine] = state;
-#pragma unroll
-            for (int gate = 0; gate < 4; gate++)
-                leaving[gate * SHARE_WORDS + mine + mine / A_ROW * 4] = packed(d_of[gate].x, d_of[gate].y);
+            d_cells[mine] = make_float2(d_c.x * third.z, d_c.y * third.w);
+            unsigned* to = leaving + mine + mine / A_ROW * 4;
+            to[0] = packed(d_c.x * second.x, d_c.y * second.y), to[SHARE_WORDS] = packed(d_c.x * second.z, d_c.y * second.w);
+            to[2 * SHARE_WORDS] = packed(d_c.x * third.x, d_c.y * third.y), to[3 * SHARE_WORDS] = packed(d.x * first.z, d.y * first.w);
         }
     };
     // This thread's pieces of x, 8 units of a gate: of step t, of what is new; or EMPTY.
@@ -487,9 +500,10 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         const float2 cell = *(const float2*)(c + (long long)T * BATCH * H + place);
         const float2 d_cell = d_cT ? *(const float2*)(d_cT + place) : make_float2(0.0f, 0.0f);
         const float2 d = d_hT ? unpacked(*(const unsigned*)(d_hT + place)) : make_float2(0.0f, 0.0f);
-        states[at.mine(i)] = make_float4(cell.x, cell.y, d_cell.x, d_cell.y), sums[i][0] = d.x, sums[i][1] = d.y;
+        cells[at.mine(i)] = cell, d_cells[at.mine(i)] = d_cell, sums[i][0] = d.x, sums[i][1] = d.y;
     }
     fetch(T - 1);
+    prepare();
 #pragma unroll 1
     for (int t = T - 1; t >= 0; t--) {
         differentiate();
@@ -513,6 +527,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
         bring_vectors(at, at.vectors(x, use) + at.rank * FRAGMENTS * 256, present, patience, pace);
         if (t) fetch(t - 1);
         at.meet();  // all have taken what was leaving
+        if (t) prepare();
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) receive(sums[i], at, at.mine(i), at.has(i), use, patience);
     }
@@ -520,8 +535,7 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     for (int i = 0; i < ROUNDS; i++) {
         const int place = place_of(i);
         if (place < 0) continue;
-        const float4 state = states[at.mine(i)];
-        *(float2*)(d_h0 + place) = make_float2(sums[i][0], sums[i][1]), *(float2*)(d_c0 + place) = make_float2(state.z, state.w);
+        *(float2*)(d_h0 + place) = make_float2(sums[i][0], sums[i][1]), *(float2*)(d_c0 + place) = d_cells[at.mine(i)];
     }
     cluster_barrier();  // a block that has ended has no shared memory to write to
 }

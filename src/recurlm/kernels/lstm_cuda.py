@@ -246,13 +246,13 @@ def _clustered(
     share = rows // width * _up(batch_rows, cluster)
     rounds = _up(share, 32 * team_warps)
     # registers of a thread: those that a team needs, and what that leaves for who multiplies
-    of_team = _up(56 + 22 * rounds if forward else 66 + 10 * rounds, 8) * 8
+    of_team = _up(56 + 22 * rounds if forward else 80, 8) * 8
     equal = min(65536 // (32 * warps) // 8 * 8, 248)
     of_multiplier = min(232, (equal * warps - of_team * teams * team_warps) // warps_m // 8 * 8)
-    free = of_multiplier - 4 * tiles_m * tiles_n - 36
+    free = of_multiplier - 4 * tiles_m * tiles_n - 28
     vectors = blocks_k * tiles_n * 512
     shared = teams * (vectors + CLUSTER_RING * cluster * share * of_item + 16) + 2 * tiles_n * 8 * (rows // 2 + 4) * 4
-    shared += 4 * rows if forward else teams * (16 * _up(batch_rows, cluster) * (rows // 2 + 4) + 44 * share)
+    shared += 4 * rows if forward else teams * (16 * _up(batch_rows, cluster) * (rows // 2 + 4) + 92 * share)
     room = (here.shared - shared) // (warps_m * tiles_m * 1024)  # for blocks of 32 k of the weights
     kept = min(blocks_k, free // (8 * tiles_m))
     if not of_team <= equal <= of_multiplier or kept < 0 or blocks_k - kept > room:
@@ -277,8 +277,8 @@ FASTEST = {
     ("backward", 1152, 20): {"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8, "GROUPS": 1},
     ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 700},
     ("backward", 400, 20): {"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6, "GROUPS": 1},
-    ("forward", 1152, 80): {"TEAMS": 2, "PARTS": 1, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4},
-    ("backward", 1152, 80): {"TEAMS": 2, "PARTS": 1, "CLUSTER": 8, "WARPS_M": 8, "TEAM_WARPS": 4},
+    ("forward", 1152, 80): {"TEAMS": 2, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4, "PACE": 1000},
+    ("backward", 1152, 80): {"TEAMS": 2, "CLUSTER": 9, "WARPS_M": 8, "TEAM_WARPS": 4},
     ("forward", 400, 80): {"PARTS": 4, "UNITS": 16, "WARPS": 13, "GROUPS": 1},
     ("backward", 400, 80): {"PARTS": 4, "ROW_UNITS": 208, "COLUMNS": 32, "WARPS": 13},
     ("forward", 1024, 32): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
