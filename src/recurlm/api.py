@@ -53,7 +53,7 @@ from recurlm.model.neural import NeuralModel
 from recurlm.protocol import StatefulModel
 from recurlm.text.batches import Sequences, reading_order
 from recurlm.text.corpora import SPLITS, WHOLE, open_corpus, open_whole
-from recurlm.text.store import Store, has_carriage_returns, is_store, open_store, prepare, write_store
+from recurlm.text.store import RETURNS, Store, has_carriage_returns, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training import checkpoint, memory, range_test, snapshot
 from recurlm.training import compare as side_by_side
@@ -153,10 +153,7 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
                 "have a whole one."
             )
         if saved is None and has_carriage_returns(store):
-            notes.append(
-                "The text's lines end with \\r\\n, and every \\r is learned and measured as text; to leave them out, train on "
-                "what `tr -d '\\r' < FILE` gives."
-            )
+            notes.append(RETURNS)
         if resume and saved is None:
             notes.append(f"No checkpoint in {folder}: starting from the beginning.")
         if saved is not None:
@@ -342,6 +339,7 @@ def evaluate(
     batching: str = "", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
     mixed_with: Sequence[str | Path | LanguageModel] = (), caches: Sequence[int | Mapping[str, Any]] = (),
     dynamic: Mapping[str, Any] | None = None, tune_on: str = "", mc_dropout: int = 0,
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
@@ -354,6 +352,7 @@ def evaluate(
     `config.CacheConfig`, `config.DynamicConfig`). What they leave out has its default; where `tune_on` is named, theta,
     lambda, lr and decay that they leave out are searched on that split.
     `mc_dropout` K: the mean prediction of K networks thinned by the run's own dropout (see `inference.monte_carlo`).
+    `say` is told what is odd about `data`.
     """
     start = time.perf_counter()
     if tune_on and not (mixed_with or caches or dynamic is not None):
@@ -373,6 +372,8 @@ def evaluate(
             return store, split, reading_order(store.ids(split), model.backward, boundary)
 
         store, split, ids = text_of(str(data), split, "measured")
+        if data and has_carriage_returns(store, split):
+            say(RETURNS)
         info, unknown = store.info[split], model.tokenizer.unk_id
         counts = {"words": info.words, "characters": info.characters, "bytes": info.bytes}
         oov = float((ids == unknown).mean()) if unknown is not None else 0.0

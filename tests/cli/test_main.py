@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from recurlm.cli.common import duration, print_table
+from recurlm.text.store import RETURNS
 from support import TINY, small_text
 
 HEAVY = ("torch", "numpy", "tokenizers", "numba", "safetensors", "matplotlib", "tensorboard")
@@ -97,6 +98,20 @@ def test_eval_reads_another_text(trained, tmp_path):
     values = json.loads(run("eval", str(trained), "--json", "--data", str(tmp_path / "new.txt")).stdout)
     assert values["targets"] == 40 * 12
     assert {path.name: path.read_text() for path in trained.glob("eval*.json")} == before
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_verbs_that_read_a_text_say_so_where_lines_end_with_a_carriage_return(tmp_path, end):
+    text, model = tmp_path / "new.txt", tmp_path / "model"
+    text.write_bytes(small_text(60, seed=9).replace("\n", end).encode())
+    for arguments in (
+        ("data", "prepare", text, "--tokenizer", "bpe", "-o", tmp_path / "store", "--json"),
+        ("ngram", "train", text, "--tokenizer", "char", "--order", 2, "--smoothing", "katz", "-o", model, "--json"),
+        ("eval", model, "--data", text, "--json"),
+        ("score", model, text, "--json"),
+    ):
+        done = run(*map(str, arguments))
+        assert (done.returncode, done.stderr.count(RETURNS)) == (0, end != "\n"), (arguments, done.stderr)
 
 
 def test_a_report_says_in_how_many_streams_it_reads(trained, tmp_path):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from recurlm.cli.common import Json, print_json
+from recurlm.cli.common import Json, note, print_json
 from recurlm.config import TokenizerConfig
 
 app = typer.Typer(help="Named data sets and token stores.", no_args_is_help=True)
@@ -106,8 +105,10 @@ def prepare(
         "byte_fallback": byte_fallback,
     }
     config = from_dict({"tokenizer": settings}).tokenizer
-    print(f"Reading {source} with the {tokenizer} tokenizer ...", file=sys.stderr)
+    note(f"Reading {source} with the {tokenizer} tokenizer ...")
     made = store.prepare(source, config, out, overwrite=force)
+    if store.has_carriage_returns(made):
+        note(store.RETURNS)
     if as_json:
         return print_json(
             {

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from recurlm.ngram.model import NgramModel
 from recurlm.ngram.prune import entropy_prune
 from recurlm.ngram.smoothing import Settings, estimate
 from recurlm.ngram.trie import Table
-from recurlm.text.store import is_store, open_store, prepare
+from recurlm.text.store import RETURNS, has_carriage_returns, is_store, open_store, prepare
 from recurlm.text.tokenizers import Tokenizer, load_tokenizer
 
 OWN_STORE, TOML, SCRATCH = "store", "config.toml", "scratch"
@@ -43,13 +43,14 @@ def train(
     out_of_core: bool | None = None,
     memory_limit: str = "1500MB",
     arpa_file: str | Path | None = None,
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Facts of the n-gram model that was estimated on the train split of a text or store and written to the run directory.
 
     `tokenizer` makes the ids unless `data` is a store; with `tokenizer_of` they are those of another run or store, so that the
     models of several domains can be mixed. Texts of more than 30 million tokens, or with `out_of_core`, are
     counted by DuckDB in about `memory_limit`; what grows with the text then lies in files of the run directory. With
-    `arpa_file` the model is written there too.
+    `arpa_file` the model is written there too. `say` is told what is odd about the text.
     """
     given = None if tokenizer_of is None else load_tokenizer(Path(tokenizer_of) / directory.TOKENIZER)
     with _new_run(run) as folder:
@@ -57,6 +58,8 @@ def train(
         store.verify()
         if given is not None and store.tokenizer_hash != given.hash:
             raise ConfigError(f"{data}: this store has another tokenizer than {tokenizer_of}; give the text itself.")
+        if has_carriage_returns(store):
+            say(RETURNS)
         ids = store.ids("train")
         known = store.tokenizer()
         out_of_core = len(ids) > IN_MEMORY if out_of_core is None else out_of_core
