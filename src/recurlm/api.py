@@ -35,6 +35,7 @@ from recurlm.config import (
     stage_count,
     to_dict,
     to_toml,
+    without_published,
 )
 from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, RunError, UserError, lookup, shown
 from recurlm.evaluation import suites
@@ -52,7 +53,7 @@ from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
 from recurlm.protocol import StatefulModel
 from recurlm.text.batches import Sequences, reading_order
-from recurlm.text.corpora import SPLITS, WHOLE, open_corpus, open_whole
+from recurlm.text.corpora import NAMED_SETS, SPLITS, WHOLE, open_corpus, open_whole
 from recurlm.text.store import RETURNS, Store, has_carriage_returns, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training import checkpoint, memory, range_test, snapshot
@@ -109,7 +110,7 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
 
     A store that was made for a run that could not start is removed again.
     """
-    checkpoints, made = folder / CHECKPOINTS, not (folder / OWN_STORE).exists()
+    checkpoints, made, tokens = folder / CHECKPOINTS, not (folder / OWN_STORE).exists(), config.tokenizer
     try:
         files.clean(folder, "|".join(map(re.escape, (*OURS, directory.MANIFEST, f".{OWN_STORE}"))))
         checkpoint.clean(checkpoints)
@@ -132,6 +133,9 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
         if is_store(config.data.path):  # a prepared store brings its own tokenizer
             kind = dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind)
             config = dataclasses.replace(config, tokenizer=kind)
+        if (text := config.published.text) and (config.tokenizer != tokens or not _is_set(store, text)):
+            notes.append(f"The published figures are of {text}; this is another text, so they are not shown beside it.")
+            config = without_published(config, tokens)
         if saved is not None:
             config, choice = settle(config, store)
             notes += [choice] if choice else []
@@ -332,6 +336,12 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
     kind = config.tokenizer.kind
     different = f"The store's tokenizer is {store.tokenizer_kind}; tokenizer.kind = {kind} is not used."
     return store, [different] if store.tokenizer_kind != kind else []
+
+
+def _is_set(store: Store, name: str) -> bool:
+    """Whether the store's text is the named data set, as the sizes of its splits tell."""
+    known = lookup(NAMED_SETS, name, "published.text")
+    return all(info.bytes == known.bytes.get(split) for split, info in store.info.items())
 
 
 def evaluate(
