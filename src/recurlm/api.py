@@ -98,7 +98,7 @@ def train(
         with files.locked(folder):
             return _trainer(config, folder, resume, quiet).run(max_seconds)
     except OSError as error:
-        more = f"; {shutil.disk_usage(folder).free:,} bytes are free" if error.errno == errno.ENOSPC else ""
+        more = f"; {files.size(shutil.disk_usage(folder).free)} are free" if error.errno == errno.ENOSPC else ""
         raise RunError(
             f"{error.filename or folder}: {error.strerror or error}{more}. What was saved before is intact: "
             "put that right, then go on with --resume auto."

@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: light start, one sentence for a mistake, the right exit code."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from recurlm import files
 from recurlm.cli.common import duration, print_table
 from recurlm.text.store import RETURNS
 from support import TINY, small_text
@@ -226,6 +228,14 @@ def test_durations_are_said_in_the_unit_that_fits(seconds, said):
     assert duration(seconds) == said
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 bytes"), (834, "834 bytes"), (1780, "1.78 kB"), (90_181_324, "90.18 MB"), (140 * 10**9, "140 GB")],
+)  # fmt: skip
+def test_sizes_are_said_in_the_unit_that_fits(number, said):
+    assert files.size(number) == said
+
+
 def test_dry_run_writes_nothing(text_file, tmp_path):
     settings = [part for setting in TINY for part in ("--set", setting)]
     done = run("train", "--data", str(text_file), "--dry-run", "--json", "-o", str(tmp_path / "run"), *settings)
@@ -235,6 +245,8 @@ def test_dry_run_writes_nothing(text_file, tmp_path):
         facts["memory_bytes"] > 0 and facts["seconds_estimated"] > 0 and facts["steps"] == facts["steps_per_epoch"] * 10
     )
     assert not (tmp_path / "run").exists()
+    shown = run("train", "--data", str(text_file), "--dry-run", *settings).stdout
+    assert re.search(r"\nmemory +[\d.]+ [MG]B\n", shown) and "memory_bytes" not in shown
 
 
 def sum_of_parameters(vocab: int) -> int:

@@ -173,8 +173,8 @@ def write_store(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise RunError(f"{path}: the store could not be written: the disk is full, {free:,} bytes are free.") from error
+        free = files.size(shutil.disk_usage(path.parent).free)
+        raise RunError(f"{path}: the store could not be written: the disk is full, {free} are free.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return open_store(path)
