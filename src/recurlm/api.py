@@ -606,7 +606,7 @@ def _evaluation_store(
         if own.exists():
             data = str(own)
         elif toml.is_file():
-            data = from_toml(read_text_file(toml, "configuration"), str(toml)).data.path
+            data, split = from_toml(read_text_file(toml, "configuration"), str(toml)).data.path, split or "test"
     if not data:
         raise ConfigError(
             "No text to measure was named: give --data with a text file, a folder, a store or a data set."
