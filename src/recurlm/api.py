@@ -254,7 +254,10 @@ def export(
             raise ConfigError(f"{out} exists already; choose another -o.")
         out = out.resolve()  # "." has no name of its own
         temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-        made = files.make_folder(temporary)
+        try:
+            made = files.make_folder(temporary)
+        except OSError as error:
+            raise UserError(f"{out}: this folder cannot be made: {error.strerror}.") from None
         try:
             for name, text in texts.items():
                 (temporary / name).write_text(text, encoding="utf-8")

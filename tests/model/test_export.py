@@ -111,7 +111,7 @@ def test_what_cannot_be_exported_is_a_sentence(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="exists already"):
         api.export(run, tmp_path / "file")
-    with pytest.raises(RunError, match="could not be written"):
+    with pytest.raises(UserError, match="this folder cannot be made: Not a directory"):
         api.export(run, tmp_path / "file" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 

@@ -157,6 +157,8 @@ def _lr_find(config: Config, picture: Path, threads: str, as_json: bool) -> None
         raise ConfigError(
             f"-o {picture}: the range test writes a picture; give a name that ends with .svg, .png or .pdf."
         )
+    if not picture.parent.is_dir():
+        raise ConfigError(f"{picture.parent}: no such folder; make it first, or choose another -o.")
     if picture.exists():
         raise ConfigError(f"{picture} exists already; name another picture with -o.")
     set_threads(threads)

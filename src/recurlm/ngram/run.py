@@ -54,6 +54,7 @@ def train(
     """
     given = None if tokenizer_of is None else load_tokenizer(Path(tokenizer_of) / directory.TOKENIZER)
     with _new_run(run) as folder:
+        _check_arpa(arpa_file)
         store = open_store(data) if is_store(data) else prepare(data, tokenizer, folder / OWN_STORE, given)
         store.verify()
         if given is not None and store.tokenizer_hash != given.hash:
@@ -89,6 +90,7 @@ def prune(run: str | Path, out: str | Path, threshold: float, *, arpa_file: str 
         raise ConfigError(f"{run} already holds a run; choose another -o.")
     source = _source(Path(run))
     with _new_run(out) as folder:
+        _check_arpa(arpa_file)
         table = entropy_prune(model.table, threshold)
         valid = None
         if source and is_store(source) and "valid" in (store := open_store(source)).splits:
@@ -108,6 +110,7 @@ def import_arpa(path: str | Path, run: str | Path, *, normalised: bool = True) -
 def export_arpa(run: str | Path, path: str | Path) -> None:
     """None; writes the run's model as an ARPA file."""
     model, tokenizer = load(run)
+    _check_arpa(path)
     _write_arpa(Path(path), model.table, tokenizer)
 
 
@@ -180,9 +183,17 @@ def _source(run: Path) -> Path | None:
     return Path(from_toml(read_text_file(toml, "configuration"), str(toml)).data.path) if toml.is_file() else None
 
 
-def _write_arpa(path: Path, table: Table, tokenizer: Tokenizer) -> None:
-    if path.is_dir():
+def _check_arpa(path: str | Path | None) -> None:
+    """UserError where no ARPA file could be written: told before a model is estimated."""
+    if path is None:
+        return
+    if Path(path).is_dir():
         raise UserError(f"{path}: a folder; expected the name of an ARPA file to write.")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{Path(path).parent}: no such folder; make it first, or write the ARPA file elsewhere.")
+
+
+def _write_arpa(path: Path, table: Table, tokenizer: Tokenizer) -> None:
     try:
         arpa.write(path, table, tokenizer)
     except OSError as error:
