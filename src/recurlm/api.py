@@ -151,10 +151,11 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
             notes.append(f"{len(trainer.batches.lengths):,} {config.data.batching}s to train on")
         data, length = config.data, trainer.batches.epoch_length(0)
         if saved is None and data.batching == "stream" and data.batch_size > 1 and length < data.bptt:
+            most = store.info["train"].tokens // data.bptt
             notes.append(
                 f"data.batch_size = {data.batch_size:,} makes streams of {length:,} tokens, less than one window (data.bptt = "
-                f"{data.bptt:,}), so an epoch is hardly a step; {max(1, store.info['train'].tokens // data.bptt):,} streams would "
-                "have a whole one."
+                f"{data.bptt:,}), so an epoch is hardly a step; "
+                + (f"up to {most:,} would have a whole one." if most else "one of the whole text would be shorter too.")
             )
         if saved is None and has_carriage_returns(store):
             notes.append(RETURNS)
