@@ -92,6 +92,10 @@ def test_eval_prints_and_keeps_the_metrics(trained):
     both = [json.loads((trained / name).read_text()) for name in ("eval.json", "eval-valid.json")]
     assert [b["split"] for b in both] == ["test", "valid"] and both[0]["step"] == both[1]["step"] > 0
     assert "ppl " in run("eval", str(trained)).stdout
+    kept = (trained / "eval.json").read_text()
+    for another_way in (("--counting", "published", "--batch-size", "9"), ("--batching", "sentence")):
+        assert run("eval", str(trained), "--no-ranks", *another_way).returncode == 0
+        assert (trained / "eval.json").read_text() == kept
 
 
 def test_eval_reads_another_text(trained, tmp_path):

@@ -171,7 +171,7 @@ def eval_(
         print_json(values)
     else:
         print_table(values)
-    if not (data or mixed_with or cache or dynamic or mc_dropout):
+    if not (data or mixed_with or cache or dynamic or mc_dropout or batching or counting != "exact"):
         kept = run / api.figures_file(values["split"])
         try:
             files.write_atomic(kept, files.to_json(values))
