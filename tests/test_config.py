@@ -21,6 +21,7 @@ from recurlm.config import (
 )
 from recurlm.errors import ConfigError
 from recurlm.model.neural import NeuralModel
+from recurlm.text.corpora import NAMED_SETS
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -55,6 +56,11 @@ def test_a_fast_recipe_is_the_published_model_on_the_same_tokens(name):
     fast, published = load_recipe(name), load_recipe(name.removesuffix("-fast"))
     assert (fast.model, fast.tokenizer) == (published.model, published.tokenizer)
     assert fast.published == published.published and fast.train.epochs < published.train.epochs
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_names_the_text_of_its_published_figures(name):
+    assert load_recipe(name).published.text in NAMED_SETS
 
 
 def test_assignments_override_in_order_and_take_bare_strings():

@@ -35,6 +35,7 @@ from recurlm.config import (
     stage_count,
     to_dict,
     to_toml,
+    without_published,
 )
 from recurlm.errors import CheckpointError, ConfigError, DataError, RequestError, RunError, UserError, lookup, shown
 from recurlm.evaluation import suites
@@ -52,8 +53,8 @@ from recurlm.model import directory, precision
 from recurlm.model.neural import NeuralModel
 from recurlm.protocol import StatefulModel
 from recurlm.text.batches import Sequences, reading_order
-from recurlm.text.corpora import SPLITS, WHOLE, open_corpus, open_whole
-from recurlm.text.store import Store, has_carriage_returns, is_store, open_store, prepare, write_store
+from recurlm.text.corpora import NAMED_SETS, SPLITS, WHOLE, open_corpus, open_whole
+from recurlm.text.store import RETURNS, Store, has_carriage_returns, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import load_tokenizer
 from recurlm.training import checkpoint, memory, range_test, snapshot
 from recurlm.training import compare as side_by_side
@@ -97,7 +98,7 @@ def train(
         with files.locked(folder):
             return _trainer(config, folder, resume, quiet).run(max_seconds)
     except OSError as error:
-        more = f"; {shutil.disk_usage(folder).free:,} bytes are free" if error.errno == errno.ENOSPC else ""
+        more = f"; {files.size(shutil.disk_usage(folder).free)} are free" if error.errno == errno.ENOSPC else ""
         raise RunError(
             f"{error.filename or folder}: {error.strerror or error}{more}. What was saved before is intact: "
             "put that right, then go on with --resume auto."
@@ -109,7 +110,7 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
 
     A store that was made for a run that could not start is removed again.
     """
-    checkpoints, made = folder / CHECKPOINTS, not (folder / OWN_STORE).exists()
+    checkpoints, made, tokens = folder / CHECKPOINTS, not (folder / OWN_STORE).exists(), config.tokenizer
     try:
         files.clean(folder, "|".join(map(re.escape, (*OURS, directory.MANIFEST, f".{OWN_STORE}"))))
         checkpoint.clean(checkpoints)
@@ -132,6 +133,9 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
         if is_store(config.data.path):  # a prepared store brings its own tokenizer
             kind = dataclasses.replace(config.tokenizer, kind=store.tokenizer_kind)
             config = dataclasses.replace(config, tokenizer=kind)
+        if (text := config.published.text) and (config.tokenizer != tokens or not _is_set(store, text)):
+            notes.append(f"The published figures are of {text}; this is another text, so they are not shown beside it.")
+            config = without_published(config, tokens)
         if saved is not None:
             config, choice = settle(config, store)
             notes += [choice] if choice else []
@@ -147,16 +151,14 @@ def _trainer(config: Config, folder: Path, resume: bool, quiet: bool) -> Trainer
             notes.append(f"{len(trainer.batches.lengths):,} {config.data.batching}s to train on")
         data, length = config.data, trainer.batches.epoch_length(0)
         if saved is None and data.batching == "stream" and data.batch_size > 1 and length < data.bptt:
+            most = store.info["train"].tokens // data.bptt
             notes.append(
                 f"data.batch_size = {data.batch_size:,} makes streams of {length:,} tokens, less than one window (data.bptt = "
-                f"{data.bptt:,}), so an epoch is hardly a step; {max(1, store.info['train'].tokens // data.bptt):,} streams would "
-                "have a whole one."
+                f"{data.bptt:,}), so an epoch is hardly a step; "
+                + (f"up to {most:,} would have a whole one." if most else "one of the whole text would be shorter too.")
             )
         if saved is None and has_carriage_returns(store):
-            notes.append(
-                "The text's lines end with \\r\\n, and every \\r is learned and measured as text; to leave them out, train on "
-                "what `tr -d '\\r' < FILE` gives."
-            )
+            notes.append(RETURNS)
         if resume and saved is None:
             notes.append(f"No checkpoint in {folder}: starting from the beginning.")
         if saved is not None:
@@ -253,7 +255,10 @@ def export(
             raise ConfigError(f"{out} exists already; choose another -o.")
         out = out.resolve()  # "." has no name of its own
         temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-        made = files.make_folder(temporary)
+        try:
+            made = files.make_folder(temporary)
+        except OSError as error:
+            raise UserError(f"{out}: this folder cannot be made: {error.strerror}.") from None
         try:
             for name, text in texts.items():
                 (temporary / name).write_text(text, encoding="utf-8")
@@ -337,11 +342,18 @@ def _store(config: Config, folder: Path, keep: bool) -> tuple[Store, list[str]]:
     return store, [different] if store.tokenizer_kind != kind else []
 
 
+def _is_set(store: Store, name: str) -> bool:
+    """Whether the store's text is the named data set, as the sizes of its splits tell."""
+    known = lookup(NAMED_SETS, name, "published.text")
+    return all(info.bytes == known.bytes.get(split) for split, info in store.info.items())
+
+
 def evaluate(
     run: str | Path | LanguageModel, *, data: str | Path = "", split: str = "", batch_size: int = 1, counting: str = "exact",
     batching: str = "", with_ranks: bool = True, device: str = "auto", dtype: str = "auto",
     mixed_with: Sequence[str | Path | LanguageModel] = (), caches: Sequence[int | Mapping[str, Any]] = (),
     dynamic: Mapping[str, Any] | None = None, tune_on: str = "", mc_dropout: int = 0,
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of a model on a split (test) of its own data, or of `data`: loss_nats, ppl, ppl_word, bpc, bpb, top1/5/10, mrr.
 
@@ -354,6 +366,7 @@ def evaluate(
     `config.CacheConfig`, `config.DynamicConfig`). What they leave out has its default; where `tune_on` is named, theta,
     lambda, lr and decay that they leave out are searched on that split.
     `mc_dropout` K: the mean prediction of K networks thinned by the run's own dropout (see `inference.monte_carlo`).
+    `say` is told what is odd about `data`.
     """
     start = time.perf_counter()
     if tune_on and not (mixed_with or caches or dynamic is not None):
@@ -373,6 +386,8 @@ def evaluate(
             return store, split, reading_order(store.ids(split), model.backward, boundary)
 
         store, split, ids = text_of(str(data), split, "measured")
+        if data and has_carriage_returns(store, split):
+            say(RETURNS)
         info, unknown = store.info[split], model.tokenizer.unk_id
         counts = {"words": info.words, "characters": info.characters, "bytes": info.bytes}
         oov = float((ids == unknown).mean()) if unknown is not None else 0.0
@@ -595,7 +610,7 @@ def _evaluation_store(
         if own.exists():
             data = str(own)
         elif toml.is_file():
-            data = from_toml(read_text_file(toml, "configuration"), str(toml)).data.path
+            data, split = from_toml(read_text_file(toml, "configuration"), str(toml)).data.path, split or "test"
     if not data:
         raise ConfigError(
             "No text to measure was named: give --data with a text file, a folder, a store or a data set."

@@ -276,6 +276,7 @@ class PublishedConfig:
     valid: float = _opt(0.0, "Published figure on valid; 0 = none", low=0, high=1e9)
     test: float = _opt(0.0, "Published figure on test; 0 = none", low=0, high=1e9)
     unit: str = _opt("ppl", "What these figures are: perplexity a token, or bits a character", choices=("ppl", "bpc"))
+    text: str = _opt("", "Data set that they are of, by name: on another text they are left out; '' = any")
     source: str = _opt("", "Where they were published")
 
 
@@ -617,7 +618,12 @@ def apply_assignments(config: Config, assignments: Iterable[str]) -> Config:
         config = _assign_to_stage(config, text, key, value) if of_stage else from_dict({section: {key: value}}, config)
     if config.published != given.published or (config.model, config.tokenizer) == (given.model, given.tokenizer):
         return config
-    kept = PublishedConfig(unit=given.published.unit) if config.tokenizer == given.tokenizer else PublishedConfig()
+    return without_published(config, given.tokenizer)
+
+
+def without_published(config: Config, tokens: TokenizerConfig) -> Config:
+    """The Config without published figures; their unit stays where its tokens are still `tokens`."""
+    kept = PublishedConfig(unit=config.published.unit) if config.tokenizer == tokens else PublishedConfig()
     stages = tuple({name: t for name, t in tables.items() if name != "published"} for tables in config.stages)
     return dataclasses.replace(config, published=kept, stages=stages)
 

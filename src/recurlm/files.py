@@ -68,9 +68,17 @@ def clean(folder: Path, names: str) -> None:
             remove(path)
 
 
+def size(number: int) -> str:
+    """So many bytes as people say it: '834 bytes', '90.18 MB', '1.5 GB'."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= unit:
+            return f"{number / unit:.4g} {name}"
+    return f"{number} bytes"
+
+
 def space(folder: Path, needed: int) -> str:
     """How much is needed and free, for a message."""
-    return f"{needed:,} bytes are needed, {shutil.disk_usage(folder).free:,} are free"
+    return f"{size(needed)} are needed, {size(shutil.disk_usage(folder).free)} are free"
 
 
 def reason(error: Exception, folder: Path, needed: int) -> str:

@@ -138,7 +138,7 @@ def test_a_full_disk(mounted, whole, tmp_path):
         if code:
             stopped += 1
             assert code == 1 and one_sentence(life.said), life.said
-            assert re.search(rf"{run}\S*: .*[\d,]+ bytes are needed, [\d,]+ are free", life.said), life.said
+            assert re.search(rf"{run}\S*: .*[\d.]+ \w+ are needed, [\d.]+ \w+ are free", life.said), life.said
         saved, skipped = checkpoint.newest(run / "checkpoints")
         assert saved is not None and not skipped
         if (run / "checkpoints" / "step-64").exists():

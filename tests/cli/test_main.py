@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: light start, one sentence for a mistake, the right exit code."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from recurlm import files
 from recurlm.cli.common import duration, print_table
+from recurlm.text.store import RETURNS
 from support import TINY, small_text
 
 HEAVY = ("torch", "numpy", "tokenizers", "numba", "safetensors", "matplotlib", "tensorboard")
@@ -89,6 +92,10 @@ def test_eval_prints_and_keeps_the_metrics(trained):
     both = [json.loads((trained / name).read_text()) for name in ("eval.json", "eval-valid.json")]
     assert [b["split"] for b in both] == ["test", "valid"] and both[0]["step"] == both[1]["step"] > 0
     assert "ppl " in run("eval", str(trained)).stdout
+    kept = (trained / "eval.json").read_text()
+    for another_way in (("--counting", "published", "--batch-size", "9"), ("--batching", "sentence")):
+        assert run("eval", str(trained), "--no-ranks", *another_way).returncode == 0
+        assert (trained / "eval.json").read_text() == kept
 
 
 def test_eval_reads_another_text(trained, tmp_path):
@@ -97,6 +104,20 @@ def test_eval_reads_another_text(trained, tmp_path):
     values = json.loads(run("eval", str(trained), "--json", "--data", str(tmp_path / "new.txt")).stdout)
     assert values["targets"] == 40 * 12
     assert {path.name: path.read_text() for path in trained.glob("eval*.json")} == before
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_verbs_that_read_a_text_say_so_where_lines_end_with_a_carriage_return(tmp_path, end):
+    text, model = tmp_path / "new.txt", tmp_path / "model"
+    text.write_bytes(small_text(60, seed=9).replace("\n", end).encode())
+    for arguments in (
+        ("data", "prepare", text, "--tokenizer", "bpe", "-o", tmp_path / "store", "--json"),
+        ("ngram", "train", text, "--tokenizer", "char", "--order", 2, "--smoothing", "katz", "-o", model, "--json"),
+        ("eval", model, "--data", text, "--json"),
+        ("score", model, text, "--json"),
+    ):
+        done = run(*map(str, arguments))
+        assert (done.returncode, done.stderr.count(RETURNS)) == (0, end != "\n"), (arguments, done.stderr)
 
 
 def test_a_report_says_in_how_many_streams_it_reads(trained, tmp_path):
@@ -211,6 +232,14 @@ def test_durations_are_said_in_the_unit_that_fits(seconds, said):
     assert duration(seconds) == said
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 bytes"), (834, "834 bytes"), (1780, "1.78 kB"), (90_181_324, "90.18 MB"), (140 * 10**9, "140 GB")],
+)  # fmt: skip
+def test_sizes_are_said_in_the_unit_that_fits(number, said):
+    assert files.size(number) == said
+
+
 def test_dry_run_writes_nothing(text_file, tmp_path):
     settings = [part for setting in TINY for part in ("--set", setting)]
     done = run("train", "--data", str(text_file), "--dry-run", "--json", "-o", str(tmp_path / "run"), *settings)
@@ -220,6 +249,8 @@ def test_dry_run_writes_nothing(text_file, tmp_path):
         facts["memory_bytes"] > 0 and facts["seconds_estimated"] > 0 and facts["steps"] == facts["steps_per_epoch"] * 10
     )
     assert not (tmp_path / "run").exists()
+    shown = run("train", "--data", str(text_file), "--dry-run", *settings).stdout
+    assert re.search(r"\nmemory +[\d.]+ [MG]B\n", shown) and "memory_bytes" not in shown
 
 
 def sum_of_parameters(vocab: int) -> int:

@@ -200,6 +200,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train --data text.txt --lr-find --dry-run", 2, "leave out"),
     ("train --data text.txt --lr-find --resume auto", 2, "leave out"),
     ("train --lr-find", 2, "--data"),
+    ("train --data text.txt --lr-find -o no/lr.svg", 2, "no: no such folder"),
+    ("train --data text.txt --lr-find --set optimizer.lr=0", 2, "above 0"),
     # what batches, layers and schedules are there
     (f"{TRAIN} --set data.batching=lines", 2, "data.batching"),
     (f"{TRAIN} --set data.batching=sentence --set data.counting=published", 2, "needs data.batching"),
@@ -224,6 +226,10 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("data prepare text.txt -o new --min-count 0", 2, "min_count"),
     ("data prepare text.txt -o new --vocab-splits some", 2, "vocab_splits"),
     ("data prepare empty.txt -o new", 3, "empty"),
+    # n-grams, export
+    ("ngram train text.txt -o new --arpa no/new.arpa", 2, "no: no such folder"),
+    ("ngram train text.txt -o new --arpa folder", 2, "folder: a folder"),
+    ("export run -o text.txt/new", 2, "text.txt/new: this folder cannot be made"),
     # demo
     ("demo -o folder", 2, "something else than a demo"),
     ("demo -o text.txt", 2, "text.txt"),

@@ -89,6 +89,14 @@ def test_the_card_alone_says_what_the_run_was(run, tmp_path):
     assert sum(written.values()) < 20_000
 
 
+def test_without_its_store_a_model_is_measured_on_the_same_split(run, text_file, tmp_path, monkeypatch):
+    api.export(run, tmp_path / "out")
+    monkeypatch.chdir(text_file.parent)  # the export knows its text by name only
+    found, expected = api.evaluate(tmp_path / "out", with_ranks=False), api.evaluate(run, with_ranks=False)
+    assert (found["split"], found["targets"]) == ("test", expected["targets"])
+    assert found["loss_nats"] == pytest.approx(expected["loss_nats"], rel=1e-6)
+
+
 def test_what_cannot_be_exported_is_a_sentence(run, tmp_path):
     with pytest.raises(ConfigError, match="exists already"):
         api.export(run, run)
@@ -103,7 +111,7 @@ def test_what_cannot_be_exported_is_a_sentence(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="exists already"):
         api.export(run, tmp_path / "file")
-    with pytest.raises(RunError, match="could not be written"):
+    with pytest.raises(UserError, match="this folder cannot be made: Not a directory"):
         api.export(run, tmp_path / "file" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 

@@ -143,6 +143,7 @@ def test_words_with_a_meaning_of_their_own_are_not_written(tmp_path):
         ("\ta\t-0.6197888", "\ta\t-0.2", 9, "sum to 1"),
         ("\tb\t0\n", "\tb\t-0.5\n", 10, "sum to 0.316228"),
         ("\\end\\\n", "", 17, "cut short"),
+        ("a b\n\n\\end\\\n", "a", 15, "cut short"),
         ("\\end\\", "\\e\\", 17, r"expected \\end\\"),
     ],
 )

@@ -92,8 +92,12 @@ def test_a_run_is_not_overwritten_and_a_failure_leaves_nothing(trained, store, t
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
     with pytest.raises(ConfigError, match="smoothing"):
         run.train(text_file, tmp_path / "new", settings=Settings(smoothing="none"))
-    with pytest.raises(RunError, match="could not be written"):
-        run.train(text_file, tmp_path / "new", settings=SETTINGS, arpa_file=tmp_path / "absent" / "x.arpa")
+    for name, error, words in (
+        ("absent/x.arpa", UserError, "no such folder"),
+        ("x" * 252, RunError, "could not be written: File name too long"),  # with .tmp
+    ):
+        with pytest.raises(error, match=words):
+            run.train(text_file, tmp_path / "new", settings=SETTINGS, arpa_file=tmp_path / name)
     with pytest.raises(UserError, match="run of recurlm"):
         run.train(trained, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from recurlm.config import TokenizerConfig
 from recurlm.errors import ConfigError, DataError, UserError
-from recurlm.text.corpora import BLOCK, Corpus, open_corpus
+from recurlm.text.corpora import BLOCK, Corpus, open_corpus, open_whole
 from recurlm.text.store import build_tokenizer, has_carriage_returns, is_store, open_store, prepare, write_store
 from recurlm.text.tokenizers import TOKENIZERS
 
@@ -57,6 +57,8 @@ def test_carriage_returns_are_text_and_told_of(kind: str, tmp_path: Path):
         (tmp_path / "train.txt").write_bytes(end.join([*lines, ""]).encode())
         store = prepare(tmp_path, TokenizerConfig(kind=kind), tmp_path / "store", overwrite=True)
         assert has_carriage_returns(store) == told
+        whole = write_store(open_whole(tmp_path / "train.txt"), store.tokenizer(), tmp_path / "whole", overwrite=True)
+        assert has_carriage_returns(whole, "all") == told
         assert kind == "word" or store.tokenizer().decode(store.ids("train")) == end.join([*lines, ""])
 
 

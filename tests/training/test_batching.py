@@ -138,6 +138,8 @@ def test_a_run_says_when_its_streams_are_shorter_than_a_window(store, tmp_path, 
         api.train(config, tmp_path / str(size))
         said = f"streams of {-(-tokens // size)} tokens, less than one window (data.bptt = 12)"
         assert (said in capsys.readouterr().err) == told
+    api.train(apply_assignments(config, [f"data.bptt={tokens + 1}"]), tmp_path / "long")
+    assert "hardly a step; one of the whole text would be shorter too." in capsys.readouterr().err
 
 
 def test_dry_run_counts_the_steps_of_sentences(text_file):

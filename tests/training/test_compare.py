@@ -1,5 +1,6 @@
 """Runs side by side: every figure is one that a run's own files hold."""
 
+import dataclasses
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import pytest
 from recurlm import api
 from recurlm.config import apply_assignments, from_dict
 from recurlm.errors import ConfigError, UserError
+from recurlm.text.corpora import NAMED_SETS
 from recurlm.training.monitor import read_metrics
 from support import tiny_config
 
@@ -135,3 +137,25 @@ def test_the_verb(runs, tmp_path):
     assert json.loads(done.stdout)["rows"][0][0] == "two" and not done.stderr
     done = subprocess.run([*command[:-1], str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not a run directory" in done.stderr
+
+
+def test_published_figures_are_shown_beside_their_own_text_alone(store, tmp_path, monkeypatch):
+    sizes = {split: info.bytes for split, info in store.info.items()}
+    monkeypatch.setitem(NAMED_SETS, "ours", dataclasses.replace(NAMED_SETS["ptb"], bytes=sizes))
+    for text, shown in (("ours", (9.5, 9.1)), ("ptb", (None, None))):
+        base = tiny_config("train.max_steps=2", f'data.path="{store.path}"', f"published.text={text}")
+        stages = [{"train": {"max_steps": 1}, "published": PUBLISHED}]
+        api.train(from_dict({"stages": stages, "published": {"valid": 9.9}}, base), tmp_path / text, quiet=True)
+        found = rows(api.compare([tmp_path / text]))[text]
+        assert (found.get("published valid"), found.get("published test")) == shown
+    with pytest.raises(ConfigError, match=r"published\.text = 'pdb' is not known\. Did you mean 'ptb'"):
+        api.train(apply_assignments(base, ["published.text=pdb"]), tmp_path / "pdb", quiet=True)
+
+
+def test_a_store_of_other_tokens_has_no_published_figures(store, tmp_path, monkeypatch):
+    sizes = {split: info.bytes for split, info in store.info.items()}
+    monkeypatch.setitem(NAMED_SETS, "ours", dataclasses.replace(NAMED_SETS["ptb"], bytes=sizes))
+    settings = ("train.max_steps=2", f'data.path="{store.path}"', "published.text=ours", "published.valid=1.2")
+    api.train(tiny_config(*settings, "tokenizer.kind=char", "published.unit=bpc"), tmp_path / "run", quiet=True)
+    found = rows(api.compare([tmp_path / "run"]))["run"]
+    assert "published valid" not in found and found["unit"].startswith("perplexity a word")

@@ -561,3 +561,11 @@ def test_golden_trace(layer, zoneout, store, tmp_path):
     expected = json.loads(path.read_text())
     assert sum(found[:20]) > sum(found[-20:]) + 1  # it learns
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-5
+
+
+def test_no_training_loss_is_told_before_the_first_step(text_file, tmp_path, capsys):
+    api.train(tiny_config(f'data.path="{text_file}"'), tmp_path / "run", max_seconds=0)
+    (stopped,) = [r for r in read_metrics(tmp_path / "run") if "train_loss_nats" in r]
+    err = capsys.readouterr().err
+    assert stopped["step"] == 0 and stopped["train_loss_nats"] is None
+    assert "valid loss" in err and "train loss" not in err

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from recurlm.cli.common import Json, print_json
+from recurlm.cli.common import Json, note, print_json
 from recurlm.config import TokenizerConfig
 
 app = typer.Typer(help="Named data sets and token stores.", no_args_is_help=True)
@@ -38,17 +37,17 @@ def list_sets(as_json: Json = False) -> None:
     ]
     if as_json:
         return print_json({"folder": str(corpora.data_folder()), "sets": sets})
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    caption = "Every file must have its published checksum. Not tried: this URL has not been fetched by us."
-    table = Table(Column("name", no_wrap=True), "what", "MB", "licence", "present", "URL, check", caption=caption)
+    width = max(len(entry["name"]) for entry in sets)
     for entry in sets:
-        size = f"{sum(entry['bytes'].values()) / 1e6:.1f}"
-        url = ("tried" if entry["url_tried"] else "not tried") if entry["urls"] else f"from {entry['made_from']}"
-        url += f", {entry['checked_by']}"
-        table.add_row(entry["name"], entry["what"], size, entry["licence"], entry["where"] or "no", url)
-    return Console().print(table)
+        size = f"{sum(entry['bytes'].values()) / 1e6:.1f} MB"
+        url = (
+            ("URL tried" if entry["url_tried"] else "URL not tried") if entry["urls"] else f"from {entry['made_from']}"
+        )
+        here = f"here: {entry['where']}" if entry["where"] else "not here"
+        print(f"{entry['name']:<{width}}  {entry['what']}")
+        print(f"{'':<{width}}  {size}; {entry['licence']}; {url}, {entry['checked_by']}; {here}")
+    print("\nEvery file must have its published checksum.\nURL not tried: it has not been fetched by us.")
+    return None
 
 
 @app.command("get")
@@ -106,8 +105,10 @@ def prepare(
         "byte_fallback": byte_fallback,
     }
     config = from_dict({"tokenizer": settings}).tokenizer
-    print(f"Reading {source} with the {tokenizer} tokenizer ...", file=sys.stderr)
+    note(f"Reading {source} with the {tokenizer} tokenizer ...")
     made = store.prepare(source, config, out, overwrite=force)
+    if store.has_carriage_returns(made):
+        note(store.RETURNS)
     if as_json:
         return print_json(
             {

@@ -9,6 +9,7 @@ import typer
 
 from recurlm.cli.common import Json, parse_size, print_json, print_table
 from recurlm.errors import ConfigError
+from recurlm.files import size
 
 
 def export(
@@ -35,4 +36,4 @@ def export(
     written = api.export(run, out, dtype=dtype, max_shard_size=parse_size(max_shard_size), card_only=card_only)
     if as_json:
         return print_json({"folder": str(out), "files": written})
-    return print_table(written)
+    return print_table({name: size(number) for name, number in written.items()})

@@ -104,7 +104,7 @@ def train(
     words = from_dict({"tokenizer": {"kind": tokenizer, "vocab_size": vocab_size, "min_count": min_count}}).tokenizer
     facts = run.train(
         data, out, order=order, settings=settings, tokenizer=words, tokenizer_of=tokenizer_of,
-        out_of_core=out_of_core, memory_limit=f"{parse_size(memory_limit)}B", arpa_file=arpa,
+        out_of_core=out_of_core, memory_limit=f"{parse_size(memory_limit)}B", arpa_file=arpa, say=note,
     )  # fmt: skip
     _print_facts(out, facts, as_json)
 

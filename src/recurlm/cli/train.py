@@ -31,6 +31,7 @@ from recurlm.config import (
     to_dict,
 )
 from recurlm.errors import ConfigError
+from recurlm.files import size
 
 NO_RUN = "No run directory was named: give -o, such as -o runs/first."
 
@@ -115,7 +116,12 @@ def train(
 
             print(to_toml(config))
             estimated = facts["seconds_estimated"]
-            print_table(facts | {"seconds_estimated": f"{estimated:,.0f} ({duration(estimated)})"})
+            shown = {"memory" if name == "memory_bytes" else name: value for name, value in facts.items()}
+            shown |= {
+                "seconds_estimated": f"{estimated:,.0f} ({duration(estimated)})",
+                "memory": size(facts["memory_bytes"]),
+            }
+            print_table(shown)
         return None
     if out is None:
         raise ConfigError(NO_RUN)
@@ -151,6 +157,8 @@ def _lr_find(config: Config, picture: Path, threads: str, as_json: bool) -> None
         raise ConfigError(
             f"-o {picture}: the range test writes a picture; give a name that ends with .svg, .png or .pdf."
         )
+    if not picture.parent.is_dir():
+        raise ConfigError(f"{picture.parent}: no such folder; make it first, or choose another -o.")
     if picture.exists():
         raise ConfigError(f"{picture} exists already; name another picture with -o.")
     set_threads(threads)

@@ -165,12 +165,13 @@ def eval_(
         dynamic=parse_options("--dynamic", dynamic) if dynamic else None,
         tune_on=tune_on,
         mc_dropout=mc_dropout,
+        say=note,
     )
     if as_json:
         print_json(values)
     else:
         print_table(values)
-    if not (data or mixed_with or cache or dynamic or mc_dropout):
+    if not (data or mixed_with or cache or dynamic or mc_dropout or batching or counting != "exact"):
         kept = run / api.figures_file(values["split"])
         try:
             files.write_atomic(kept, files.to_json(values))
@@ -218,15 +219,14 @@ def score(
         raise UserError(f"--level {level}: expected token or sentence.")
     set_threads(threads)
     from recurlm import api
+    from recurlm.text.store import RETURNS
 
     model = api.load(run, device=device, dtype=dtype)
     batch: list[str] = []
     done, told = 0, model.tokenizer.kind == "word"  # to which \r is white space
     for line in _lines(text):
         if line.endswith("\r") and not told:
-            note(
-                "Lines end with \\r\\n, and every \\r is scored as text; to leave them out, score what `tr -d '\\r' < FILE` gives."
-            )
+            note(RETURNS)
             told = True
         batch.append(line)
         if len(batch) == BATCH_LINES:

@@ -137,7 +137,9 @@ class _Reader:
         """The next line, without its end; DataError at the end of the file."""
         data = self.file.readline(1 << 20)
         self.number += 1
-        if not data:
+        if (
+            not data.endswith(b"\n") and len(data) < 1 << 20 and data.strip() != b"\\end\\"
+        ):  # nothing, or a part of a line
             self.fail("the file ends here, before \\end\\; it is cut short")
         try:
             return data.decode().rstrip("\r\n")

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from recurlm.ngram.model import NgramModel
 from recurlm.ngram.prune import entropy_prune
 from recurlm.ngram.smoothing import Settings, estimate
 from recurlm.ngram.trie import Table
-from recurlm.text.store import is_store, open_store, prepare
+from recurlm.text.store import RETURNS, has_carriage_returns, is_store, open_store, prepare
 from recurlm.text.tokenizers import Tokenizer, load_tokenizer
 
 OWN_STORE, TOML, SCRATCH = "store", "config.toml", "scratch"
@@ -43,20 +43,24 @@ def train(
     out_of_core: bool | None = None,
     memory_limit: str = "1500MB",
     arpa_file: str | Path | None = None,
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Facts of the n-gram model that was estimated on the train split of a text or store and written to the run directory.
 
     `tokenizer` makes the ids unless `data` is a store; with `tokenizer_of` they are those of another run or store, so that the
     models of several domains can be mixed. Texts of more than 30 million tokens, or with `out_of_core`, are
     counted by DuckDB in about `memory_limit`; what grows with the text then lies in files of the run directory. With
-    `arpa_file` the model is written there too.
+    `arpa_file` the model is written there too. `say` is told what is odd about the text.
     """
     given = None if tokenizer_of is None else load_tokenizer(Path(tokenizer_of) / directory.TOKENIZER)
     with _new_run(run) as folder:
+        _check_arpa(arpa_file)
         store = open_store(data) if is_store(data) else prepare(data, tokenizer, folder / OWN_STORE, given)
         store.verify()
         if given is not None and store.tokenizer_hash != given.hash:
             raise ConfigError(f"{data}: this store has another tokenizer than {tokenizer_of}; give the text itself.")
+        if has_carriage_returns(store):
+            say(RETURNS)
         ids = store.ids("train")
         known = store.tokenizer()
         out_of_core = len(ids) > IN_MEMORY if out_of_core is None else out_of_core
@@ -86,6 +90,7 @@ def prune(run: str | Path, out: str | Path, threshold: float, *, arpa_file: str 
         raise ConfigError(f"{run} already holds a run; choose another -o.")
     source = _source(Path(run))
     with _new_run(out) as folder:
+        _check_arpa(arpa_file)
         table = entropy_prune(model.table, threshold)
         valid = None
         if source and is_store(source) and "valid" in (store := open_store(source)).splits:
@@ -105,6 +110,7 @@ def import_arpa(path: str | Path, run: str | Path, *, normalised: bool = True) -
 def export_arpa(run: str | Path, path: str | Path) -> None:
     """None; writes the run's model as an ARPA file."""
     model, tokenizer = load(run)
+    _check_arpa(path)
     _write_arpa(Path(path), model.table, tokenizer)
 
 
@@ -177,9 +183,17 @@ def _source(run: Path) -> Path | None:
     return Path(from_toml(read_text_file(toml, "configuration"), str(toml)).data.path) if toml.is_file() else None
 
 
-def _write_arpa(path: Path, table: Table, tokenizer: Tokenizer) -> None:
-    if path.is_dir():
+def _check_arpa(path: str | Path | None) -> None:
+    """UserError where no ARPA file could be written: told before a model is estimated."""
+    if path is None:
+        return
+    if Path(path).is_dir():
         raise UserError(f"{path}: a folder; expected the name of an ARPA file to write.")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{Path(path).parent}: no such folder; make it first, or write the ARPA file elsewhere.")
+
+
+def _write_arpa(path: Path, table: Table, tokenizer: Tokenizer) -> None:
     try:
         arpa.write(path, table, tokenizer)
     except OSError as error:

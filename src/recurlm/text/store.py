@@ -31,6 +31,7 @@ FORMAT = 1
 MAX_WORD = 64 << 20
 _VERIFIED = 4 << 20  # bytes hashed at once
 _PREPARE = "prepare the text again with `recurlm data prepare`"
+RETURNS = "Lines end with \\r\\n, and every \\r counts as text; to leave them out, use what `tr -d '\\r' < FILE` gives."
 
 
 @final
@@ -90,9 +91,9 @@ class Store:
                 raise DataError(f"{file}: holds the id {largest}, but its tokenizer has {self.vocab_size}; {_PREPARE}.")
 
 
-def has_carriage_returns(store: Store) -> bool:
-    """Whether most lines at the beginning of the training text end with "\\r\\n", where the "\\r" is in the ids."""
-    tokenizer, ids = store.tokenizer(), store.ids("train")[: 1 << 20]
+def has_carriage_returns(store: Store, split: str = "train") -> bool:
+    """Whether most lines at the beginning of the split's text end with "\\r\\n", where the "\\r" is in the ids."""
+    tokenizer, ids = store.tokenizer(), store.ids(split)[: 1 << 20]
     returns = [id for id, piece in enumerate(tokenizer.pieces) if piece.endswith(b"\r")]
     ends = np.flatnonzero(ids == tokenizer.boundary_id)
     return bool(len(ends)) and float(np.isin(ids[ends - 1], returns).mean()) > 0.5
@@ -172,8 +173,8 @@ def write_store(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise RunError(f"{path}: the store could not be written: the disk is full, {free:,} bytes are free.") from error
+        free = files.size(shutil.disk_usage(path.parent).free)
+        raise RunError(f"{path}: the store could not be written: the disk is full, {free} are free.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return open_store(path)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recurlm.config import Config, apply_assignments
-from recurlm.errors import RequestError, RunError
+from recurlm.errors import ConfigError, RequestError, RunError
 from recurlm.model import precision
 from recurlm.text.store import Store
 from recurlm.training.trainer import Trainer
@@ -40,6 +40,8 @@ def range_test(config: Config, store: Store, steps: int = STEPS) -> RangeTest:
     """
     if steps < 10:
         raise RequestError(f"steps = {steps}: expected 10 or more.")
+    if not config.optimizer.lr:
+        raise ConfigError("optimizer.lr = 0: the range test tries multiples of it; expected a rate above 0.")
     low, high = SPAN
     config = apply_assignments(config, ["data.rescale_lr=false"])
     with tempfile.TemporaryDirectory() as scratch:

@@ -237,7 +237,7 @@ class Trainer:
             c.best = min(c.best, loss)
             c.losses.append(loss)
             fired, c.due = self.averaging.observe(c.losses), False
-        train_loss = c.epoch_nats / max(1, c.epoch_targets)
+        train_loss = c.epoch_nats / c.epoch_targets if c.epoch_targets else None  # none before the epoch's first step
         values = {
             "stage": c.stage + 1, "epoch": c.epoch + 1, "loss_nats": loss, "ppl": math.exp(min(loss, 700)),
             "train_loss_nats": train_loss, "averaged": averaged, "best": best, "averaging_starts": fired,
@@ -251,8 +251,9 @@ class Trainer:
         )  # fmt: skip
         notes = ", ".join(mark for mark, on in marks if on)
         name = "valid" if self.valid_split == "valid" else "whole train text's"
+        trained = "" if train_loss is None else f"train loss {train_loss:.4f}  "
         monitor.say(
-            f"{self.place()}  step {c.step}  train loss {train_loss:.4f}  {name} loss {loss:.4f}  "
+            f"{self.place()}  step {c.step}  {trained}{name} loss {loss:.4f}  "
             f"ppl {values['ppl']:{',.2f' if loss < 20 else '.2e'}}  {loss / math.log(2):.3f} bits/token  {values['seconds']:.0f} s"
             + (f"  ({notes})" if notes else "")
         )
