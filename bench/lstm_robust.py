@@ -26,7 +26,7 @@ from recurlm.kernels import lstm_cuda, nvrtc, reference
 from recurlm.kernels.lstm_cuda import Card, Layout
 
 TYPES = torch.bfloat16, torch.float16
-SMALL, SMALL_HOPPER = Card(8, 60000, (8, 0)), Card(36, 60000, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2)))
+SMALL, SMALL_HOPPER = Card(8, 60000, (8, 0)), Card(36, 232448, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2)))
 Pair = tuple[Layout, Layout]
 
 
