@@ -309,7 +309,7 @@ def _kernel(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
 
 @functools.cache
 def _bias_gradient(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
-    return nvrtc.Kernel(_code(layout, half, index), "bias_gradient", layout.warps * 1024)
+    return nvrtc.Kernel(_code(layout, half, index), "bias_gradient", layout.warps * 1024, together=False)
 
 
 def _code(layout: Layout, half: bool, index: int) -> bytes:

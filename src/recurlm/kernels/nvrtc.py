@@ -1,4 +1,4 @@
-"""CUDA C++ compiled at first use by NVIDIA's run-time compiler, kept on disk, and launched so that all blocks run at once.
+"""CUDA C++ compiled at first use by NVIDIA's run-time compiler, kept on disk, and launched, if need be so that all blocks run at once.
 
 Needs the package cuda-bindings and the libraries that torch's CUDA builds bring; no compiler of the user's.
 """
@@ -79,14 +79,14 @@ def compiled(source: str, macros: Mapping[str, int], capability: tuple[int, int]
 
 class Kernel:
     """A function of compiled code on the current device, with `shared` bytes of shared memory for each block, which are
-    launched in clusters of `cluster`."""
+    launched in clusters of `cluster`, and all at once or not at all if they wait for each other (`together`)."""
 
-    def __init__(self, code: bytes, name: str, shared: int, cluster: int = 1):
+    def __init__(self, code: bytes, name: str, shared: int, cluster: int = 1, together: bool = True):
         from cuda.bindings import driver  # type: ignore[attr-defined]
 
         torch.cuda.current_stream()  # torch makes the context
         torch.zeros(1, device="cuda")
-        self.driver, self.shared, self.cluster = driver, shared, cluster
+        self.driver, self.shared, self.cluster, self.together = driver, shared, cluster, together
         self.configs: dict[tuple[int, int], Any] = {}
         self.module = _checked(driver.cuModuleLoadData(code), "CUDA")
         self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()), "CUDA")
@@ -97,7 +97,7 @@ class Kernel:
             _checked(driver.cuFuncSetAttribute(self.function, attribute, 1), "CUDA")
 
     def _configured(self, blocks: int, threads: int, launched: bool = True) -> Any:
-        """How so many blocks are launched, all at once or not at all; or are asked after."""
+        """How so many blocks are launched, or are asked after."""
         driver, config = self.driver, self.driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -108,7 +108,7 @@ class Kernel:
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         size = cluster.value.clusterDim
         size.x, size.y, size.z = self.cluster, 1, 1
-        attributes = ([together] if launched else []) + ([cluster] if self.cluster > 1 else [])
+        attributes = ([together] if launched and self.together else []) + ([cluster] if self.cluster > 1 else [])
         config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
@@ -122,7 +122,8 @@ class Kernel:
         return _checked(occupancy, "CUDA") * torch.cuda.get_device_properties().multi_processor_count
 
     def __call__(self, blocks: int, threads: int, arguments: Sequence[Tensor | int]) -> None:
-        """Launches it on torch's current stream; RuntimeError, before anything runs, when not all blocks fit at once."""
+        """Launches it on torch's current stream; RuntimeError, before anything runs, when it cannot be, as when blocks
+        that wait for each other do not fit at once."""
         if (blocks, threads) not in self.configs:
             config = self._configured(blocks, threads)
             if self.cluster > 1 and blocks > self.resident_blocks(threads):
