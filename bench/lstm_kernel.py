@@ -1,7 +1,7 @@
 """Every way to lay out the LSTM kernels, checked against float64 and timed; then layers with the fastest ones beside cuDNN.
 
     python bench/lstm_kernel.py [--seconds 150] [--each 1 | --paces] [--shapes 1152,20,bf16 ...]
-    python bench/lstm_kernel.py --layers | --steps | --together
+    python bench/lstm_kernel.py --layers [--shapes 1152,20,bf16 ...] | --steps | --together
 
 All kernels are compiled first, in parallel. Each shape has a process of its own, which goes on behind a layout that broke the
 GPU's context; a layout that waits in vain for a fifth of a second is reported and counts for nothing. What is printed:
@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -327,9 +328,9 @@ def steps() -> None:
                 )
 
 
-def profile(layouts: list[Layout]) -> None:
-    """Where the time of a layer, forward and backward, goes outside of the two kernels."""
-    H, B, kind = SHAPES[0].split(",")
+def profile(shape: str, layouts: list[Layout]) -> None:
+    """Where the time of a layer, forward and backward, goes."""
+    H, B, kind = shape.split(",")
 
     def function(x, h, c, weights):
         return lstm_cuda.lstm(x, h, c, weights, (layouts[0], layouts[1]))
@@ -344,10 +345,10 @@ def profile(layouts: list[Layout]) -> None:
         print(f"  {event.self_device_time_total / 5:8.1f} us x {event.count / 5:.0f} {event.key[:90]}", flush=True)
 
 
-def layers() -> None:
-    """Layers with the layouts picked by estimate, with the fastest found, and by cuDNN."""
+def layers(shapes: Sequence[str]) -> None:
+    """Layers with the layouts in use, with the fastest found, and by cuDNN; a profile of the first."""
     index = torch.cuda.current_device()
-    for shape in SHAPES:
+    for shape in shapes:
         kind = shape.split(",")[2]
         H, B = map(int, shape.split(",")[:2])
         place = KEPT / f"{shape}.json"
@@ -377,8 +378,8 @@ def layers() -> None:
                 except Exception as error:
                     spent[name] = " ".join(str(error).split())[:80]
             print(f"layer T {T} B {B} {H} {kind} {'f+b' if backward else 'f'}:", spent, flush=True)
-        if shape == SHAPES[0]:
-            profile(fastest)
+        if shape == shapes[0]:
+            profile(shape, fastest)
         torch.cuda.empty_cache()
 
 
@@ -401,7 +402,7 @@ def main() -> None:
         H, B, kind, each, start = given.worker
         return worker(int(H), int(B), kind, int(each), int(start))
     if given.layers:
-        return layers()
+        return layers(given.shapes)
     if given.steps:
         return steps()
     if given.together:
@@ -425,7 +426,9 @@ def main() -> None:
         sweep(shape, given.each, until - 25)
     left = until - time.monotonic()
     try:
-        subprocess.run([sys.executable, __file__, "--layers"], timeout=max(left, 15), check=False)
+        subprocess.run(
+            [sys.executable, __file__, "--layers", "--shapes", *given.shapes], timeout=max(left, 15), check=False
+        )
     except subprocess.TimeoutExpired:
         print("# out of time", flush=True)
 
