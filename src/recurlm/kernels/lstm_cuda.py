@@ -270,19 +270,23 @@ def _clustered(
     return Layout(name, tuple(macros.items()), parts * strips * cluster, warps, shared, cost)
 
 
-# What was fastest of many layouts on an H200, by kernel, units and batch (bench/results/h200/lstm-pace.txt, lstm-parts.txt). PACE
-# is free: no layout has it otherwise. Batches over MOST_BATCH are computed here for these sizes only.
+# What was fastest of many layouts on an H200, by kernel, units and batch (bench/results/h200/lstm-pace.txt, lstm-parts.txt,
+# lstm-teams.txt). PACE is free: no layout has it otherwise. Batches over MOST_BATCH are computed here for these sizes only.
 FASTEST = {
     ("forward", 1152, 20): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
     ("backward", 1152, 20): {"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8, "GROUPS": 1},
     ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 700},
     ("backward", 400, 20): {"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6, "GROUPS": 1},
-    ("forward", 1152, 80): {"TEAMS": 2, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4, "PACE": 1000},
-    ("backward", 1152, 80): {"TEAMS": 2, "CLUSTER": 9, "WARPS_M": 8, "TEAM_WARPS": 4},
+    ("forward", 1152, 64): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4},
+    ("backward", 1152, 64): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 9, "WARPS_M": 8, "TEAM_WARPS": 4},
+    ("forward", 1152, 80): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4},
+    ("backward", 1152, 80): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 9, "WARPS_M": 8, "TEAM_WARPS": 4},
     ("forward", 400, 80): {"PARTS": 4, "UNITS": 16, "WARPS": 13, "GROUPS": 1},
     ("backward", 400, 80): {"PARTS": 4, "ROW_UNITS": 208, "COLUMNS": 32, "WARPS": 13},
     ("forward", 1024, 32): {"UNITS": 12, "WARPS": 8, "GROUPS": 1},
     ("backward", 1024, 32): {"ROW_UNITS": 128, "COLUMNS": 64, "WARPS": 8, "GROUPS": 1, "PACE": 2500},
+    ("forward", 1024, 128): {"PARTS": 2, "TEAMS": 1, "CLUSTER": 2, "WARPS_M": 8, "TEAM_WARPS": 8},
+    ("backward", 1024, 128): {"PARTS": 2, "ROW_UNITS": 256, "COLUMNS": 64, "WARPS": 8, "TILES_N": 4},
 }
 
 
