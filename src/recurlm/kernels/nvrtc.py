@@ -1,4 +1,4 @@
-"""CUDA C++ compiled at first use by NVIDIA's run-time compiler, kept on disk, and launched, if need be so that all blocks run at once.
+"""CUDA C++ compiled at first use by NVIDIA's run-time compiler, kept on disk, and launched, if need be with all blocks at once.
 
 Needs the package cuda-bindings and the libraries that torch's CUDA builds bring; no compiler of the user's.
 """
