@@ -18,7 +18,7 @@ CUDA = torch.cuda.is_available()
 H200, SMALL, SMALL_HOPPER = (
     Card(132, 232448, (9, 0), ((2, 66), (3, 39), (4, 30), (8, 15), (9, 9), (16, 7))),
     Card(8, 60000, (8, 0)),
-    Card(36, 232448, (9, 0), ((2, 14), (3, 8), (4, 6), (8, 2))),
+    Card(36, 232448, (9, 0), ((2, 14), (3, 8), (4, 2), (8, 2))),
 )
 TYPES = (torch.bfloat16, torch.float16)
 
@@ -177,6 +177,7 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (112, 70, 5, {"TEAMS": 2, "PARTS": 2}, {"TEAMS": 2, "PARTS": 2, "REGISTERS_K": 2}, False, 2),
     (96, 50, 3, {"TEAMS": 2, "WARPS_M": 8}, {"TEAMS": 2, "WARPS_M": 8}, True, 3),
     (48, 49, 1, {"TEAMS": 2}, {"TEAMS": 2}, False, 2),
+    (112, 69, 10, {"TEAMS": 2, "WARP_TILES": 2, "REGISTERS_K": 0}, {"TEAMS": 2, "WARPS_M": 4, "REGISTERS_K": 1}, True, 4),
 )
 
 
