@@ -127,8 +127,7 @@ static unsigned from_lane(unsigned v, int lane) {
     meet(warp.meeting, 32);
     return there;
 }
-static unsigned from_neighbour(unsigned v) { return from_lane(v, fibre->thread.x % 32 ^ 1); }
-static float from_neighbour(float v) { return __uint_as_float(from_neighbour(__float_as_uint(v))); }
+static float from_neighbour(float v) { return __uint_as_float(from_lane(__float_as_uint(v), fibre->thread.x % 32 ^ 1)); }
 static bool any_lane(bool v) {
     bool any = false;
     from_lane(v, 0);  // all are here: what they left is of this call
