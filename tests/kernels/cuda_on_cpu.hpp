@@ -219,7 +219,7 @@ static void (*body)();
 static void enter() { body(); fibre->done = fibre->block->ended = true; give_way(); }
 
 // Runs `body` in every thread of `blocks` blocks; false when nothing but waiting went on for too long. Warp number `lagging` of all
-// blocks, if there is one, is much slower than the others.
+// blocks, if there is one, is much slower than the others at first.
 static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, unsigned seed, int lagging) {
     body = kernel;
     std::vector<Block> all(blocks);
@@ -247,7 +247,7 @@ static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, un
             size_t at = (from + i) % order.size();
             fibre = order[back ? order.size() - 1 - at : at];
             const bool lags = (fibre->block - all.data()) * warps + fibre->thread.x / 32 == lagging;
-            if (fibre->done || (lags ? rounds % 64 != 0 : draw() % 8 == 0)) { busy |= !fibre->done; continue; }
+            if (fibre->done || (lags && rounds < 4000 ? rounds % 64 != 0 : draw() % 8 == 0)) { busy |= !fibre->done; continue; }
             busy = true;
             swapcontext(&scheduler, &fibre->context);
         }

@@ -177,7 +177,15 @@ CASES = (  # units, batch, steps, what is picked of the forward and of the backw
     (112, 70, 5, {"TEAMS": 2, "PARTS": 2}, {"TEAMS": 2, "PARTS": 2, "REGISTERS_K": 2}, False, 2),
     (96, 50, 3, {"TEAMS": 2, "WARPS_M": 8}, {"TEAMS": 2, "WARPS_M": 8}, True, 3),
     (48, 49, 1, {"TEAMS": 2}, {"TEAMS": 2}, False, 2),
-    (112, 69, 10, {"TEAMS": 2, "WARP_TILES": 2, "REGISTERS_K": 0}, {"TEAMS": 2, "WARPS_M": 4, "REGISTERS_K": 1}, True, 4),
+    (
+        112,
+        69,
+        10,
+        {"TEAMS": 2, "WARP_TILES": 2, "REGISTERS_K": 0},
+        {"TEAMS": 2, "WARPS_M": 4, "REGISTERS_K": 1},
+        True,
+        4,
+    ),
 )
 
 
@@ -258,7 +266,7 @@ def test_a_warp_that_has_places_behind_the_layer_alone_may_lag(tmp_path):
     for lagging in (-1, last_strip + layout.get("WARPS_M") + 1):
         x, y = lstm_cuda.exchange_of(layout, T, B, torch.device("cpu"))[0], torch.zeros(T + 1, B, H).bfloat16()
         c, h_last, c_last = torch.zeros(T + 1, B, H), torch.empty_like(h), torch.empty_like(c0)
-        given = weights, zeros, zeros, gates.clone(), h, c0, x, y, c, h_last, c_last, 0, T, trouble, 50_000
+        given = weights, zeros, zeros, gates.clone(), h, c0, x, y, c, h_last, c_last, 0, T, trouble, 10_000
         assert run(given, 1, lagging=lagging) and not trouble
         found.append(y)
     assert torch.equal(*found)
