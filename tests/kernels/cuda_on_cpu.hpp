@@ -127,8 +127,7 @@ static unsigned from_lane(unsigned v, int lane) {
     meet(warp.meeting, 32);
     return there;
 }
-static unsigned from_neighbour(unsigned v) { return from_lane(v, fibre->thread.x % 32 ^ 1); }
-static float from_neighbour(float v) { return __uint_as_float(from_neighbour(__float_as_uint(v))); }
+static float from_neighbour(float v) { return __uint_as_float(from_lane(__float_as_uint(v), fibre->thread.x % 32 ^ 1)); }
 static bool any_lane(bool v) {
     bool any = false;
     from_lane(v, 0);  // all are here: what they left is of this call
@@ -219,8 +218,9 @@ template <class Sums> static void wide_wait(Sums&) {}
 static void (*body)();
 static void enter() { body(); fibre->done = fibre->block->ended = true; give_way(); }
 
-// Runs `body` in every thread of `blocks` blocks; false when nothing but waiting went on for too long.
-static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, unsigned seed) {
+// Runs `body` in every thread of `blocks` blocks; false when nothing but waiting went on for too long. Warp number `lagging` of all
+// blocks, if there is one, is much slower than the others at first.
+static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, unsigned seed, int lagging) {
     body = kernel;
     std::vector<Block> all(blocks);
     std::vector<std::unique_ptr<Fibre>> fibres;
@@ -246,7 +246,8 @@ static bool launch(void (*kernel)(), int blocks, int warps, int shared_bytes, un
         for (size_t i = 0; i < order.size(); i++) {
             size_t at = (from + i) % order.size();
             fibre = order[back ? order.size() - 1 - at : at];
-            if (fibre->done || draw() % 8 == 0) { busy |= !fibre->done; continue; }
+            const bool lags = (fibre->block - all.data()) * warps + fibre->thread.x / 32 == lagging;
+            if (fibre->done || (lags && rounds < 4000 ? rounds % 64 != 0 : draw() % 8 == 0)) { busy |= !fibre->done; continue; }
             busy = true;
             swapcontext(&scheduler, &fibre->context);
         }

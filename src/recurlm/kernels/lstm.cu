@@ -15,8 +15,8 @@
 // over k may take k in any order, so each lane loads 8 neighbours in 16 bytes and calls them what the tiles want. Row i of
 // a tile is row 2 i of the product, row i + 8 is row 2 i + 1: what a lane has of a tile are neighbours too.
 //
-// Compiled at run time with the sizes as macros: H (a multiple of 16), BATCH, GROUPS, GROUP_BATCH, TILES_N, WARPS, HALF
-// (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K; PACE or not.
+// Compiled at run time with the sizes as macros: H (a multiple of 16), BATCH, PARTS, GROUPS, GROUP_BATCH, TILES_N, WARPS,
+// SLOTS (a power of 2, 4 or more), HALF (fp16 instead of bf16); forward: UNITS, BLOCKS_K, REGISTERS_K; backward: ROW_UNITS, COLUMNS, BLOCKS_K, REGISTERS_K; PACE or not.
 // Batch rows are worked on in GROUPS groups of GROUP_BATCH rows, so that one group's exchange hides behind another's work. Where a
 // part of the blocks can hold all weights, PARTS such parts have groups of their own, and nothing to do with each other.
 

@@ -324,8 +324,9 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
         bring_vectors(at, at.vectors(x, t) + at.rank * FRAGMENTS * 256, present, patience, pace);
         fetch(t);
         float sums[ROUNDS][WIDTH];
+        // sums of places behind the layer nobody waits for: others may overwrite them at any time
 #pragma unroll
-        for (int i = 0; i < ROUNDS; i++) receive(sums[i], at, at.mine(i), at.has(i), t, patience);
+        for (int i = 0; i < ROUNDS; i++) receive(sums[i], at, at.mine(i), there[i], t, patience);
         unsigned word[ROUNDS], gate_of[ROUNDS][4];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {

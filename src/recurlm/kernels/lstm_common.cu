@@ -25,15 +25,7 @@ DEVICE void barrier() { __syncthreads(); }
 // Of `warps` warps that meet as number `group`.
 DEVICE void barrier(int group, int warps) { asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(32 * warps) : "memory"); }
 
-// 16 bytes that other blocks may be writing: past the L1 cache, each 4-byte word whole
-DEVICE uint4 load_shared_words(const void* p) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-    return v;
-}
-
-// The same where `wanted`, without a branch.
+// 16 bytes that other blocks may be writing, where `wanted`, without a branch: past the L1 cache, each 4-byte word whole.
 DEVICE void reload_shared_words(uint4& v, const void* p, bool wanted) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
                  : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((unsigned)wanted) : "memory");
@@ -110,7 +102,6 @@ DEVICE unsigned load_arriving(const unsigned* p) {
 DEVICE unsigned load_once(const unsigned* p) { return __ldcs(p); }
 DEVICE void store_once(unsigned* p, unsigned v) { __stcs(p, v); }
 DEVICE void store_once(float2* p, float2 v) { __stcs(p, v); }
-DEVICE void store_once(uint4* p, uint4 v) { __stcs(p, v); }
 
 // 16 bytes from the L2 cache to shared memory where they are `wanted`; there after the next `wait_for_brought`.
 DEVICE void bring(void* to, const void* from, bool wanted) {
@@ -250,7 +241,6 @@ DEVICE float2 from_halves(unsigned v) {
     return x;
 }
 
-DEVICE unsigned from_neighbour(unsigned v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE float from_neighbour(float v) { return __shfl_xor_sync(0xffffffffu, v, 1); }
 DEVICE bool any_lane(bool v) { return __any_sync(0xffffffffu, v); }
 
@@ -474,5 +464,4 @@ KERNEL bias_gradient(const T16* d_gates, T16* d_bias, int rows) {
 #endif
 
 // A partial sum on its way, its last bit the one that tells this use of a place from the next.
-DEVICE unsigned marked(unsigned v, unsigned bit) { return (v & ~1u) | bit; }
-DEVICE unsigned marked(float x, unsigned bit) { return marked(__float_as_uint(x), bit); }
+DEVICE unsigned marked(float x, unsigned bit) { return (__float_as_uint(x) & ~1u) | bit; }
