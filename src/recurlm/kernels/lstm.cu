@@ -4,7 +4,8 @@
 // there. Blocks exchange vectors through the L2 cache, and the flag is the data: a place that is not yet written holds
 // EMPTY, a NaN that no computation gives, so a reader simply loads until no word is EMPTY. There are places for SLOTS steps, for
 // more would leave the cache: who has what was made of all vectors of a step knows that all blocks have read those of the step
-// before, and makes its own words of them EMPTY again, SLOTS - 2 steps before they are written anew. The words of the ring of partial sums
+// before, and makes its own words of them EMPTY again, SLOTS - 2 steps before they are written anew (no fence orders these stores, for
+// it would cost a trip a step: what does is a step's time, thousands of cycles). The words of the ring of partial sums
 // carry a bit that tells one use of a place from the next.
 //
 // forward: a block owns UNITS units, computes their 4 * UNITS gates from the whole of h, and publishes their new h.

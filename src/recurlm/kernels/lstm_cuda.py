@@ -77,8 +77,8 @@ def card(index: int) -> Card:
     if capability == CLUSTER_CAPABILITY:
         code = nvrtc.compiled('extern "C" __global__ void nothing() {}', {}, capability)
         for size in CLUSTERS:
-            kernel = nvrtc.Kernel(code, "nothing", shared, size)
             with contextlib.suppress(RuntimeError):  # a size that this GPU does not take
+                kernel = nvrtc.Kernel(code, "nothing", shared, size)
                 clusters.append((size, kernel.resident_blocks(32) // size))
     return Card(known.multi_processor_count, shared, capability, tuple(clusters))
 
