@@ -1,14 +1,14 @@
 """Every way to lay out the LSTM kernels, checked against float64 and timed; then layers with the fastest ones beside cuDNN.
 
     python bench/lstm_kernel.py [--seconds 150] [--each 1 | --paces] [--shapes 1152,20,bf16 ...]
-    python bench/lstm_kernel.py --layers [--shapes 1152,20,bf16 ...] | --steps | --together
+    python bench/lstm_kernel.py --layers [--shapes 1152,20,bf16 ...] | --beside [--shapes ...] | --steps | --together
 
 All kernels are compiled first, in parallel. Each shape has a process of its own, which goes on behind a layout that broke the
 GPU's context; a layout that waits in vain for a fifth of a second is reported and counts for nothing. What is printed:
 microseconds of the kernel alone at T 70 (the fill of its outputs taken off), the largest relative error of its results, whether
 two runs gave the same bits, and the layout. A table of layers comes last. --paces tries several paces on
-a few layouts instead; --layers and --steps time layers and training steps with what the last call found fastest, --together two
-kernels side by side.
+a few layouts instead; --layers and --steps time layers and training steps, also with what the last call found fastest, --beside
+layers with products that begin beside the kernels at several steps, --together two kernels side by side.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Case:
         self.worked = self.gates.clone()
 
     def fill(self, name: str, layout: Layout) -> tuple[Tensor, ...]:
-        x, ring = lstm_cuda.exchange_of(layout, T, self.B, self.c0.device)
+        x, ring = lstm_cuda.exchange_of(layout, self.B, self.c0.device)
         return x, ring
 
     def run(self, name: str, layout: Layout, kernel: nvrtc.Kernel) -> None:
@@ -134,7 +134,8 @@ class Case:
             arguments = *given, *self.last, 0, *last
         else:
             given = self.weight, self.activated, self.c_given, self.d_h, self.d_hT, self.d_cT
-            arguments = *given, x, self.d_gates, self.d_h0, self.d_c0, scratch, *last
+            stops = [0] * lstm_cuda.STOPS if layout.cluster > 1 else []  # nobody waits for a step
+            arguments = *given, x, self.d_gates, self.d_h0, self.d_c0, scratch, *stops, *last
         kernel(layout.blocks, 32 * layout.warps, arguments)
 
     def checked(self, name: str, layout: Layout, kernel: nvrtc.Kernel) -> tuple[float, bool, bool]:
@@ -345,24 +346,53 @@ def profile(shape: str, layouts: list[Layout]) -> None:
         print(f"  {event.self_device_time_total / 5:8.1f} us x {event.count / 5:.0f} {event.key[:90]}", flush=True)
 
 
+FORWARD = (), (0.3,), (0.4,), (0.5,), (0.6,), (0.7,), (0.75,), (0.8,)
+BACKWARD = (), (0.4,), (0.15, 0.5), (0.21, 0.55), (0.26, 0.6), (0.3, 0.62), (0.35, 0.67)
+
+
+def beside(shapes: Sequence[str]) -> None:
+    """Layers of which products begin beside the kernels in use at several shares of the steps."""
+    for shape in shapes:
+        H, B = map(int, shape.split(",")[:2])
+        fore, back = lstm_cuda.best(H, B, torch.cuda.current_device()) or (None, None)
+        assert fore and back
+        tried = [(fore._replace(beside=shares), back, False) for shares in FORWARD]
+        tried += [(fore, back._replace(beside=shares), True) for shares in BACKWARD if back.cluster > 1]
+        for *pair, backward in tried:
+
+            def function(x, h, c, weights, pair=pair):
+                return lstm_cuda.lstm(x, h, c, weights, tuple(pair))
+
+            spent = timed(function, H, B, bench.TYPES[shape.split(",")[2]], backward)
+            shares = pair[backward].beside
+            print(f"T {T} {shape} {'f+b' if backward else 'f'}, beside from {shares}: {spent:.1f} us", flush=True)
+
+
+def timed(function: bench.Layer, H: int, B: int, dtype: torch.dtype, backward: bool) -> float:
+    """Microseconds of a layer, caches cold."""
+    works = in_turn(lambda: bench.layer(function, T, B, H, H, dtype, backward), 2 * (8 * H * H + 11 * T * B * H))
+    return gpu_time(works, repeats=8)
+
+
 def layers(shapes: Sequence[str]) -> None:
-    """Layers with the layouts in use, with the fastest found, and by cuDNN; a profile of the first."""
+    """Layers with the layouts in use, with the fastest found if any, and by cuDNN; a profile of the first."""
     index = torch.cuda.current_device()
     for shape in shapes:
         kind = shape.split(",")[2]
         H, B = map(int, shape.split(",")[:2])
-        place = KEPT / f"{shape}.json"
-        if not place.is_file():
-            continue
         found = measured(shape)
         default = lstm_cuda.best(H, B, index)
         assert default
-        fastest = [found.get(name, layout) for name, layout in zip(lstm_cuda.LAYOUTS, default, strict=True)]
-        nbytes = 2 * (8 * H * H + 11 * T * B * H)
+        fastest = [
+            found.get(name, layout)._replace(beside=layout.beside)
+            for name, layout in zip(lstm_cuda.LAYOUTS, default, strict=True)
+        ]
         for backward in (False, True):
             spent = {}
             functions = {"as picked": default, "fastest": fastest, "cuDNN": None}
             for name, pair in functions.items():
+                if name == "fastest" and not found:
+                    continue
 
                 def function(x, h, c, weights, pair=pair):
                     return (
@@ -371,10 +401,8 @@ def layers(shapes: Sequence[str]) -> None:
                         else lstm_cuda.lstm(x, h, c, weights, tuple(pair))
                     )
 
-                dtype = bench.TYPES[kind]
                 try:
-                    works = in_turn(lambda f=function: bench.layer(f, T, B, H, H, dtype, backward), nbytes)  # noqa: B023
-                    spent[name] = round(gpu_time(works, repeats=8), 1)
+                    spent[name] = round(timed(function, H, B, bench.TYPES[kind], backward), 1)
                 except Exception as error:
                     spent[name] = " ".join(str(error).split())[:80]
             print(f"layer T {T} B {B} {H} {kind} {'f+b' if backward else 'f'}:", spent, flush=True)
@@ -394,6 +422,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", action="store_true", help="training steps with what the last sweep found, and nothing else"
     )
+    parser.add_argument("--beside", action="store_true", help="products beside the kernels, and nothing else")
     parser.add_argument(
         "--together", action="store_true", help="two kernels at once on parts of the GPU, and nothing else"
     )
@@ -403,6 +432,8 @@ def main() -> None:
         return worker(int(H), int(B), kind, int(each), int(start))
     if given.layers:
         return layers(given.shapes)
+    if given.beside:
+        return beside(given.shapes)
     if given.steps:
         return steps()
     if given.together:

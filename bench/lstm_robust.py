@@ -115,11 +115,11 @@ def shapes() -> None:
 
 
 def launches() -> None:
-    for clusters in (False, True):
-        layouts = pair(64, 4, clusters)
+    for (T, B, E, H), clusters in (((3, 4, 16, 64), False), ((3, 4, 16, 64), True), ((16, 80, 64, 1152), False)):
+        layouts = pair(H, B, clusters)
         if layouts is None:
             continue
-        given = values((3, 4, 16, 64), torch.bfloat16, 1)
+        given = values((T, B, E, H), torch.bfloat16, 1)
         with torch.no_grad():
             first = ours(layouts)(*given[:3], given[3:7])[0]
             start, different = time.monotonic(), 0
@@ -134,7 +134,7 @@ def launches() -> None:
         late = lstm_cuda.waited_too_long(torch.device("cuda"))
         seconds = time.monotonic() - start
         print(
-            f"launches: 10000 forward, 1000 with backward, {'clusters' if clusters else 'layouts in use'}: "
+            f"launches: 10000 forward, 1000 with backward, {H} units, {'clusters' if clusters else 'layouts in use'}: "
             f"{int(different)} and {backward_differs} differ, waited in vain: {late}, {seconds:.1f} s",
             flush=True,
         )
@@ -152,8 +152,8 @@ def busy() -> None:
 
 def beside() -> None:
     cases = [
-        (layouts, values((70, 20, 1152, 1152), torch.bfloat16, 2))
-        for layouts in (pair(1152, 20, c) for c in (False, True))
+        (pair(1152, B, clusters), values((70, B, 1152, 1152), torch.bfloat16, 2))
+        for B, clusters in ((20, False), (20, True), (80, False))
     ]
     cases = [(layouts, given) for layouts, given in cases if layouts is not None]
     quiet = [outcome(ours(layouts), given, torch.bfloat16) for layouts, given in cases]
@@ -194,7 +194,10 @@ def small(clusters: bool) -> None:
     lstm_cuda.PATIENCE = 60_000_000_000
     layouts = pair(48, 5, clusters, small=True)
     if layouts is not None:
-        outcome(ours(layouts), values((4, 5, 16, 48), torch.bfloat16, 3), torch.bfloat16)
+        T = lstm_cuda.LEAST_STEPS if clusters else 4
+        if clusters:
+            layouts = layouts[0]._replace(beside=(0.5,)), layouts[1]._replace(beside=(0.25, 0.6))
+        outcome(ours(layouts), values((T, 5, 16, 48), torch.bfloat16, 3), torch.bfloat16)
         torch.cuda.synchronize()
         print("small", "clusters" if clusters else "no clusters", [layout.blocks for layout in layouts], flush=True)
 
@@ -239,7 +242,7 @@ def main() -> None:
         _, dtype, layouts = layer(number)
         for layout in layouts or ():
             jobs[layout, dtype == torch.float16, lstm_cuda.card(0).capability] = None
-    for H, B, small in ((64, 4, False), (1152, 20, False), (48, 5, True)):
+    for H, B, small in ((64, 4, False), (1152, 20, False), (1152, 80, False), (48, 5, True)):
         for clusters in (False, True):
             for layout in pair(H, B, clusters, small) or ():
                 jobs[layout, False, lstm_cuda.card(0).capability] = None

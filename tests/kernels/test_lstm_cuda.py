@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recurlm import kernels
+from recurlm.bench import lstm as bench
 from recurlm.kernels import lstm_cuda, nvrtc, reference
 from recurlm.kernels.lstm_cuda import Card, Layout
 
@@ -82,6 +83,17 @@ def test_every_layout_with_clusters_covers_the_layer_within_the_cards_limits(H, 
                 assert of["ROW_UNITS"] == 8 * k and layout.cluster * of["ROW_UNITS"] >= H
 
 
+@pytest.mark.parametrize("T", (*range(1, 40), 70, 75, 200))
+def test_products_beside_a_kernel_begin_at_steps_that_there_are(T):
+    for (name, H, batch), shares in lstm_cuda.BESIDE.items():
+        layout = lstm_cuda.measured(name, H, batch, H200, lstm_cuda.FASTEST[name, H, batch])
+        assert layout and layout.beside == shares
+        stops = lstm_cuda._stops(layout, T)
+        assert stops == sorted(set(stops)) and all(0 < stop < T for stop in stops)
+        assert name == "forward" or (layout.cluster > 1 and len(stops) <= lstm_cuda.STOPS)
+        assert bool(stops) == (T >= lstm_cuda.LEAST_STEPS)
+
+
 def test_a_layer_too_large_for_the_card_has_no_layout():
     assert not lstm_cuda.forward_layouts(4096, 20, H200) and not lstm_cuda.backward_layouts(1152, 20, SMALL)
 
@@ -97,6 +109,10 @@ PARAMETERS = {
     "unsigned long long limit",
     "bias_gradient": "const T16* d_gates, T16* d_bias, int rows",
 }
+CLUSTERED = PARAMETERS | {
+    "backward": PARAMETERS["backward"].replace("float* ring", "unsigned* written, int first, int second"),
+    "wait_for_steps": "const unsigned* written, int teams, T16* d_gates, int* trouble, unsigned long long limit",
+}
 
 
 def on_cpu(layout: Layout, half: bool, folder: Path):
@@ -104,8 +120,9 @@ def on_cpu(layout: Layout, half: bool, folder: Path):
     the other one of its source."""
     folder.mkdir(parents=True)
     code = f'#include "{Path(__file__).with_name("cuda_on_cpu.hpp")}"\n{lstm_cuda.source(layout)}'
-    for name in ("forward",) if layout.name == "forward" else ("backward", "bias_gradient"):
-        signature = PARAMETERS[name].replace("const ", "")
+    known = CLUSTERED if layout.cluster > 1 else PARAMETERS
+    for name in ("forward",) if layout.name == "forward" else set(known) - {"forward"}:
+        signature = known[name].replace("const ", "")
         parameters = [p.strip() for p in signature.split(",")]
         names = [p.split()[-1] for p in parameters]
         code += f"namespace of_{name} {{\n" + "".join(f"static {p}_;\n" for p in parameters)
@@ -123,10 +140,12 @@ def on_cpu(layout: Layout, half: bool, folder: Path):
 
     def call(arguments, seed: int, name: str = layout.name, lagging: int = -1) -> bool:
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_longlong(a) for a in arguments]
-        blocks, shared = layout.blocks, layout.shared
+        blocks, warps, shared = layout.blocks, layout.warps, layout.shared
         if name == "bias_gradient":
             blocks, shared = layout.get("H") // 8, layout.warps * 1024
-        return bool(getattr(made, f"run_{name}")(blocks, layout.warps, shared, ctypes.c_uint(seed), lagging, *values))
+        if name == "wait_for_steps":
+            blocks, warps, shared = 1, 1, 0
+        return bool(getattr(made, f"run_{name}")(blocks, warps, shared, ctypes.c_uint(seed), lagging, *values))
 
     return call
 
@@ -214,7 +233,7 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     run_forward = on_cpu(layout, half, tmp_path / "forward")
 
     def forward(seed: int, gates: Tensor, y: Tensor) -> None:
-        x = lstm_cuda.exchange_of(layout, T, B, cpu)[0]
+        x = lstm_cuda.exchange_of(layout, B, cpu)[0]
         given = weight_GH, b_ih, b_hh, gates, h_BH, c_BH, x, y, c, h_last, c_last
         assert run_forward((*given, 0, T, trouble, limit), seed) and not trouble
 
@@ -235,11 +254,18 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
     objective = (h_TBH * d_h.double()).sum() + (h_TBH[-1] * d_hT.double()).sum() + (c_TBH[-1] * d_cT.double()).sum()
     expected = torch.autograd.grad(objective, (leaves[0], *leaves[2:]))
     layout = picked("backward", H, B, cluster, back)
-    d_gates, (x, ring) = torch.empty(T, B, 4 * H, dtype=dtype), lstm_cuda.exchange_of(layout, T, B, cpu)
+    d_gates, (x, ring) = torch.empty(T, B, 4 * H, dtype=dtype), lstm_cuda.exchange_of(layout, B, cpu)
     d_h0, d_c0 = torch.full((B, H), float("nan")), torch.full((B, H), float("nan"))
     run = on_cpu(layout, half, tmp_path / "backward")
-    arguments = weight_GH, gates, c, d_h, d_hT, d_cT, x, d_gates, d_h0, d_c0, ring, T, trouble, limit
-    assert run(arguments, 3) and not trouble
+    arguments = weight_GH, gates, c, d_h, d_hT, d_cT, x, d_gates, d_h0, d_c0, ring
+    if cluster > 1:
+        arguments = *arguments, 1, T
+    assert run((*arguments, T, trouble, limit), 3) and not trouble
+    if cluster > 1:  # all have said that the first step and that all steps are written
+        assert (ring.view(torch.int32) + 1 == layout.blocks * layout.get("TEAMS")).all()
+        for i in range(2):
+            waits = ring[2 * i :], layout.blocks * layout.get("TEAMS"), d_gates, trouble, limit
+            assert run(waits, 4, "wait_for_steps") and not trouble
     d_bias = torch.empty(4 * H, dtype=dtype)
     assert run((d_gates, d_bias, T * B), 4, "bias_gradient")
     exact_bias = d_gates.double().sum((0, 1))
@@ -253,9 +279,9 @@ def test_kernels_on_the_cpu_equal_the_formula(H, B, T, fore, back, half, cluster
 @pytest.mark.skipif(CUDA, reason="a GPU is here")
 def test_a_warp_that_has_places_behind_the_layer_alone_may_lag(tmp_path):
     """Others do not wait for it: it must not wait for sums, which would be overwritten before it comes."""
-    H, B, T, strips = 224, 1, 5, 3
+    H, B, T, strips = 304, 1, 5, 3
     card = Card(9, 232448, (9, 0), ((3, strips),))
-    layout = lstm_cuda.measured("forward", H, B, card, {"CLUSTER": 3, "UNITS": 96, "WARPS_M": 8, "TEAM_WARPS": 4})
+    layout = lstm_cuda.measured("forward", H, B, card, {"CLUSTER": 3, "UNITS": 128, "WARPS_M": 8, "TEAM_WARPS": 4})
     assert layout
     draw = torch.Generator().manual_seed(1)
     weights = (torch.randn(4 * H, H, generator=draw) * H**-0.5).bfloat16()
@@ -264,7 +290,7 @@ def test_a_warp_that_has_places_behind_the_layer_alone_may_lag(tmp_path):
     run, found = on_cpu(layout, False, tmp_path / "forward"), []
     last_strip = (strips - 1) * layout.cluster * layout.warps
     for lagging in (-1, last_strip + layout.get("WARPS_M") + 1):
-        x, y = lstm_cuda.exchange_of(layout, T, B, torch.device("cpu"))[0], torch.zeros(T + 1, B, H).bfloat16()
+        x, y = lstm_cuda.exchange_of(layout, B, torch.device("cpu"))[0], torch.zeros(T + 1, B, H).bfloat16()
         c, h_last, c_last = torch.zeros(T + 1, B, H), torch.empty_like(h), torch.empty_like(c0)
         given = weights, zeros, zeros, gates.clone(), h, c0, x, y, c, h_last, c_last, 0, T, trouble, 10_000
         assert run(given, 1, lagging=lagging) and not trouble
@@ -278,7 +304,7 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
     H, B, T = 48, 2, 4
     layout = lstm_cuda.forward_layouts(H, B, SMALL)[0]
     lonely = layout._replace(blocks=layout.blocks - 1)  # as if one block could not be resident
-    x, y = lstm_cuda.exchange_of(layout, T, B, torch.device("cpu"))[0], torch.zeros(T + 1, B, H, dtype=torch.bfloat16)
+    x, y = lstm_cuda.exchange_of(layout, B, torch.device("cpu"))[0], torch.zeros(T + 1, B, H, dtype=torch.bfloat16)
     last = torch.zeros(B, H, dtype=torch.bfloat16), torch.zeros(B, H)
     c, trouble = torch.zeros(T + 1, B, H), torch.zeros(1, dtype=torch.int32)
     zeros, bias = torch.zeros(4 * H, H, dtype=torch.bfloat16), torch.zeros(4 * H, dtype=torch.bfloat16)
@@ -380,6 +406,32 @@ def check_against_cudnn(number: int) -> None:
             dtype
         ).eps  # what rounding costs, of the result and of what it is made of: some have one element
         assert error <= 2 * max(allowed.item(), floor), (T, B, E, H, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("T, B, H", [(35, 80, 1152), (17, 64, 1150)])
+def test_products_beside_the_kernels_change_roundings_alone(T, B, H):
+    found = lstm_cuda.best(H, B, torch.cuda.current_device())
+    assert found
+    alone = found[0]._replace(beside=()), found[1]._replace(beside=())
+    given = random_case(T, B, 320, H, torch.bfloat16, T)
+
+    def by(layouts):
+        return lambda x, h, c, weights: lstm_cuda.lstm(x, h, c, weights, layouts)
+
+    ours, again, plain = (outcome(by(layouts), given, torch.bfloat16) for layouts in (found, found, alone))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    for a, b in zip(ours, plain, strict=True):
+        assert (a.double() - b.double()).norm() <= 0.01 * b.double().norm()
+    call = bench.layer(by(found), T, B, 320, H, torch.bfloat16, True)
+    eager, graph = call(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        graph.replay()
+    for a, b in zip(captured, eager, strict=True):
+        assert (a.double() - b.double()).norm() <= 0.01 * b.double().norm()
+    assert not lstm_cuda.waited_too_long(torch.device("cuda"))
 
 
 @gpu

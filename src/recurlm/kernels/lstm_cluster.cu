@@ -38,15 +38,17 @@ typedef uint4 Sums;
 #define WIDTH 2
 #define PART ((H + COLUMNS - 1) / COLUMNS * CLUSTER)
 #define LEAVING (4 * SHARE_WORDS)
-#define OWN (LEAVING + 23 * SHARE)  // words of a team in shared memory: new values on their way, and what they need of memory and of the step before
+#define OWN (LEAVING + 24 * SHARE)  // words of a team in shared memory: new values on their way, and what they need of memory and of the step before
 typedef unsigned Sums;
 #endif
 #define A_ROW (ROWS / WIDTH)
 #define A_SEND (8 / WIDTH)  // items in the 16 bytes that are sent at once
 #define BATCH_SHARE ((GROUP_BATCH + CLUSTER - 1) / CLUSTER)
 #define SHARE (A_ROW * BATCH_SHARE)
+#define ROWS_APART (TEAM_THREADS / A_ROW)  // batch rows from one round to the next; the layout sees to it that this is whole
 #define ROUNDS ((SHARE + TEAM_THREADS - 1) / TEAM_THREADS)
-#define SHARE_WORDS (BATCH_SHARE * (A_ROW + 4))  // of a gate's words of all items, where rows do not meet in the banks of shared memory
+#define LEAVING_ROW (A_ROW + 4)  // where rows do not meet in the banks of shared memory
+#define SHARE_WORDS (BATCH_SHARE * LEAVING_ROW)  // of a gate's words of all items
 #define INBOX (RING * CLUSTER * SHARE)
 #define SENDS ((A_ROW / A_SEND * GROUP_BATCH + MULTIPLIERS - 1) / MULTIPLIERS)
 
@@ -184,12 +186,16 @@ struct Team {
 
     DEVICE void meet() const { barrier(1 + team, TEAM_WARPS); }
 
-    // An item of this thread in one of its rounds: its number in this block's share, its batch row of the team's, which pair of units of the strip it
-    // is, and whether there is one.
-    DEVICE int mine(int round) const { return min(thread + round * TEAM_THREADS, SHARE - 1); }
-    DEVICE int row(int round) const { return rank * BATCH_SHARE + mine(round) / A_ROW; }
-    DEVICE int pair(int round) const { return mine(round) % A_ROW; }
-    DEVICE bool has(int round) const { return thread + round * TEAM_THREADS < SHARE && row(round) < rows; }
+    // Of this thread's items, one in a round: which pair of units of the strip they are, an item's batch row of the team's, whether there is one, and
+    // its number in this block's share.
+    DEVICE int pair() const { return thread % A_ROW; }
+    DEVICE int row(int round) const { return rank * BATCH_SHARE + thread / A_ROW + round * ROWS_APART; }
+    DEVICE bool is_last(int round) const { return (round + 1) * TEAM_THREADS > SHARE; }
+    DEVICE bool has(int round) const { return (!is_last(round) || thread + round * TEAM_THREADS < SHARE) && row(round) < rows; }
+    DEVICE int mine(int round) const {
+        const int number = thread + round * TEAM_THREADS;
+        return is_last(round) ? min(number, SHARE - 1) : number;
+    }
 };
 
 // Brings this lane's part of the vectors, which begin at `from`, to the stage, and says so when they are all there; bit i of `present` says whether
@@ -307,7 +313,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
     };
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
-        const int unit = unit0 + at.pair(i) * 2;
+        const int unit = unit0 + at.pair() * 2;
         there[i] = at.has(i) && unit < H;
         place[i] = (at.row0 + at.row(i)) * H + unit, gate_place[i] = (place[i] - unit) * 4 + unit;
         x_place[i] = place_in_vectors(at.row(i), unit);
@@ -333,7 +339,7 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
             float2 of[4];
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) {
-                const float *added = (const float*)(places.bias + at.pair(i) * 2) + gate;
+                const float *added = (const float*)(places.bias + at.pair() * 2) + gate;
                 of[gate] = unpacked(input[i][gate]);
                 of[gate].x += added[0] + sums[i][gate], of[gate].y += added[4] + sums[i][gate + 4];
                 of[gate] = gate == 2 ? make_float2(tangent(of[gate].x), tangent(of[gate].y))
@@ -370,10 +376,11 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
 
 #else  // ---- backward --------------------------------------------------------------------------------------------------
 
-// As in lstm.cu; there is no ring.
+// As in lstm.cu; there is no ring. `written` are the numbers of teams, from EMPTY on, that have written d_gates of `first` steps and of `second`,
+// as `wait_for_steps` wants to know.
 KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
-                const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, float*, int T, int* trouble,
-                unsigned long long limit) {
+                const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, unsigned* written, int first, int second, int T,
+                int* trouble, unsigned long long limit) {
     SHARED(shared);
     const Places places(shared);
     const int column0 = places.strip * COLUMNS, row_unit0 = places.rank * ROW_UNITS;
@@ -419,27 +426,31 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
     unsigned* const leaving = at.own;
     float4* const factors = (float4*)(leaving + LEAVING);
     float2 *const cells = (float2*)(factors + 3 * SHARE), *const d_cells = cells + SHARE, *const cells_before = d_cells + SHARE;
-    unsigned *const gates_of = (unsigned*)(cells_before + SHARE), *const d_h_of = gates_of + 4 * SHARE;
+    unsigned *const gates_of = (unsigned*)(cells_before + SHARE), *const d_h_of = gates_of + 4 * SHARE, *const above_of = d_h_of + SHARE;
+    // Of this thread's first item in memory, h's at a step and the gates'; the others are ROWS_APART rows further on each time.
+    const int unit = column0 + at.pair() * 2, place = (at.row0 + at.row(0)) * H + unit, gate_place = 4 * place - 3 * unit;
+    auto there = [&](int i) { return at.has(i) && unit < H; };
     auto fetch = [&](int t) {
         const long long step = (long long)t * BATCH * H;
-#pragma unroll 1
-        for (int mine = at.thread; mine < SHARE; mine += TEAM_THREADS) {
-            const int row = at.rank * BATCH_SHARE + mine / A_ROW, unit = column0 + mine % A_ROW * 2;
-            if (row >= at.rows || unit >= H) continue;
-            const long long place = step + (at.row0 + row) * H + unit;
-            const T16* from = gates + (place - unit) * 4 + unit;
+        const T16 *of_gates = gates + 4 * step + anew(gate_place), *above = d_h + step + anew(place);
+        const float* before = c + step + anew(place);
 #pragma unroll
-            for (int gate = 0; gate < 4; gate++) bring_word(gates_of + gate * SHARE + mine, from + gate * H);
-            bring_word(d_h_of + mine, d_h + place), bring_pair(cells_before + mine, c + place);
+        for (int i = 0; i < ROUNDS; i++) {
+            if (!there(i)) continue;
+            const int mine = at.thread + i * TEAM_THREADS;
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++) bring_word(gates_of + gate * SHARE + mine, of_gates + (4 * i * ROWS_APART + gate) * H);
+            bring_word(d_h_of + mine, above + i * ROWS_APART * H), bring_pair(cells_before + mine, before + i * ROWS_APART * H);
         }
     };
-    float sums[ROUNDS][WIDTH];  // the gradients of h
     // With d the gradient of h, the gradient of c is d_cell + d * by_h; that of o's pre-activation d * by_o, and those of i, f, g that of c times
     // by_c. These are ready before the sums come.
     auto prepare = [&] {
         wait_for_brought();
 #pragma unroll 1
-        for (int mine = at.thread; mine < SHARE; mine += TEAM_THREADS) {
+        for (int i = 0; i < ROUNDS; i++) {
+            const int mine = anew(at.thread) + i * TEAM_THREADS;
+            if (!at.has(i)) continue;
             float2 of[4], by_h, by_o, by_c[3];
 #pragma unroll
             for (int gate = 0; gate < 4; gate++) of[gate] = unpacked(gates_of[gate * SHARE + mine]);
@@ -459,85 +470,102 @@ KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16*
             factors[mine] = make_float4(by_h.x, by_h.y, by_o.x, by_o.y);
             factors[SHARE + mine] = make_float4(by_c[0].x, by_c[0].y, by_c[1].x, by_c[1].y);
             factors[2 * SHARE + mine] = make_float4(by_c[2].x, by_c[2].y, of[1].x, of[1].y);
-            cells[mine] = before;
+            cells[mine] = before, above_of[mine] = d_h_of[mine];
         }
     };
-    auto differentiate = [&] {  // the gradients of the gates
+    float sums[ROUNDS][WIDTH];  // the gradients of h
+    auto differentiate = [&] {
+        unsigned* const to = leaving + anew(at.thread / A_ROW * LEAVING_ROW + at.pair());
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            const int mine = at.mine(i);
+            const int mine = at.thread + i * TEAM_THREADS;
+            if (!at.has(i)) continue;
             const float4 first = factors[mine], second = factors[SHARE + mine], third = factors[2 * SHARE + mine];
-            const float2 above = unpacked(d_h_of[mine]), d_cell = d_cells[mine];
+            const float2 above = unpacked(above_of[mine]), d_cell = d_cells[mine];
             const float2 d = make_float2(sums[i][0] + above.x, sums[i][1] + above.y);
             const float2 d_c = make_float2(d_cell.x + d.x * first.x, d_cell.y + d.y * first.y);
-            if (!at.has(i)) continue;
             d_cells[mine] = make_float2(d_c.x * third.z, d_c.y * third.w);
-            unsigned* to = leaving + mine + mine / A_ROW * 4;
-            to[0] = packed(d_c.x * second.x, d_c.y * second.y), to[SHARE_WORDS] = packed(d_c.x * second.z, d_c.y * second.w);
-            to[2 * SHARE_WORDS] = packed(d_c.x * third.x, d_c.y * third.y), to[3 * SHARE_WORDS] = packed(d.x * first.z, d.y * first.w);
+            const float2 of[4] = {make_float2(d_c.x * second.x, d_c.y * second.y), make_float2(d_c.x * second.z, d_c.y * second.w),
+                                  make_float2(d_c.x * third.x, d_c.y * third.y), make_float2(d.x * first.z, d.y * first.w)};
+#pragma unroll
+            for (int gate = 0; gate < 4; gate++)
+                to[gate * SHARE_WORDS + i * ROWS_APART * LEAVING_ROW] = packed(of[gate].x, of[gate].y);
         }
     };
-    // This thread's pieces of x, 8 units of a gate: of step t, of what is new; or EMPTY.
-    auto put = [&](int t, bool is_new) {
-#pragma unroll 1
-        for (int k = at.thread; k < SHARE; k += TEAM_THREADS) {
-            const int row = k % BATCH_SHARE, gate = k / BATCH_SHARE % 4, chunk = k / BATCH_SHARE / 4;
-            const int unit = column0 + chunk * 8, n = at.rank * BATCH_SHARE + row;
-            if (n >= at.rows || unit >= H) continue;
-            const uint4 words = *(const uint4*)(leaving + gate * SHARE_WORDS + row * (A_ROW + 4) + chunk * 4);
-            store_shared_words(at.vectors(x, T - 1 - t) + place_in_vectors(n, unit, gate),
-                               is_new ? words : make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
+    // This team's pieces of x number `use`, 8 units of a gate each, rows side by side: of what is new, or EMPTY.
+    auto put = [&](int use, bool is_new) {
+        const int lane = anew(at.lane), gate = lane / 8;
+#pragma unroll
+        for (int j = 0; j < BATCH_SHARE; j += 8) {
+            const int row = j + lane % 8, n = at.rank * BATCH_SHARE + row;
+            T16* to = at.vectors(x, use) + place_in_vectors(n, column0 + at.warp * 8, gate);
+            const unsigned* from = leaving + gate * SHARE_WORDS + row * LEAVING_ROW + at.warp * 4;
+            if (row >= BATCH_SHARE || n >= at.rows) continue;
+#pragma unroll
+            for (int chunk = 0; chunk < COLUMNS / 8; chunk += TEAM_WARPS) {
+                if (chunk + at.warp >= COLUMNS / 8 || (H % COLUMNS && column0 + (chunk + at.warp) * 8 >= H)) continue;
+                store_shared_words(to + chunk * TILES_N * 256, is_new ? *(const uint4*)(from + chunk * 4) : make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
+            }
         }
     };
-    auto place_of = [&](int i) {  // of an item at a step; -1: none
-        const int unit = column0 + at.pair(i) * 2;
-        return at.has(i) && unit < H ? (at.row0 + at.row(i)) * H + unit : -1;
+    auto write = [&](int t) {  // what is new, by such pieces too
+        const int pair = anew(at.pair()), gate = pair / (A_ROW / 4), chunk = pair % (A_ROW / 4), begin = column0 + chunk * 8;
+        T16* to = d_gates + ((long long)t * BATCH + at.row0 + at.row(0)) * 4 * H + anew(gate * H + begin);
+        const unsigned* from = leaving + gate * SHARE_WORDS + at.thread / A_ROW * LEAVING_ROW + chunk * 4;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++)
+            if (at.has(i) && begin < H) store_once((uint4*)(to + 4 * i * ROWS_APART * H), *(const uint4*)(from + i * ROWS_APART * LEAVING_ROW));
     };
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
-        const int place = place_of(i);
         sums[i][0] = sums[i][1] = 0.0f;
-        if (place < 0) continue;
-        const float2 cell = *(const float2*)(c + (long long)T * BATCH * H + place);
-        const float2 d_cell = d_cT ? *(const float2*)(d_cT + place) : make_float2(0.0f, 0.0f);
-        const float2 d = d_hT ? unpacked(*(const unsigned*)(d_hT + place)) : make_float2(0.0f, 0.0f);
-        cells[at.mine(i)] = cell, d_cells[at.mine(i)] = d_cell, sums[i][0] = d.x, sums[i][1] = d.y;
+        if (!there(i)) continue;
+        const int here = place + i * ROWS_APART * H;
+        const float2 d = d_hT ? unpacked(*(const unsigned*)(d_hT + here)) : make_float2(0.0f, 0.0f);
+        cells[at.mine(i)] = *(const float2*)(c + (long long)T * BATCH * H + here);
+        d_cells[at.mine(i)] = d_cT ? *(const float2*)(d_cT + here) : make_float2(0.0f, 0.0f);
+        sums[i][0] = d.x, sums[i][1] = d.y;
     }
     fetch(T - 1);
     prepare();
+    if (T > 1) fetch(T - 2);
 #pragma unroll 1
     for (int t = T - 1; t >= 0; t--) {
+        const int use = T - 1 - t;
         differentiate();
         at.meet();
-        put(t, true);
+        put(use, true);
         pace.begin();
-        // others wait for x alone: the rest is written after it
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            const int place = place_of(i), unit = column0 + at.pair(i) * 2;
-            if (place < 0) continue;
-            T16* to = d_gates + (long long)t * BATCH * 4 * H + anew((place - unit) * 4 + unit);
-#pragma unroll
-            for (int gate = 0; gate < 4; gate++)
-                store_once((unsigned*)(to + gate * H), leaving[gate * SHARE_WORDS + at.mine(i) + at.mine(i) / A_ROW * 4]);
-        }
-        if (t < T - 2) put(t + 2, false);
-        const int use = T - 1 - t;
+        if (t) prepare();  // while what others put is on its way
         if (use) wait_for(at.is_free, (use - 1) & 1);
         pace.hold(PACE);
         bring_vectors(at, at.vectors(x, use) + at.rank * FRAGMENTS * 256, present, patience, pace);
-        if (t) fetch(t - 1);
-        at.meet();  // all have taken what was leaving
-        if (t) prepare();
+        write(t);  // while the product is made, and the sums are on their way
+        if (use > 1) put(use - 2, false);
+        at.meet();  // all have taken what was leaving, and written it
+        if (at.thread == 0 && use + 1 == first) count_for_all(written);
+        if (at.thread == 0 && use + 1 == second) count_for_all(written + 1);
+        if (t > 1) fetch(t - 2);
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) receive(sums[i], at, at.mine(i), at.has(i), use, patience);
     }
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
-        const int place = place_of(i);
-        if (place < 0) continue;
-        *(float2*)(d_h0 + place) = make_float2(sums[i][0], sums[i][1]), *(float2*)(d_c0 + place) = d_cells[at.mine(i)];
+        if (!there(i)) continue;
+        const int here = place + i * ROWS_APART * H;
+        *(float2*)(d_h0 + here) = make_float2(sums[i][0], sums[i][1]), *(float2*)(d_c0 + here) = d_cells[at.mine(i)];
     }
     cluster_barrier();  // a block that has ended has no shared memory to write to
+}
+
+// One warp that ends when `teams` of a `backward` under way have counted in `written`; d_gates are the gradients that whoever comes behind it reads, NaN
+// where it has waited for too long.
+KERNEL wait_for_steps(const unsigned* written, int teams, T16* d_gates, int* trouble, unsigned long long limit) {
+    Patience patience = {limit, 0, trouble, 0};
+    while (load_counted(written) + 1 != teams)
+        if (!patience.lasts()) {
+            *(unsigned*)d_gates = EMPTY;
+            return;
+        }
 }
 #endif

@@ -102,6 +102,7 @@ DEVICE unsigned load_arriving(const unsigned* p) {
 DEVICE unsigned load_once(const unsigned* p) { return __ldcs(p); }
 DEVICE void store_once(unsigned* p, unsigned v) { __stcs(p, v); }
 DEVICE void store_once(float2* p, float2 v) { __stcs(p, v); }
+DEVICE void store_once(uint4* p, uint4 v) { __stcs(p, v); }
 
 // 16 bytes from the L2 cache to shared memory where they are `wanted`; there after the next `wait_for_brought`.
 DEVICE void bring(void* to, const void* from, bool wanted) {
@@ -130,6 +131,14 @@ DEVICE void wait_for(Token* token, unsigned odd) {
                  ::"r"((unsigned)__cvta_generic_to_shared(token)), "r"(odd) : "memory");
 }
 DEVICE void warp_barrier() { __syncwarp(); }
+
+// One more in a number that all blocks add to, behind all that this thread and those that it met have written.
+DEVICE void count_for_all(unsigned* number) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(number) : "memory"); }
+DEVICE unsigned load_counted(const unsigned* number) {
+    unsigned v;
+    asm volatile("nanosleep.u32 100; ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(number) : "memory");
+    return v;
+}
 
 // v, of which the compiler knows nothing: what is computed from it is so each time, and not kept in registers.
 DEVICE int anew(int v) {
@@ -167,6 +176,14 @@ DEVICE Matrix further(Matrix matrix, int bytes) { return matrix + (bytes >> 4); 
 #define TWO_TEXT "%13"
 #define FOUR_TEXT "{%12, %13, %14, %15}"
 #define FIFTH_TEXT "%16"
+#elif TILES_N == 4
+#define SUMS SUM(0), SUM(1), SUM(2), SUM(3)
+#define SHAPE "m64n32k16"
+#define SUMS_TEXT TEN() ", %10, %11, %12, %13, %14, %15"
+#define ONE_TEXT "%16"
+#define TWO_TEXT "%17"
+#define FOUR_TEXT "{%16, %17, %18, %19}"
+#define FIFTH_TEXT "%20"
 #elif TILES_N == 5
 #define SUMS SUM(0), SUM(1), SUM(2), SUM(3), SUM(4)
 #define SHAPE "m64n40k16"
@@ -303,13 +320,13 @@ DEVICE void copy_words(void* to, const void* from, int count, int blocks) {
 }
 
 // A number of a first or last state, in 16 bits or 32.
-DEVICE float state_at(const void* p, int at, int is_short) { return is_short ? widened(((const T16*)p)[at]) : ((const float*)p)[at]; }
+DEVICE float state_at(const void* p, int at, int is_short) { return is_short & 1 ? widened(((const T16*)p)[at]) : ((const float*)p)[at]; }
 
 // Place `at` of the last step's h, by words of two, and c.
 DEVICE void copy_last(T16* h_last, void* c_last, int is_short, const T16* y, const float* c, int T, int at) {
     const long long from = (long long)T * BATCH * H + at;
     if (!(at & 1)) *(unsigned*)(h_last + at) = *(const unsigned*)(y + from);
-    if (is_short) ((T16*)c_last)[at] = narrowed(c[from]);
+    if (is_short & 2) ((T16*)c_last)[at] = narrowed(c[from]);
     else ((float*)c_last)[at] = c[from];
 }
 

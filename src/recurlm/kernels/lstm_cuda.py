@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from recurlm.kernels import nvrtc, reference
 
@@ -25,7 +25,9 @@ LEAST_CLUSTERED = 48  # clusters pay for larger batches than this (docs/log.md)
 TEAMS = (1, 2)  # of the warps of such a block
 CLUSTER_RING = 2  # the same within clusters
 SLOTS = 4  # steps whose vectors have places of their own
-WIDE_TILES = (3, 5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
+WIDE_TILES = (3, 4, 5, 8, 10)  # of 8 batch rows that lstm_common.cu writes such products for
+STOPS = 2  # steps of the backward kernel at which products beside it may begin
+LEAST_STEPS = 16  # of a sequence, for products to run beside it
 PARTS = (1, 2, 3, 4)  # of a GPU, with the weights in each and a share of the batch of PART_ROWS rows or more
 PART_ROWS = 16
 MOST_ROWS = 16  # blocks that share a strip of columns in the backward kernel
@@ -50,7 +52,11 @@ class Card(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A kernel's name and macros, its blocks, warps a block and bytes of shared memory, and microseconds a step by estimate."""
+    """A kernel's name and macros, its blocks, warps a block and bytes of shared memory, and microseconds a step by estimate.
+
+    `beside`: shares of the steps at which products begin that run on the multiprocessors that the kernel leaves idle: forward
+    those of the steps behind, backward the weights' gradients of the steps that are done.
+    """
 
     name: str
     macros: tuple[tuple[str, int], ...]
@@ -58,6 +64,7 @@ class Layout(NamedTuple):
     warps: int
     shared: int
     cost: float
+    beside: tuple[float, ...] = ()
 
     def get(self, macro: str) -> int:
         return dict(self.macros)[macro]
@@ -234,7 +241,8 @@ def _clustered(
     warps_m: int, tiles_m: int, team_warps: int, batch_rows: int, tiles_n: int,
 ) -> Layout | None:  # fmt: skip
     """The layout with these shares of a warp; None where it does not fit."""
-    forward, warps, rows = name == "forward", warps_m + teams * team_warps, 16 * warps_m * tiles_m
+    forward, rows = name == "forward", 16 * warps_m * tiles_m
+    warps = warps_m + teams * team_warps
     blocks_k = _up(_up(H, cluster), 32 if forward else 8)  # of 32 k: gates of 8 units
     if (cluster - 1) * blocks_k * (32 if forward else 8) >= H:
         return None  # the last block would have nothing to wait for and run ahead
@@ -244,6 +252,8 @@ def _clustered(
     if strips > dict(here.clusters)[cluster]:
         return None
     share = rows // width * _up(batch_rows, cluster)
+    if 32 * team_warps % (rows // width):
+        return None  # a thread's items would be of several units
     rounds = _up(share, 32 * team_warps)
     # registers of a thread: those that a team needs, and what that leaves for who multiplies
     of_team = _up(56 + 22 * rounds if forward else 80, 8) * 8
@@ -252,7 +262,7 @@ def _clustered(
     free = of_multiplier - 4 * tiles_m * tiles_n - 28
     vectors = blocks_k * tiles_n * 512
     shared = teams * (vectors + CLUSTER_RING * cluster * share * of_item + 16) + 2 * tiles_n * 8 * (rows // 2 + 4) * 4
-    shared += 4 * rows if forward else teams * (16 * _up(batch_rows, cluster) * (rows // 2 + 4) + 92 * share)
+    shared += 4 * rows if forward else teams * (16 * _up(batch_rows, cluster) * (rows // 2 + 4) + 96 * share)
     room = (here.shared - shared) // (warps_m * tiles_m * 1024)  # for blocks of 32 k of the weights
     kept = min(blocks_k, free // (8 * tiles_m))
     if not of_team <= equal <= of_multiplier or kept < 0 or blocks_k - kept > room:
@@ -277,9 +287,9 @@ FASTEST = {
     ("backward", 1152, 20): {"ROW_UNITS": 240, "COLUMNS": 48, "WARPS": 8, "GROUPS": 1},
     ("forward", 400, 20): {"UNITS": 8, "WARPS": 7, "GROUPS": 1, "PACE": 700},
     ("backward", 400, 20): {"ROW_UNITS": 48, "COLUMNS": 32, "WARPS": 6, "GROUPS": 1},
-    ("forward", 1152, 64): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4},
+    ("forward", 1152, 64): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4, "PACE": 800},
     ("backward", 1152, 64): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 9, "WARPS_M": 8, "TEAM_WARPS": 4},
-    ("forward", 1152, 80): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4},
+    ("forward", 1152, 80): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 3, "WARPS_M": 8, "TEAM_WARPS": 4, "PACE": 1000},
     ("backward", 1152, 80): {"PARTS": 1, "TEAMS": 2, "CLUSTER": 9, "WARPS_M": 8, "TEAM_WARPS": 4},
     ("forward", 400, 80): {"PARTS": 4, "UNITS": 16, "WARPS": 13, "GROUPS": 1},
     ("backward", 400, 80): {"PARTS": 4, "ROW_UNITS": 208, "COLUMNS": 32, "WARPS": 13},
@@ -290,6 +300,15 @@ FASTEST = {
 }
 
 
+# The same of Layout.beside (bench/results/h200/lstm-beside.txt).
+BESIDE = {
+    ("forward", 1152, 64): (0.75,),
+    ("backward", 1152, 64): (0.21, 0.55),
+    ("forward", 1152, 80): (0.75,),
+    ("backward", 1152, 80): (0.26, 0.6),
+}
+
+
 def measured(name: str, H: int, batch: int, here: Card, choice: dict[str, int]) -> Layout | None:
     """The layout with these macros that is estimated best; None where there is none."""
     wanted = {key: value for key, value in choice.items() if key != "PACE"}
@@ -297,7 +316,7 @@ def measured(name: str, H: int, batch: int, here: Card, choice: dict[str, int]) 
     free = tuple((key, value) for key, value in choice.items() if key == "PACE")
     for layout in make(H, batch, here):
         if wanted.items() <= dict(layout.macros).items():
-            return layout._replace(macros=layout.macros + free)
+            return layout._replace(macros=layout.macros + free, beside=BESIDE.get((name, H, batch), ()))
     return None
 
 
@@ -309,6 +328,11 @@ def source(layout: Layout) -> str:
 @functools.cache
 def _kernel(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
     return nvrtc.Kernel(_code(layout, half, index), layout.name, layout.shared, layout.cluster)
+
+
+@functools.cache
+def _wait_for_steps(layout: Layout, half: bool, index: int) -> nvrtc.Kernel:
+    return nvrtc.Kernel(_code(layout, half, index), "wait_for_steps", 0, together=False)
 
 
 @functools.cache
@@ -375,21 +399,55 @@ def waited_too_long(device: torch.device) -> bool:
     return found
 
 
-def exchange_of(layout: Layout, T: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(vectors that blocks exchange, ring of partial sums) for one launch of a kernel, EMPTY; only lstm.cu's backward has one.
+def exchange_of(
+    layout: Layout, batch: int, device: torch.device, launches: int = 1, stream: torch.cuda.Stream | None = None
+) -> tuple[Tensor, Tensor]:
+    """(vectors that blocks exchange, what else they write) for launches of a kernel, made EMPTY on a stream: lstm.cu's backward
+    kernel has a ring of partial sums, that of lstm_cluster.cu STOPS numbers of teams.
 
     What was just written is in the L2 cache, where the blocks look for it: to write it long before costs more than it saves.
     """
-    of, ring = dict(layout.macros), 0
+    of, more = dict(layout.macros), 0
     blocks = _up(of["H"], 32)
     if layout.name == "backward":
         rows = _up(of["H"], of["ROW_UNITS"])
         blocks = rows * of["ROW_UNITS"] // 8
+        more = 2 * STOPS
         if layout.cluster == 1:
-            ring = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
-    vectors = of["SLOTS"] * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
-    both = torch.empty(vectors + ring, dtype=torch.int16, device=device).fill_(-1)
+            more = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
+    vectors = launches * of["SLOTS"] * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    both = torch.empty(vectors + more, dtype=torch.int16, device=device)
+    with torch.cuda.stream(stream):
+        both.fill_(-1)
     return both[:vectors], both[vectors:]
+
+
+def _stops(layout: Layout, T: int) -> list[int]:
+    """The steps of a sequence of T at which products begin beside the kernel."""
+    return [round(T * share) for share in layout.beside] if T >= LEAST_STEPS else []
+
+
+@functools.cache
+def _side(index: int) -> tuple[torch.cuda.Stream, nvrtc.Running]:
+    return torch.cuda.Stream(index), nvrtc.Running()
+
+
+class _Beside:
+    """Torch's current stream and, if `wanted`, a second one beside it; if not, what is meant for that runs on the current one."""
+
+    def __init__(self, index: int, wanted: bool):
+        self.main = torch.cuda.current_stream() if wanted else None
+        self.side, self.running = _side(index) if wanted else (None, None)
+
+    def fork(self) -> None:
+        """What comes next on the second stream waits for what the current one has been given."""
+        if self.main and self.side:
+            self.side.wait_stream(self.main)
+
+    def join(self) -> None:
+        """The same the other way."""
+        if self.main and self.side:
+            self.main.wait_stream(self.side)
 
 
 class _Layer(torch.autograd.Function):
@@ -410,15 +468,30 @@ class _Layer(torch.autograd.Function):
     ):
         T, B, _ = x_TBI.shape
         H, index, half = h_BH.shape[-1], x_TBI.device.index, x_TBI.dtype == torch.float16
-        gates_TBG = linear(x_TBI, w_ih)
-        x, _ = exchange_of(fore, T, B, gates_TBG.device)
-        y = gates_TBG.new_empty(T + 1, B, H)
+        gates_TBG, y = x_TBI.new_empty(T, B, 4 * H), x_TBI.new_empty(T + 1, B, H)
         c = torch.empty(T + 1, B, H, dtype=torch.float32, device=y.device)
         h_BH, c_BH, w_hh = h_BH.to(y.dtype).contiguous(), c_BH.contiguous(), w_hh.contiguous()
         h_last, c_last = torch.empty_like(h_BH), torch.empty_like(c_BH)
-        given = w_hh, b_ih.contiguous(), b_hh.contiguous(), gates_TBG, h_BH, c_BH, x, y, c, h_last, c_last
-        last = int(c_BH.dtype == y.dtype), T, _trouble(index), PATIENCE
-        _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, (*given, *last))
+        biases, short = (b_ih.contiguous(), b_hh.contiguous()), int(c_BH.dtype == y.dtype)
+
+        def multiply(t0: int, t1: int) -> None:
+            torch.mm(x_TBI[t0:t1].flatten(0, 1), w_ih.t(), out=gates_TBG[t0:t1].view(-1, 4 * H))
+
+        ends = [*_stops(fore, T), T]
+        beside = _Beside(index, len(ends) > 1)
+        beside.fork()
+        xs = exchange_of(fore, B, y.device, len(ends), beside.side)[0].chunk(len(ends))
+        multiply(0, ends[0])
+        for i, (t0, t1) in enumerate(itertools.pairwise((0, *ends))):
+            beside.join()
+            if t1 < T:
+                beside.fork()
+                with torch.cuda.stream(beside.side):
+                    multiply(t1, ends[i + 1])
+            state = (y[t0], c[t0]) if t0 else (h_BH, c_BH)
+            given = w_hh, *biases, gates_TBG[t0:t1], *state, xs[i], y[t0:], c[t0:], h_last, c_last
+            last = 2 * short + (0 if t0 else short), t1 - t0, _trouble(index), PATIENCE
+            _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, (*given, *last))
         ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         ctx.set_materialize_grads(False)
@@ -433,18 +506,42 @@ class _Layer(torch.autograd.Function):
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
         d_hT, d_cT = (0 if d is None else d.contiguous() for d in (d_h, d_c if d_c is None else d_c.float()))
         d_h0, d_c0 = c.new_empty(2, B, H)
-        d_gates, (exchange, ring) = torch.empty_like(gates_TBG), exchange_of(back, T, B, y.device)
-        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, ring
-        _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, T, _trouble(index), PATIENCE))
-        d_NG = d_gates.view(T * B, G)
-        needed = ctx.needs_input_grad
-        d_x = (d_NG @ w_ih).view_as(x_TBI) if needed[0] else None
-        d_ih = d_NG.t() @ x_TBI.reshape(T * B, -1) if needed[1] else None
-        d_hh = d_NG.t() @ y[:T].view(T * B, H) if needed[2] else None
+        d_gates, stops = torch.empty_like(gates_TBG), _stops(back, T)
+        beside = _Beside(index, bool(stops))
+        beside.fork()
+        exchange, scratch = exchange_of(back, B, y.device, 1, beside.side)
+        beside.join()  # a graph then takes the second stream for a branch of its own, not for what comes after the kernel
+        trouble = _trouble(index), PATIENCE
+        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, scratch
+        wanted = (*stops, *[0] * STOPS)[:STOPS] if back.cluster > 1 else ()
+        begun = [beside.running] if beside.running else []
+        _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, *wanted, T, *trouble), *begun)
+        needed, d_NG, x_NI = ctx.needs_input_grad, d_gates.view(T * B, G), x_TBI.reshape(T * B, -1)
+        d_ih, d_hh = (torch.empty_like(w) if n else None for w, n in zip((w_ih, w_hh), needed[1:3], strict=True))
+
+        def multiply(since: int, to: int) -> None:
+            """Adds what steps T - to to T - since, counted from the last, give to the weights' gradients; since 0, sets them."""
+            some = slice((T - to) * B, (T - since) * B)
+            for d, of in ((d_ih, x_NI), (d_hh, y.view(-1, H))):
+                if d is not None and since:
+                    d.addmm_(d_NG[some].t(), of[some])
+                elif d is not None:
+                    torch.mm(d_NG[some].t(), of[some], out=d)
+
+        if beside.running:
+            with torch.cuda.stream(beside.side):
+                beside.running.wait()
+                for i, (since, to) in enumerate(itertools.pairwise((0, *stops))):
+                    of = scratch[2 * i :], back.blocks * back.get("TEAMS"), d_gates[T - to]
+                    _wait_for_steps(back, half, index)(1, 32, (*of, *trouble))
+                    multiply(since, to)
         d_bias = None
         if needed[3] or needed[4]:
             d_bias = d_gates.new_empty(G)
             _bias_gradient(back, half, index)(G // 32, 32 * back.warps, (d_gates, d_bias, T * B))
+        d_x = (d_NG @ w_ih).view_as(x_TBI) if needed[0] else None
+        beside.join()
+        multiply(stops[-1] if stops else 0, T)
         d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[5:], strict=False))
         return d_x, d_ih, d_hh, d_bias, d_bias, d_h0, d_c0, None, None
 

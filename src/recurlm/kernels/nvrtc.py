@@ -77,6 +77,30 @@ def compiled(source: str, macros: Mapping[str, int], capability: tuple[int, int]
     return code
 
 
+class Running:
+    """That all blocks of a kernel have begun, for kernels of another stream to wait for; also in a CUDA graph.
+
+    The driver may take the kernel's end for it: what waits is never early, but may be late.
+    """
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver  # type: ignore[attr-defined]
+
+        self.driver = driver
+        self.event = _checked(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING), "CUDA")
+
+    def attribute(self) -> Any:
+        """Of a launch that brings it about."""
+        attribute = self.driver.CUlaunchAttribute()
+        attribute.id = self.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_LAUNCH_COMPLETION_EVENT
+        attribute.value.launchCompletionEvent.event, attribute.value.launchCompletionEvent.flags = self.event, 0
+        return attribute
+
+    def wait(self) -> None:
+        """What comes next on torch's current stream waits for it."""
+        _checked(self.driver.cuStreamWaitEvent(torch.cuda.current_stream().cuda_stream, self.event, 0), "CUDA")
+
+
 class Kernel:
     """A function of compiled code on the current device, with `shared` bytes of shared memory for each block, which are
     launched in clusters of `cluster`, and all at once or not at all if they wait for each other (`together`)."""
@@ -87,7 +111,7 @@ class Kernel:
         torch.cuda.current_stream()  # torch makes the context
         torch.zeros(1, device="cuda")
         self.driver, self.shared, self.cluster, self.together = driver, shared, cluster, together
-        self.configs: dict[tuple[int, int], Any] = {}
+        self.configs: dict[tuple[int, int, Running | None], Any] = {}
         self.module = _checked(driver.cuModuleLoadData(code), "CUDA")
         self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()), "CUDA")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -96,7 +120,7 @@ class Kernel:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _checked(driver.cuFuncSetAttribute(self.function, attribute, 1), "CUDA")
 
-    def _configured(self, blocks: int, threads: int, launched: bool = True) -> Any:
+    def _configured(self, blocks: int, threads: int, launched: bool = True, running: Running | None = None) -> Any:
         """How so many blocks are launched, or are asked after."""
         driver, config = self.driver, self.driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
@@ -109,6 +133,7 @@ class Kernel:
         size = cluster.value.clusterDim
         size.x, size.y, size.z = self.cluster, 1, 1
         attributes = ([together] if launched and self.together else []) + ([cluster] if self.cluster > 1 else [])
+        attributes += [running.attribute()] if running else []
         config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
@@ -121,17 +146,19 @@ class Kernel:
         occupancy = self.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared)
         return _checked(occupancy, "CUDA") * torch.cuda.get_device_properties().multi_processor_count
 
-    def __call__(self, blocks: int, threads: int, arguments: Sequence[Tensor | int]) -> None:
+    def __call__(
+        self, blocks: int, threads: int, arguments: Sequence[Tensor | int], running: Running | None = None
+    ) -> None:
         """Launches it on torch's current stream; RuntimeError, before anything runs, when it cannot be, as when blocks
-        that wait for each other do not fit at once."""
-        if (blocks, threads) not in self.configs:
-            config = self._configured(blocks, threads)
+        that wait for each other do not fit at once. `running` comes about when all blocks have begun."""
+        if (blocks, threads, running) not in self.configs:
+            config = self._configured(blocks, threads, running=running)
             if self.cluster > 1 and blocks > self.resident_blocks(threads):
                 raise RuntimeError(
                     f"A kernel of {blocks} blocks cannot be launched: clusters of {self.cluster} do not fit at once."
                 )
-            self.configs[blocks, threads] = config
-        config = self.configs[blocks, threads]
+            self.configs[blocks, threads, running] = config
+        config = self.configs[blocks, threads, running]
         config.hStream = torch.cuda.current_stream().cuda_stream
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         types = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_longlong for a in arguments)
