@@ -316,31 +316,51 @@ def test_a_block_that_waits_in_vain_gives_up_and_says_it(tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @pytest.mark.skipif(CUDA, reason="a GPU is here")
-@pytest.mark.parametrize("H, cluster", [(48, 1), (46, 2)])
-def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, cluster, tmp_path, monkeypatch):
-    T, B, E, dtype = 4, 5, 12, torch.bfloat16
+@pytest.mark.parametrize("H, T, cluster", [(48, 4, 1), (46, 4, 2), (46, lstm_cuda.LEAST_STEPS, 2)])
+def test_a_layer_and_its_gradients_on_the_cpu_equal_the_reference(H, T, cluster, tmp_path, monkeypatch):
+    B, E, dtype, ran = 5, 12, torch.bfloat16, []
 
     @functools.cache
     def run(layout: Layout, half: bool):
-        return on_cpu(layout, half, tmp_path / layout.name)
+        return on_cpu(layout._replace(beside=()), half, tmp_path / layout.name)
 
-    def kernel(layout: Layout, half: bool, index: int | None):
-        return lambda blocks, threads, arguments: run(layout, half)(arguments, 1)
+    def named(name: str | None = None):
+        def kernel(layout: Layout, half: bool, index: int | None):
+            def launch(blocks: int, threads: int, arguments, running=None) -> None:
+                ran.append(name or layout.name)
+                assert run(layout, half)(arguments, 1, name or layout.name)
 
-    def bias_gradient(layout: Layout, half: bool, index: int | None):
-        return lambda blocks, threads, arguments: run(layout, half)(arguments, 1, "bias_gradient")
+            return launch
 
-    monkeypatch.setattr(lstm_cuda, "_kernel", kernel)
-    monkeypatch.setattr(lstm_cuda, "_bias_gradient", bias_gradient)
+        return kernel
+
+    class OneStream:  # products run where they are asked for: behind the kernel
+        main = side = None
+
+        def __init__(self, index, wanted: bool):
+            self.running = self if wanted else None
+
+        def wait(self) -> None: ...
+
+        fork = join = wait
+
+    for name in ("bias_gradient", "wait_for_steps"):
+        monkeypatch.setattr(lstm_cuda, "_" + name, named(name))
+    monkeypatch.setattr(lstm_cuda, "_kernel", named())
+    monkeypatch.setattr(lstm_cuda, "_Beside", OneStream)
     monkeypatch.setattr(lstm_cuda, "_trouble", lambda index: torch.zeros(1, dtype=torch.int32))
     choice = {} if cluster > 1 else 0
-    layouts = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)
+    fore, back = picked("forward", 48, B, cluster, choice), picked("backward", 48, B, cluster, choice)
+    if cluster > 1:
+        fore, back = fore._replace(beside=(0.4,)), back._replace(beside=(0.25, 0.6))
     given = random_case(T, B, E, H, dtype, 1, "cpu")
-    found = outcome(lambda x, h, c, w: lstm_cuda.lstm(x, h, c, w, layouts), given, dtype)
+    found = outcome(lambda x, h, c, w: lstm_cuda.lstm(x, h, c, w, (fore, back)), given, dtype)
     for ours, exact in zip(found, outcome(reference.lstm, given, torch.float64), strict=True):
         assert (ours.double() - exact).norm() <= 0.02 * exact.norm()
+    in_parts = T >= lstm_cuda.LEAST_STEPS
+    assert ran.count("forward") == 1 + in_parts and ran.count("wait_for_steps") == 2 * in_parts
     x, h, c, *weights = (t.requires_grad_() for t in given[:7])
-    y = lstm_cuda.lstm(x, h, c, weights, layouts)[0]  # the last state unused
+    y = lstm_cuda.lstm(x, h, c, weights, (fore, back))[0]  # the last state unused
     assert all(g is not None for g in torch.autograd.grad(y.sum(), (x, h, c, *weights)))
 
 
