@@ -297,6 +297,11 @@ def measured(shape: str) -> dict[str, Layout]:
     return found
 
 
+def with_beside(found: Layout | None, picked: Layout) -> Layout:
+    """What was found, if anything was, with products beside it as the one in use has them."""
+    return found._replace(beside=picked.beside) if found else picked
+
+
 def use_measured() -> None:
     """Makes the fastest layouts that the last sweep found those in use."""
     picked = lstm_cuda.best
@@ -304,7 +309,7 @@ def use_measured() -> None:
     def best(units: int, batch: int, index: int) -> tuple[Layout, Layout] | None:
         H = -(-units // lstm_cuda.MULTIPLE) * lstm_cuda.MULTIPLE
         pair, found = picked(units, batch, index), measured(f"{H},{batch},bf16")
-        return pair and (found.get("forward", pair[0]), found.get("backward", pair[1]))
+        return pair and (with_beside(found.get("forward"), pair[0]), with_beside(found.get("backward"), pair[1]))
 
     lstm_cuda.best = best  # type: ignore[assignment]
 
@@ -384,8 +389,7 @@ def layers(shapes: Sequence[str]) -> None:
         default = lstm_cuda.best(H, B, index)
         assert default
         fastest = [
-            found.get(name, layout)._replace(beside=layout.beside)
-            for name, layout in zip(lstm_cuda.LAYOUTS, default, strict=True)
+            with_beside(found.get(name), layout) for name, layout in zip(lstm_cuda.LAYOUTS, default, strict=True)
         ]
         for backward in (False, True):
             spent = {}

@@ -114,7 +114,7 @@ DEVICE void product_of_arriving(float (&acc)[TILES_M][TILES_N][4],
 
 // weights R (4H, H); b_ih, b_hh (4H); gates (T, BATCH, 4H): pre-activations without these, become the gates; h0, c0 (BATCH, H); y (1 + T, BATCH, H):
 // h0 and h; x (SLOTS, PARTS GROUPS, VECTORS): the same to exchange, every word EMPTY before; c (1 + T, BATCH, H): c0 and c; h_last, c_last (BATCH, H) those of the last step.
-// c0 and c_last have 16 bits if `is_short`.
+// c0 has 16 bits if bit 0 of `is_short` is set, c_last if bit 1 is.
 KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates, const T16* h0, const void* c0, T16* x, T16* y,
                float* c, T16* h_last, void* c_last, int is_short, int T, int* trouble, unsigned long long limit) {
     SHARED(shared);

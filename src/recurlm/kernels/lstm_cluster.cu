@@ -376,8 +376,8 @@ KERNEL forward(const T16* weights, const T16* b_ih, const T16* b_hh, T16* gates,
 
 #else  // ---- backward --------------------------------------------------------------------------------------------------
 
-// As in lstm.cu; there is no ring. `written` are the numbers of teams, from EMPTY on, that have written d_gates of `first` steps and of `second`,
-// as `wait_for_steps` wants to know.
+// As in lstm.cu; there is no ring. `written` are two numbers, counted up from EMPTY: of teams that have written d_gates of `first` steps, and of
+// `second`; `wait_for_steps` waits for them.
 KERNEL backward(const T16* weights, const T16* gates, const float* c, const T16* d_h, const T16* d_hT,
                 const float* d_cT, T16* x, T16* d_gates, float* d_h0, float* d_c0, unsigned* written, int first, int second, int T,
                 int* trouble, unsigned long long limit) {

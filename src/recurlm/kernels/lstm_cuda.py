@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from recurlm.kernels import nvrtc, reference
@@ -399,32 +400,11 @@ def waited_too_long(device: torch.device) -> bool:
     return found
 
 
-def exchange_of(
-    layout: Layout, batch: int, device: torch.device, launches: int = 1, stream: torch.cuda.Stream | None = None
-) -> tuple[Tensor, Tensor]:
-    """(vectors that blocks exchange, what else they write) for launches of a kernel, made EMPTY on a stream: lstm.cu's backward
-    kernel has a ring of partial sums, that of lstm_cluster.cu STOPS numbers of teams.
-
-    What was just written is in the L2 cache, where the blocks look for it: to write it long before costs more than it saves.
-    """
-    of, more = dict(layout.macros), 0
-    blocks = _up(of["H"], 32)
-    if layout.name == "backward":
-        rows = _up(of["H"], of["ROW_UNITS"])
-        blocks = rows * of["ROW_UNITS"] // 8
-        more = 2 * STOPS
-        if layout.cluster == 1:
-            more = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
-    vectors = launches * of["SLOTS"] * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
-    both = torch.empty(vectors + more, dtype=torch.int16, device=device)
-    with torch.cuda.stream(stream):
-        both.fill_(-1)
-    return both[:vectors], both[vectors:]
-
-
 def _stops(layout: Layout, T: int) -> list[int]:
     """The steps of a sequence of T at which products begin beside the kernel."""
-    return [round(T * share) for share in layout.beside] if T >= LEAST_STEPS else []
+    if T < LEAST_STEPS or (layout.name == "backward" and layout.cluster == 1):  # lstm.cu's does not count its steps
+        return []
+    return [round(T * share) for share in layout.beside]
 
 
 @functools.cache
@@ -433,7 +413,8 @@ def _side(index: int) -> tuple[torch.cuda.Stream, nvrtc.Running]:
 
 
 class _Beside:
-    """Torch's current stream and, if `wanted`, a second one beside it; if not, what is meant for that runs on the current one."""
+    """Torch's current stream and, if `wanted`, a second one beside it, which is joined in the end; if not, what is meant for that
+    runs on the current one. All layers of a GPU share the second one."""
 
     def __init__(self, index: int, wanted: bool):
         self.main = torch.cuda.current_stream() if wanted else None
@@ -448,6 +429,37 @@ class _Beside:
         """The same the other way."""
         if self.main and self.side:
             self.main.wait_stream(self.side)
+
+    def __enter__(self) -> _Beside:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.join()  # also behind an error: the second stream may be writing what is then free
+
+
+def exchange_of(
+    layout: Layout, batch: int, device: torch.device, launches: int = 1, beside: _Beside | None = None
+) -> tuple[Tensor, Tensor]:
+    """(vectors that blocks exchange, what else they write) for launches of a kernel, made EMPTY, on the second stream if there
+    is one: lstm.cu's backward kernel has a ring of partial sums, that of lstm_cluster.cu STOPS numbers of teams.
+
+    What was just written is in the L2 cache, where the blocks look for it: to write it long before costs more than it saves.
+    """
+    of, more = dict(layout.macros), 0
+    blocks = _up(of["H"], 32)
+    if layout.name == "backward":
+        rows = _up(of["H"], of["ROW_UNITS"])
+        blocks = rows * of["ROW_UNITS"] // 8
+        more = 2 * STOPS
+        if layout.cluster == 1:
+            more = 2 * RING * rows * batch * _up(of["H"], of["COLUMNS"]) * of["COLUMNS"]
+    vectors = launches * of["SLOTS"] * of["PARTS"] * of.get("TEAMS", 1) * of["GROUPS"] * blocks * of["TILES_N"] * 256
+    both = torch.empty(vectors + more, dtype=torch.int16, device=device)
+    if beside:
+        beside.fork()
+    with torch.cuda.stream(beside.side if beside else None):
+        both.fill_(-1)
+    return both[:vectors], both[vectors:]
 
 
 class _Layer(torch.autograd.Function):
@@ -477,27 +489,27 @@ class _Layer(torch.autograd.Function):
         def multiply(t0: int, t1: int) -> None:
             torch.mm(x_TBI[t0:t1].flatten(0, 1), w_ih.t(), out=gates_TBG[t0:t1].view(-1, 4 * H))
 
-        ends = [*_stops(fore, T), T]
-        beside = _Beside(index, len(ends) > 1)
-        beside.fork()
-        xs = exchange_of(fore, B, y.device, len(ends), beside.side)[0].chunk(len(ends))
-        multiply(0, ends[0])
-        for i, (t0, t1) in enumerate(itertools.pairwise((0, *ends))):
-            beside.join()
-            if t1 < T:
-                beside.fork()
-                with torch.cuda.stream(beside.side):
-                    multiply(t1, ends[i + 1])
-            state = (y[t0], c[t0]) if t0 else (h_BH, c_BH)
-            given = w_hh, *biases, gates_TBG[t0:t1], *state, xs[i], y[t0:], c[t0:], h_last, c_last
-            last = 2 * short + (0 if t0 else short), t1 - t0, _trouble(index), PATIENCE
-            _kernel(fore, half, index)(fore.blocks, 32 * fore.warps, (*given, *last))
+        ends, kernel = [*_stops(fore, T), T], _kernel(fore, half, index)
+        with _Beside(index, len(ends) > 1) as beside:
+            xs = exchange_of(fore, B, y.device, len(ends), beside)[0].chunk(len(ends))
+            multiply(0, ends[0])
+            for i, (t0, t1) in enumerate(itertools.pairwise((0, *ends))):
+                beside.join()
+                if t1 < T:
+                    beside.fork()
+                    with torch.cuda.stream(beside.side):
+                        multiply(t1, ends[i + 1])
+                state = (y[t0], c[t0]) if t0 else (h_BH, c_BH)
+                given = w_hh, *biases, gates_TBG[t0:t1], *state, xs[i], y[t0:], c[t0:], h_last, c_last
+                last = 2 * short + (0 if t0 else short), t1 - t0, _trouble(index), PATIENCE
+                kernel(fore.blocks, 32 * fore.warps, (*given, *last))
         ctx.save_for_backward(x_TBI, w_ih, w_hh, gates_TBG, y, c)
         ctx.back, ctx.types = back, (h_BH.dtype, c_BH.dtype)
         ctx.set_materialize_grads(False)
         return y[1:], h_last, c_last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_y: Tensor | None, d_h: Tensor | None, d_c: Tensor | None):  # type: ignore[override]
         x_TBI, w_ih, w_hh, gates_TBG, y, c = ctx.saved_tensors
         T, B, G = gates_TBG.shape
@@ -506,21 +518,13 @@ class _Layer(torch.autograd.Function):
         d_y = torch.zeros_like(y[1:]) if d_y is None else d_y.contiguous()
         d_hT, d_cT = (0 if d is None else d.contiguous() for d in (d_h, d_c if d_c is None else d_c.float()))
         d_h0, d_c0 = c.new_empty(2, B, H)
-        d_gates, stops = torch.empty_like(gates_TBG), _stops(back, T)
-        beside = _Beside(index, bool(stops))
-        beside.fork()
-        exchange, scratch = exchange_of(back, B, y.device, 1, beside.side)
-        beside.join()  # a graph then takes the second stream for a branch of its own, not for what comes after the kernel
-        trouble = _trouble(index), PATIENCE
-        given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, scratch
-        wanted = (*stops, *[0] * STOPS)[:STOPS] if back.cluster > 1 else ()
-        begun = [beside.running] if beside.running else []
-        _kernel(back, half, index)(back.blocks, 32 * back.warps, (*given, *wanted, T, *trouble), *begun)
-        needed, d_NG, x_NI = ctx.needs_input_grad, d_gates.view(T * B, G), x_TBI.reshape(T * B, -1)
+        needed, x_NI, d_gates = ctx.needs_input_grad, x_TBI.reshape(T * B, -1), torch.empty_like(gates_TBG)
         d_ih, d_hh = (torch.empty_like(w) if n else None for w, n in zip((w_ih, w_hh), needed[1:3], strict=True))
+        d_NG, trouble = d_gates.view(T * B, G), (_trouble(index), PATIENCE)
+        stops = _stops(back, T) if any(needed[1:3]) else []
 
         def multiply(since: int, to: int) -> None:
-            """Adds what steps T - to to T - since, counted from the last, give to the weights' gradients; since 0, sets them."""
+            """Adds to the weights' gradients those of steps since to `to` - 1, counted from the last; since 0, sets them."""
             some = slice((T - to) * B, (T - since) * B)
             for d, of in ((d_ih, x_NI), (d_hh, y.view(-1, H))):
                 if d is not None and since:
@@ -528,19 +532,26 @@ class _Layer(torch.autograd.Function):
                 elif d is not None:
                     torch.mm(d_NG[some].t(), of[some], out=d)
 
-        if beside.running:
-            with torch.cuda.stream(beside.side):
-                beside.running.wait()
-                for i, (since, to) in enumerate(itertools.pairwise((0, *stops))):
-                    of = scratch[2 * i :], back.blocks * back.get("TEAMS"), d_gates[T - to]
-                    _wait_for_steps(back, half, index)(1, 32, (*of, *trouble))
-                    multiply(since, to)
-        d_bias = None
-        if needed[3] or needed[4]:
-            d_bias = d_gates.new_empty(G)
-            _bias_gradient(back, half, index)(G // 32, 32 * back.warps, (d_gates, d_bias, T * B))
-        d_x = (d_NG @ w_ih).view_as(x_TBI) if needed[0] else None
-        beside.join()
+        kernel, wait_for_steps = _kernel(back, half, index), _wait_for_steps(back, half, index) if stops else None
+        with _Beside(index, bool(stops)) as beside:
+            exchange, scratch = exchange_of(back, B, y.device, 1, beside)
+            beside.join()  # this fill is the second stream's own: without it a graph has that stream's work behind the kernel
+            given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, scratch
+            wanted = (*stops, *[0] * STOPS)[:STOPS] if back.cluster > 1 else ()
+            begun = [beside.running] if beside.running else []
+            kernel(back.blocks, 32 * back.warps, (*given, *wanted, T, *trouble), *begun)
+            if beside.running and wait_for_steps:
+                with torch.cuda.stream(beside.side):
+                    beside.running.wait()
+                    for i, (since, to) in enumerate(itertools.pairwise((0, *stops))):
+                        of = scratch[2 * i :], back.blocks * back.get("TEAMS"), d_gates[T - to]
+                        wait_for_steps(1, 32, (*of, *trouble))
+                        multiply(since, to)
+            d_bias = None
+            if needed[3] or needed[4]:
+                d_bias = d_gates.new_empty(G)
+                _bias_gradient(back, half, index)(G // 32, 32 * back.warps, (d_gates, d_bias, T * B))
+            d_x = (d_NG @ w_ih).view_as(x_TBI) if needed[0] else None
         multiply(stops[-1] if stops else 0, T)
         d_h0, d_c0 = (d.to(t) if n else None for d, t, n in zip((d_h0, d_c0), ctx.types, needed[5:], strict=False))
         return d_x, d_ih, d_hh, d_bias, d_bias, d_h0, d_c0, None, None
@@ -551,7 +562,8 @@ def lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y_TBH, last h_BH, last c_BH) of an LSTM layer; weights are W_ih, W_hh, b_ih, b_hh with gates i, f, g, o.
 
-    Products in bf16 or fp16, sums and the cell in fp32; c comes back in the type it was given. Equal calls give equal bits.
+    Products in bf16 or fp16, sums and the cell in fp32, but the weights' gradients of a layer with products beside its kernel: up
+    to three terms, added in 16 bits. c comes back in the type it was given. Equal calls give equal bits; no second derivatives.
     RuntimeError when the blocks cannot all run at once; a block that waits in vain for four seconds makes the outputs NaN.
     """
     w_ih, w_hh, b_ih, b_hh = weights

@@ -80,7 +80,8 @@ def compiled(source: str, macros: Mapping[str, int], capability: tuple[int, int]
 class Running:
     """That all blocks of a kernel have begun, for kernels of another stream to wait for; also in a CUDA graph.
 
-    The driver may take the kernel's end for it: what waits is never early, but may be late.
+    A best effort of the driver: what waits may have to wait for the kernel's end, and could come early on a stream of higher
+    priority; then the kernel may not find its places until that has ended.
     """
 
     def __init__(self) -> None:
