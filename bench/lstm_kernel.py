@@ -334,14 +334,23 @@ def steps() -> None:
                 )
 
 
-def profile(shape: str, layouts: list[Layout]) -> None:
+def by(pair: tuple[Layout, Layout] | None) -> bench.Layer:
+    """The layer with these layouts; by cuDNN where there are none."""
+    return (lambda x, h, c, weights: lstm_cuda.lstm(x, h, c, weights, pair)) if pair else reference.lstm
+
+
+def in_use(H: int, B: int) -> tuple[Layout, Layout]:
+    """The layouts in use; the script ends where there are none."""
+    pair = lstm_cuda.best(H, B, torch.cuda.current_device())
+    if not pair:
+        raise SystemExit(f"A layer of {H} units does not fit on this GPU with batches of {B}.")
+    return pair
+
+
+def profile(shape: str, layouts: tuple[Layout, Layout]) -> None:
     """Where the time of a layer, forward and backward, goes."""
     H, B, kind = shape.split(",")
-
-    def function(x, h, c, weights):
-        return lstm_cuda.lstm(x, h, c, weights, (layouts[0], layouts[1]))
-
-    call = bench.layer(function, T, int(B), int(H), int(H), bench.TYPES[kind], True)
+    call = bench.layer(by(layouts), T, int(B), int(H), int(H), bench.TYPES[kind], True)
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for _ in range(5):
@@ -359,16 +368,11 @@ def beside(shapes: Sequence[str]) -> None:
     """Layers of which products begin beside the kernels in use at several shares of the steps."""
     for shape in shapes:
         H, B = map(int, shape.split(",")[:2])
-        fore, back = lstm_cuda.best(H, B, torch.cuda.current_device()) or (None, None)
-        assert fore and back
-        tried = [(fore._replace(beside=shares), back, False) for shares in FORWARD]
-        tried += [(fore, back._replace(beside=shares), True) for shares in BACKWARD if back.cluster > 1]
-        for *pair, backward in tried:
-
-            def function(x, h, c, weights, pair=pair):
-                return lstm_cuda.lstm(x, h, c, weights, tuple(pair))
-
-            spent = timed(function, H, B, bench.TYPES[shape.split(",")[2]], backward)
+        fore, back = in_use(H, B)
+        tried = [((fore._replace(beside=shares), back), False) for shares in FORWARD]
+        tried += [((fore, back._replace(beside=shares)), True) for shares in BACKWARD if back.cluster > 1]
+        for pair, backward in tried:
+            spent = timed(by(pair), H, B, bench.TYPES[shape.split(",")[2]], backward)
             shares = pair[backward].beside
             print(f"T {T} {shape} {'f+b' if backward else 'f'}, beside from {shares}: {spent:.1f} us", flush=True)
 
@@ -381,32 +385,19 @@ def timed(function: bench.Layer, H: int, B: int, dtype: torch.dtype, backward: b
 
 def layers(shapes: Sequence[str]) -> None:
     """Layers with the layouts in use, with the fastest found if any, and by cuDNN; a profile of the first."""
-    index = torch.cuda.current_device()
     for shape in shapes:
         kind = shape.split(",")[2]
         H, B = map(int, shape.split(",")[:2])
-        found = measured(shape)
-        default = lstm_cuda.best(H, B, index)
-        assert default
-        fastest = [
-            with_beside(found.get(name), layout) for name, layout in zip(lstm_cuda.LAYOUTS, default, strict=True)
-        ]
+        found, default = measured(shape), in_use(H, B)
+        fastest = with_beside(found.get("forward"), default[0]), with_beside(found.get("backward"), default[1])
         for backward in (False, True):
             spent = {}
             functions = {"as picked": default, "fastest": fastest, "cuDNN": None}
             for name, pair in functions.items():
                 if name == "fastest" and not found:
                     continue
-
-                def function(x, h, c, weights, pair=pair):
-                    return (
-                        reference.lstm(x, h, c, weights)
-                        if pair is None
-                        else lstm_cuda.lstm(x, h, c, weights, tuple(pair))
-                    )
-
                 try:
-                    spent[name] = round(timed(function, H, B, bench.TYPES[kind], backward), 1)
+                    spent[name] = round(timed(by(pair), H, B, bench.TYPES[kind], backward), 1)
                 except Exception as error:
                     spent[name] = " ".join(str(error).split())[:80]
             print(f"layer T {T} B {B} {H} {kind} {'f+b' if backward else 'f'}:", spent, flush=True)
@@ -415,12 +406,24 @@ def layers(shapes: Sequence[str]) -> None:
         torch.cuda.empty_cache()
 
 
+def a_shape(text: str) -> str:
+    """The text; argparse says what is wrong with it."""
+    of = text.split(",")
+    if (
+        len(of) != 3
+        or not (of[0].isdecimal() and of[1].isdecimal() and int(of[0]) and int(of[1]))
+        or of[2] not in bench.TYPES
+    ):
+        raise argparse.ArgumentTypeError(f"'{text}' is not units, batch and type, as in 1152,20,bf16")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times every layout of the LSTM kernels.")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--each", type=int, default=1, help="layouts of a kind")
     parser.add_argument("--paces", action="store_const", const=0, dest="each", help="several paces on a few layouts")
-    parser.add_argument("--shapes", nargs="*", default=SHAPES)
+    parser.add_argument("--shapes", nargs="*", type=a_shape, default=SHAPES)
     parser.add_argument("--worker", nargs=5)
     parser.add_argument("--layers", action="store_true")
     parser.add_argument(
@@ -431,6 +434,8 @@ def main() -> None:
         "--together", action="store_true", help="two kernels at once on parts of the GPU, and nothing else"
     )
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it needs a CUDA GPU, and torch sees none here")
     if given.worker:
         H, B, kind, each, start = given.worker
         return worker(int(H), int(B), kind, int(each), int(start))

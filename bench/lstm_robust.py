@@ -233,6 +233,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--part", choices=PARTS)
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it needs a CUDA GPU, and torch sees none here")
     if given.part:
         PARTS[given.part]()
         return

@@ -230,7 +230,7 @@ def _clusters(name: str, H: int, batch: int, parts: int, here: Card) -> Iterator
         if not most or tiles_n is None or _up(batch, batch_rows) != parts * teams:
             continue
         least = _up(_up(H, most), 4 if name == "forward" else 16)  # tiles of rows of a cluster
-        for warps_m, team_warps in itertools.product((4, 8, 12), (4, 8)):
+        for warps_m, team_warps in itertools.product((4, 8), (4, 8)):
             shares = warps_m, _up(least, warps_m), team_warps, batch_rows, tiles_n
             layout = _clustered(name, H, batch, here, cluster, parts, teams, *shares)
             if layout is not None:
@@ -538,8 +538,7 @@ class _Layer(torch.autograd.Function):
             beside.join()  # this fill is the second stream's own: without it a graph has that stream's work behind the kernel
             given = w_hh, gates_TBG, c, d_y, d_hT, d_cT, exchange, d_gates, d_h0, d_c0, scratch
             wanted = (*stops, *[0] * STOPS)[:STOPS] if back.cluster > 1 else ()
-            begun = [beside.running] if beside.running else []
-            kernel(back.blocks, 32 * back.warps, (*given, *wanted, T, *trouble), *begun)
+            kernel(back.blocks, 32 * back.warps, (*given, *wanted, T, *trouble), beside.running)
             if beside.running and wait_for_steps:
                 with torch.cuda.stream(beside.side):
                     beside.running.wait()
